@@ -1,0 +1,71 @@
+"""Everything ft_handler raises on purpose.
+
+FtHandlerError
+├── LibraryError              the shared library is missing or does not fit
+├── ModelError                a checkpoint or traced file is refused
+├── ConfigError               settings are unknown or contradict each other
+├── EnvironmentProblem        Java, TorchServe or a tool is missing
+└── RequestError              one client request is refused: owns an HTTP status
+    ├── MalformedRequest      400
+    ├── RequestTooLarge       413
+    └── UnusableRequest       422
+"""
+
+from __future__ import annotations
+
+
+class FtHandlerError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class LibraryError(FtHandlerError):
+    """`libpyt_fastertransformer.so` cannot be found, loaded or used."""
+
+
+class ModelError(FtHandlerError):
+    """A checkpoint or a traced file is refused; the message says why."""
+
+
+class ConfigError(FtHandlerError):
+    """A setting is unknown, has the wrong type or contradicts another."""
+
+
+class EnvironmentProblem(FtHandlerError):
+    """Something outside the package is missing; the message says how to get it."""
+
+
+class RequestError(FtHandlerError):
+    """One request is refused; its neighbours in the batch are not touched.
+
+    `type` is the machine-readable name in the answer's body. The message is shown to the
+    client and never quotes the client's own text.
+    """
+
+    status: int = 500
+    reason: str = "Internal Server Error"
+
+    @property
+    def type(self) -> str:
+        """The name clients may match on."""
+        return type(self).__name__
+
+
+class MalformedRequest(RequestError):
+    """The payload cannot be understood (400)."""
+
+    status = 400
+    reason = "Bad Request"
+
+
+class RequestTooLarge(RequestError):
+    """The payload is over a configured limit (413)."""
+
+    status = 413
+    reason = "Payload Too Large"
+
+
+class UnusableRequest(RequestError):
+    """The payload is well formed but cannot be used (422)."""
+
+    status = 422
+    reason = "Unprocessable Entity"

@@ -1,0 +1,3 @@
+"""The only version string of the package."""
+
+__version__ = "0.1.0"
