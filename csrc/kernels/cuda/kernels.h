@@ -1,0 +1,157 @@
+// Entry points of the CUDA kernels that surround the GEMMs: pointers, sizes and a stream, no Torch.
+//
+// Every function only enqueues work: it neither synchronises nor allocates nor reads device memory,
+// so each can be captured in a CUDA graph. Strides are implied by the shapes (row-major, contiguous);
+// row pointers must be 16-byte aligned. A return other than cudaSuccess means nothing useful was
+// enqueued: cudaErrorInvalidValue for sizes or types a kernel does not serve, cudaErrorNotSupported
+// for bf16 on a GPU before sm_80, else what the launch itself said.
+//
+// Rows of a packed tensor at or beyond cu_seqlens[batch] are padding of a CUDA graph's token class:
+// they are never a fault and hold no promise (the embedding writes zeros there, others leave them).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ft::cuda {
+
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// Integer tensors from the caller.
+enum class IntType : int { kInt32 = 0, kInt64 = 1, kBool = 2 };  // kBool: attention masks only
+
+// How to launch. `pdl` asks for programmatic dependent launch (sm_90 and later, else ignored): the
+// kernel may begin while its predecessor in the stream drains, and waits before it reads or writes
+// device memory. Every kernel here waits, so chains of such launches stay ordered.
+struct Launch {
+  cudaStream_t stream = nullptr;
+  bool pdl = false;
+};
+
+// ---- padding -----------------------------------------------------------------------------------
+
+// What padding_count leaves in device memory for the one host read that sizes the outputs.
+struct PaddingSummary {
+  int32_t total;       // T
+  int32_t max_seqlen;  // longest row, counted in tokens
+  int32_t empty_row;   // first row without any token, or -1
+  int32_t late_row;    // first row whose column 0 is masked though it has tokens, or -1
+};
+
+// Counts tokens per row and scans: cu_seqlens and the summary. One or two launches.
+cudaError_t padding_count(const void* attention_mask,  // [batch, seqlen], any IntType, non-zero keeps
+                          IntType mask_type, int batch, int seqlen,
+                          int32_t* cu_seqlens,      // [batch + 1]
+                          PaddingSummary* summary,  // device
+                          Launch launch);
+
+// Gathers the kept tokens. Run after padding_count on the same stream (and after the host has read
+// `total`, since the outputs have that length).
+cudaError_t padding_gather(const void* input_ids,       // [batch, seqlen], id_type
+                           const void* token_type_ids,  // [batch, seqlen], id_type
+                           IntType id_type,             // kInt32 or kInt64
+                           const void* attention_mask,  // [batch, seqlen]
+                           IntType mask_type, int batch, int seqlen,
+                           const int32_t* cu_seqlens,  // [batch + 1]
+                           void* packed_ids,           // [T], id_type
+                           void* packed_types,         // [T], id_type
+                           int32_t* position_ids,      // [T], the column
+                           int64_t* token_indices,     // [T], b * seqlen + s
+                           Launch launch);
+
+// padded[token_indices[t], :] = packed[t, :], every other element = fill. Indices outside
+// [0, batch * seqlen) are dropped.
+cudaError_t restore_padding(const void* packed,            // [tokens, width]
+                            const int64_t* token_indices,  // [tokens]
+                            int tokens, int batch, int seqlen,
+                            int64_t width,  // elements per token
+                            DType dtype, float fill,
+                            void* padded,  // [batch, seqlen, width]
+                            Launch launch);
+
+// ---- layer norm family -------------------------------------------------------------------------
+
+// LayerNorm(word[id] + position[p] + token_type[t]) per token. Ids, types and positions are clamped
+// into their tables. position_ids absent: 0, 1, ... within each sequence, found from cu_seqlens.
+// Rows at or beyond cu_seqlens[batch] become zeros.
+cudaError_t embedding_layer_norm(const void* input_ids,        // [tokens], id_type
+                                 const void* token_type_ids,   // [tokens], id_type
+                                 IntType id_type,              // kInt32 or kInt64
+                                 const int32_t* position_ids,  // [tokens] or null
+                                 const int32_t* cu_seqlens,    // [batch + 1]
+                                 int batch, int tokens, int hidden,
+                                 const void* word,        // [vocab, hidden]
+                                 int vocab,
+                                 const void* position,    // [positions, hidden]
+                                 int positions,
+                                 const void* token_type,  // [types, hidden]
+                                 int types,
+                                 const void* gamma,  // [hidden]
+                                 const void* beta,   // [hidden]
+                                 float eps, DType dtype,
+                                 void* output,  // [tokens, hidden]
+                                 Launch launch);
+
+// LayerNorm(input + bias + residual) per row; bias and residual may be null. Output may be input or
+// residual. `live_rows`, device memory or null: rows at or beyond *live_rows are left alone.
+cudaError_t residual_layer_norm(const void* input,     // [rows, hidden]
+                                const void* bias,      // [hidden] or null
+                                const void* residual,  // [rows, hidden] or null
+                                const void* gamma,     // [hidden]
+                                const void* beta,      // [hidden]
+                                float eps, int rows, int hidden, DType dtype,
+                                void* output,  // [rows, hidden]
+                                const int32_t* live_rows, Launch launch);
+
+// The same over GEMM partial sums in fp32: LayerNorm(sum_s partials[s] + bias + residual), so that a
+// split-K GEMM needs no reduction of its own.
+cudaError_t residual_layer_norm_partials(const float* partials,  // [splits, rows, hidden]
+                                         int splits,
+                                         const void* bias,      // [hidden] or null
+                                         const void* residual,  // [rows, hidden] or null
+                                         const void* gamma,     // [hidden]
+                                         const void* beta,      // [hidden]
+                                         float eps, int rows, int hidden, DType dtype,
+                                         void* output,  // [rows, hidden]
+                                         const int32_t* live_rows, Launch launch);
+
+// gelu(input + bias), exact (erf) form; bias may be null, output may be input.
+cudaError_t bias_gelu(const void* input,  // [rows, width]
+                      const void* bias,   // [width] or null
+                      int rows, int width, DType dtype,
+                      void* output,  // [rows, width]
+                      const int32_t* live_rows, Launch launch);
+
+// ---- attention ---------------------------------------------------------------------------------
+
+// One problem's shape. Tile lists depend on it, so pass the same values to all three functions.
+struct AttentionShape {
+  int batch = 0;       // sequences, empty ones allowed
+  int tokens = 0;      // rows of qkv; at least cu_seqlens[batch]
+  int max_seqlen = 0;  // at least the longest sequence
+  int num_heads = 0;
+  int head_dim = 0;  // even, 2 to 128
+  DType dtype = DType::kFloat16;
+};
+
+// Bytes of device memory the plan of such a problem takes (a multiple of 256; the same for every
+// layer of a model).
+size_t attention_plan_bytes(const AttentionShape& shape);
+
+// Lists the tiles of work, longest sequences first, from the lengths in device memory. Once per
+// forward pass: every layer of the pass reuses it.
+cudaError_t attention_plan(const AttentionShape& shape,
+                           const int32_t* cu_seqlens,  // [batch + 1]
+                           void* plan,                 // attention_plan_bytes(shape), 16-byte aligned
+                           Launch launch);
+
+// softmax(q k^T / sqrt(head_dim)) v within each sequence, no mask.
+cudaError_t varlen_attention(const AttentionShape& shape,
+                             const void* qkv,   // [tokens, 3 * num_heads * head_dim]: q | k | v
+                             const void* plan,  // written by attention_plan for these cu_seqlens
+                             void* output,      // [tokens, num_heads * head_dim]
+                             Launch launch);
+
+}  // namespace ft::cuda
