@@ -1,13 +1,24 @@
-"""Runs packed batches through a loaded model: logits out, in fp32, on the host."""
+"""Runs packed batches through a loaded model: logits out, in fp32, on the host.
+
+The CPU engine computes where it stands. The GPU engine owns one stream: a batch is written into
+pinned memory, copied in once, replayed from a CUDA graph of its token class (or launched plainly
+when its shape has none), copied out once, and waited for once, in `result`.
+"""
 
 from __future__ import annotations
 
+import bisect
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ft_handler.errors import EngineLost, OutOfDeviceMemory
 from ft_handler.types import PackedBatch
 
 if TYPE_CHECKING:
@@ -20,7 +31,11 @@ class Pending(Protocol):
     """A batch under way."""
 
     def result(self) -> Logits:
-        """Wait for the logits: `([batch, num_labels],)`, or `([total], [total])` for QA."""
+        """Wait for the logits: `([batch, num_labels],)`, or `([total], [total])` for QA.
+
+        Raises OutOfDeviceMemory when the batch has to be split, EngineLost when the process
+        cannot use its GPU any more.
+        """
 
 
 class Engine(Protocol):
@@ -28,6 +43,9 @@ class Engine(Protocol):
 
     def launch(self, batch: PackedBatch) -> Pending:
         """Start a batch; on a GPU this returns before the kernels end."""
+
+    def warm_up(self) -> dict[str, float]:
+        """Run once before the first request; returns what it took, for the log."""
 
 
 class _Done:
@@ -45,6 +63,7 @@ class CpuEngine:
 
     def __init__(self, model: LoadedModel) -> None:
         self._module = model.module
+        self._vocab_size = model.info.vocab_size
 
     def launch(self, batch: PackedBatch) -> Pending:
         """Compute the batch now: `[batch, num_labels]`, or twice `[total]` for QA."""
@@ -56,3 +75,314 @@ class CpuEngine:
                 batch.max_seqlen,
             )
         return _Done(tuple(o.numpy() for o in out))
+
+    def warm_up(self) -> dict[str, float]:
+        """Pack the weights and run a few batches; TorchScript optimises in its first calls."""
+        start = time.perf_counter()
+        self._module.prepare()
+        self._module.release_raw()
+        for lengths in ([1], [7, 3], [16, 16, 5]):
+            self.launch(synthetic_batch(lengths, self._vocab_size)).result()
+        return {"seconds": time.perf_counter() - start}
+
+
+def synthetic_batch(lengths: list[int], vocab_size: int) -> PackedBatch:
+    """A batch of the given lengths with valid ids, for warm-up and tests."""
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    total = int(cu_seqlens[-1])
+    ids = np.arange(total, dtype=np.int64) % vocab_size
+    return PackedBatch(ids, np.zeros(total, np.int64), cu_seqlens, max(lengths, default=0))
+
+
+@dataclass(frozen=True, slots=True)
+class GraphPlan:
+    """Which shapes get a CUDA graph: token classes, capacities in sequences, longest lengths.
+
+    A batch of (total, batch, max_seqlen) replays the smallest graph that holds all three. Token
+    classes grow by an eighth, so at most about an eighth of a replay's rows are idle.
+    """
+
+    tokens: tuple[int, ...]
+    sequences: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, max_tokens: int, max_sequences: int, max_length: int) -> GraphPlan:
+        """Classes up to `max_tokens` tokens, `max_sequences` sequences of `max_length` tokens."""
+        tokens, step = [], 32
+        while not tokens or tokens[-1] < max_tokens:
+            size = (tokens[-1] if tokens else 0) + step
+            tokens.append(size)
+            # Steps stay multiples of 32 rows, at least an eighth of the class, 512 at most.
+            step = min(512, max(32, 2 ** int(np.log2(size / 8))))
+        sequences = [1]
+        while sequences[-1] < max_sequences:
+            sequences.append(min(sequences[-1] * 8, max_sequences))
+        lengths = [n for n in (64, 128, 256) if n < max_length] + [max_length]
+        return cls(tuple(tokens), tuple(sequences), tuple(lengths))
+
+    def class_of(self, total: int, batch: int, max_seqlen: int) -> tuple[int, int, int] | None:
+        """The smallest (tokens, sequences, length) that holds a batch; None when none does."""
+        found = []
+        for value, sizes in (
+            (total, self.tokens),
+            (batch, self.sequences),
+            (max_seqlen, self.lengths),
+        ):
+            at = bisect.bisect_left(sizes, value)
+            if at == len(sizes):
+                return None
+            found.append(sizes[at])
+        return found[0], found[1], found[2]
+
+    def shapes(self) -> Iterator[tuple[int, int, int]]:
+        """Every class that some batch falls into, small ones first."""
+        below_tokens = dict(zip(self.tokens, (0, *self.tokens), strict=False))
+        below_lengths = dict(zip(self.lengths, (0, *self.lengths), strict=False))
+        below_sequences = dict(zip(self.sequences, (0, *self.sequences), strict=False))
+        for tokens in self.tokens:
+            for sequences in self.sequences:
+                for length in self.lengths:
+                    most = sequences * length
+                    least = below_sequences[sequences] + below_lengths[length]
+                    if most > below_tokens[tokens] and least < tokens:
+                        yield tokens, sequences, length
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Pinned memory of one batch under way."""
+
+    host_in: torch.Tensor  # [2 * max_tokens + max_sequences + 1] int32: ids, types, cu_seqlens
+    host_out: torch.Tensor  # [capacity] fp32
+    inbox: NDArray[np.int32]
+    outbox: NDArray[np.float32]
+    done: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A captured forward of one class."""
+
+    graph: torch.cuda.CUDAGraph
+    output: torch.Tensor  # [n] fp32 on the device, every output of the model end to end
+
+
+class _InFlight:
+    """A batch on the GPU."""
+
+    def __init__(
+        self, engine: CudaEngine, slot: _Slot, batch: PackedBatch, rows: int | None
+    ) -> None:
+        self._engine, self._slot, self._batch, self._rows = engine, slot, batch, rows
+
+    def result(self) -> Logits:
+        try:
+            self._slot.done.synchronize()
+            flat = self._slot.outbox
+            if self._rows is None:  # classification: [batch, num_labels] leads
+                n, width = self._batch.batch, self._engine.num_labels
+                return (flat[: n * width].reshape(n, width).copy(),)
+            total, rows = self._batch.total, self._rows
+            return flat[:total].copy(), flat[rows : rows + total].copy()
+        except RuntimeError as error:
+            raise _translate(error) from error
+        finally:
+            self._engine.release(self._slot)
+
+
+def _translate(error: RuntimeError) -> Exception:
+    """Name a device failure without the word that makes TorchServe answer 507 to a whole batch."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return OutOfDeviceMemory("the GPU has no room for this batch")
+    text = str(error).replace("CUDA", "GPU").replace("cuda", "gpu")
+    if isinstance(error, getattr(torch, "AcceleratorError", ())) or "GPU error" in text:
+        return EngineLost(text)
+    return RuntimeError(text)
+
+
+class CudaEngine:
+    """Runs `module.packed` on one GPU through graphs, on a stream of its own.
+
+    model             loaded with its parameters on `device`
+    max_tokens        tokens a captured batch may have; larger ones are launched plainly
+    max_sequences     sequences a captured batch may have
+    graph_memory      bytes the graphs may take; 0 captures none
+
+    Safe to call from several threads; batches run in the order of their launches.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        device: torch.device,
+        *,
+        max_tokens: int = 16384,
+        max_sequences: int = 64,
+        graph_memory: int = 1 << 30,
+    ) -> None:
+        self._module = model.module
+        self._device = device
+        self._plan = GraphPlan.of(max_tokens, max_sequences, model.info.max_positions)
+        self._question_answering = model.info.mode == "question_answering"
+        self._vocab_size, self._type_vocab_size = (
+            model.info.vocab_size,
+            model.info.type_vocab_size,
+        )
+        self.num_labels = model.info.num_labels
+        self._graph_memory = graph_memory
+        self._graphs: dict[tuple[int, int, int], _Graph] = {}
+        self._lock = threading.Lock()
+        self._free: list[_Slot] = []
+        self._max_tokens, self._max_sequences = self._plan.tokens[-1], self._plan.sequences[-1]
+        self._width = 2 if self._question_answering else self.num_labels
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream(device)
+            self._inputs = torch.zeros(
+                2 * self._max_tokens + self._max_sequences + 1, dtype=torch.int32, device=device
+            )
+
+    def _slot(self, ints: int, floats: int) -> _Slot:
+        for at, slot in enumerate(self._free):
+            if len(slot.inbox) >= ints and len(slot.outbox) >= floats:
+                return self._free.pop(at)
+        # A power of two, so that odd large batches settle on few allocations.
+        host_in = torch.zeros(
+            max(len(self._inputs), 1 << (ints - 1).bit_length()), dtype=torch.int32, pin_memory=True
+        )
+        least = (
+            self._width * self._max_tokens
+            if self._question_answering
+            else self._width * self._max_sequences
+        )
+        host_out = torch.zeros(max(least, 1 << max(0, floats - 1).bit_length()), pin_memory=True)
+        return _Slot(host_in, host_out, host_in.numpy(), host_out.numpy())
+
+    def release(self, slot: _Slot) -> None:
+        """Give a batch's pinned memory back."""
+        with self._lock:
+            self._free.append(slot)
+
+    def launch(self, batch: PackedBatch) -> Pending:
+        """Stage a batch, start it and return; nothing here waits for the GPU."""
+        if batch.total == 0 or batch.batch == 0:
+            empty = np.zeros(0, np.float32)
+            width = self.num_labels
+            return _Done((empty, empty) if self._question_answering else (empty.reshape(0, width),))
+        # The kernels clamp what the host must not let through.
+        if not 0 <= int(batch.input_ids.min()) <= int(batch.input_ids.max()) < self._vocab_size:
+            raise ValueError(f"input_ids must lie in [0, {self._vocab_size})")
+        types = batch.token_type_ids
+        if not 0 <= int(types.min()) <= int(types.max()) < self._type_vocab_size:
+            raise ValueError(f"token_type_ids must lie in [0, {self._type_vocab_size})")
+        shape = self._plan.class_of(batch.total, batch.batch, batch.max_seqlen)
+        captured = self._graphs.get(shape) if shape else None
+        if shape is None or captured is None:
+            tokens, sequences, longest = batch.total, batch.batch, batch.max_seqlen
+        else:
+            tokens, sequences, longest = shape
+        ints = 2 * tokens + sequences + 1
+        floats = self._width * (tokens if self._question_answering else sequences)
+        with self._lock, torch.inference_mode(), torch.cuda.stream(self._stream):
+            slot = self._slot(ints, floats)
+            try:
+                inbox = slot.inbox
+                inbox[: batch.total] = batch.input_ids
+                inbox[tokens : tokens + batch.total] = batch.token_type_ids
+                inbox[2 * tokens : 2 * tokens + batch.batch + 1] = batch.cu_seqlens
+                # Sequences a graph has room for and this batch lacks are empty ones at the end.
+                inbox[2 * tokens + batch.batch + 1 : ints] = batch.total
+                if captured is not None:
+                    # Rows past the batch keep ids of earlier batches: valid, and never read back.
+                    self._inputs[:ints].copy_(slot.host_in[:ints], non_blocking=True)
+                    captured.graph.replay()
+                    output = captured.output
+                else:
+                    inputs = slot.host_in[:ints].to(self._device, non_blocking=True)
+                    output = self._forward(inputs, tokens, sequences, longest)
+                slot.host_out[: len(output)].copy_(output, non_blocking=True)
+                slot.done.record(self._stream)
+            except RuntimeError as error:
+                self._free.append(slot)
+                raise _translate(error) from error
+        return _InFlight(self, slot, batch, tokens if self._question_answering else None)
+
+    def _forward(
+        self, inputs: torch.Tensor, tokens: int, sequences: int, longest: int
+    ) -> torch.Tensor:
+        """`[n]` fp32: every output of the model end to end, so that one copy brings them home."""
+        out = self._module.packed(
+            inputs[:tokens],
+            inputs[tokens : 2 * tokens],
+            inputs[2 * tokens : 2 * tokens + sequences + 1],
+            longest,
+        )
+        return out[0].reshape(-1) if len(out) == 1 else torch.cat([o.reshape(-1) for o in out])
+
+    def warm_up(self) -> dict[str, float]:
+        """Run a few batches, then capture graphs, small shapes first, until the budget is spent."""
+        start = time.perf_counter()
+        for lengths in ([1], [7, 3], [self._plan.lengths[-1]]):
+            for _ in range(3):  # TorchScript optimises in its first calls
+                self.launch(synthetic_batch(lengths, self._vocab_size)).result()
+        warm = time.perf_counter() - start
+        spent = 0
+        if self._graph_memory > 0:
+            with torch.inference_mode():
+                spent = self._capture_all()
+        return {
+            "seconds": warm,
+            "capture_seconds": time.perf_counter() - start - warm,
+            "graphs": float(len(self._graphs)),
+            "graph_bytes": float(spent),
+        }
+
+    def _capture_all(self) -> int:
+        torch.cuda.synchronize(self._device)
+        free_before, _ = torch.cuda.mem_get_info(self._device)
+        pool = torch.cuda.graph_pool_handle()
+        spent = 0
+        seen: set[int] = set()
+        # Largest first: the pool the graphs share is then laid out once.
+        for shape in sorted(self._plan.shapes(), reverse=True):
+            tokens, sequences, longest = shape
+            ints = 2 * tokens + sequences + 1
+            with torch.cuda.stream(self._stream):
+                # A captured forward must find lengths that are possible: one token, then none.
+                self._inputs.zero_()
+                self._inputs[2 * tokens + 1 : ints] = 1
+                if tokens not in seen:
+                    # Plans of GEMMs are made per token class, and never inside a capture.
+                    self._forward(self._inputs[:ints], tokens, sequences, longest)
+                    seen.add(tokens)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+                output = self._forward(self._inputs[:ints], tokens, sequences, longest)
+            self._graphs[shape] = _Graph(graph, output)
+            free, _ = torch.cuda.mem_get_info(self._device)
+            spent = free_before - free
+            if spent > self._graph_memory:
+                break
+        torch.cuda.synchronize(self._device)
+        return spent
+
+
+def engine_for(
+    model: LoadedModel,
+    device: torch.device,
+    *,
+    max_tokens: int = 16384,
+    max_sequences: int = 64,
+    graph_memory: int = 1 << 30,
+) -> Engine:
+    """The engine for a device: graphs on a GPU, plain calls on a CPU."""
+    if device.type == "cuda":
+        return CudaEngine(
+            model,
+            device,
+            max_tokens=max_tokens,
+            max_sequences=max_sequences,
+            graph_memory=graph_memory,
+        )
+    return CpuEngine(model)

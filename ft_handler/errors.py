@@ -5,6 +5,9 @@ FtHandlerError
 ├── ModelError                a checkpoint or traced file is refused
 ├── ConfigError               settings are unknown or contradict each other
 ├── EnvironmentProblem        Java, TorchServe or a tool is missing
+├── EngineError               a batch could not be computed
+│   ├── OutOfDeviceMemory     the batch is too large for the GPU: split it
+│   └── EngineLost            the process cannot use its GPU any more
 └── RequestError              one client request is refused: owns an HTTP status
     ├── MalformedRequest      400
     ├── RequestTooLarge       413
@@ -32,6 +35,18 @@ class ConfigError(FtHandlerError):
 
 class EnvironmentProblem(FtHandlerError):
     """Something outside the package is missing; the message says how to get it."""
+
+
+class EngineError(FtHandlerError):
+    """A batch could not be computed."""
+
+
+class OutOfDeviceMemory(EngineError):
+    """The batch does not fit into the GPU's memory; smaller ones may."""
+
+
+class EngineLost(EngineError):
+    """The process cannot use its GPU any more and has to be started again."""
 
 
 class RequestError(FtHandlerError):
