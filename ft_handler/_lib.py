@@ -7,10 +7,13 @@ import os
 import re
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ft_handler.errors import LibraryError
 from ft_handler.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 LIBRARY = "libpyt_fastertransformer.so"
 LIBRARY_VARIABLE = "FT_HANDLER_LIBRARY"
@@ -113,3 +116,35 @@ def build_info() -> dict[str, Any]:
 
     info: dict[str, Any] = json.loads(getattr(torch.ops, NAMESPACE).build_info())
     return info
+
+
+def serves_capability(archs: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for `archs` (such as `["8.0", "9.0", "12.0+PTX"]`) runs on a GPU."""
+    for arch in archs:
+        major, minor = torch_release(arch.removesuffix("+PTX"))
+        if major == capability[0] and minor <= capability[1]:
+            return True
+        if arch.endswith("+PTX") and (major, minor) <= capability:
+            return True
+    return False
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a CUDA device the loaded library has no code for; initialises CUDA."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise LibraryError(f"{device} was asked for, but this torch sees no CUDA GPU")
+    if _loaded is None:
+        return
+    archs = build_info().get("cuda_archs") or []
+    if not archs:
+        raise LibraryError(
+            f"{_loaded} was built without CUDA; rebuild it where nvcc is (FT_HANDLER_CUDA=1)"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if not serves_capability(archs, capability):
+        raise LibraryError(
+            f"{_loaded} has code for compute capability {', '.join(archs)}, and {device} has "
+            f"{capability[0]}.{capability[1]}; rebuild it with TORCH_CUDA_ARCH_LIST"
+        )
