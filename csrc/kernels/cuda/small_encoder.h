@@ -1,0 +1,75 @@
+// The encoder stack for few tokens on Hopper: four chained kernels a layer, no host synchronisation.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+namespace ft::cuda {
+
+enum class SmallType { kHalf, kBfloat16 };
+
+// Host-side capacities; the lengths themselves are read from cu_seqlens on the device.
+struct SmallShape {
+  SmallType type;
+  int tokens;  // rows of the packed tensors; rows at cu_seqlens[batch] and beyond are padding
+  int batch;
+  int max_seqlen;
+  int hidden;
+  int intermediate;
+  int heads;
+  int layers;
+};
+
+// Stacked over layers, row-major, 16-byte aligned. L layers, H hidden, I intermediate.
+struct SmallWeights {
+  const void* qkv_weight;   // [L,3H,H]
+  const void* qkv_bias;     // [L,3H]
+  const void* out_weight;   // [L,H,H]
+  const void* out_bias;     // [L,H]
+  const void* ln1_gamma;    // [L,H]
+  const void* ln1_beta;     // [L,H]
+  const void* up_weight;    // [L,I,H]
+  const void* up_bias;      // [L,I]
+  const void* down_weight;  // [L,H,I]
+  const void* down_bias;    // [L,H]
+  const void* ln2_gamma;    // [L,H]
+  const void* ln2_beta;     // [L,H]
+};
+
+// How one GEMM [tokens,K] x [N,K]^T is cut: a tile of the table in small_encoder_sm90.cu, the
+// number of blocks of a cluster that share K, and the 64-wide steps of K kept in shared memory.
+struct SmallGemmPlan {
+  int tile;
+  int split;
+  int stages;
+};
+
+struct SmallPlan {
+  SmallGemmPlan qkv, out, up, down;
+  bool fuse_attention;  // attention in the prologue of the output projection, else a kernel
+};
+
+// The plan for a shape; false when the shape is not served here (another head size than 32 or 64,
+// widths not multiples of 64, too many tokens or too long for shared memory).
+bool small_plan(const SmallShape& shape, SmallPlan* plan);
+
+// True when small_encoder serves this shape on this device (compute capability 9.0 only).
+bool small_encoder_supported(const SmallShape& shape, const cudaDeviceProp& device);
+
+// Bytes of workspace small_encoder needs, a multiple of 256.
+size_t small_encoder_workspace(const SmallShape& shape);
+
+// hidden [tokens,H] holds the embedded and normalised input and receives the last layer's output.
+// workspace is 256-byte aligned, its content is neither read before being written nor kept.
+// Launches only: capturable, reentrant, no state outside hidden and workspace.
+cudaError_t small_encoder(const SmallShape& shape, const SmallWeights& weights, float eps,
+                          const int* cu_seqlens,  // [batch+1]
+                          void* hidden, void* workspace, cudaStream_t stream);
+
+// The same with a plan chosen by the caller, for tuning.
+cudaError_t small_encoder_planned(const SmallShape& shape, const SmallPlan& plan,
+                                  const SmallWeights& weights, float eps, const int* cu_seqlens,
+                                  void* hidden, void* workspace, cudaStream_t stream);
+
+}  // namespace ft::cuda
