@@ -33,7 +33,7 @@ PAD_LOGIT = -10000.0
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a traced file says of itself; `remove_padding` tells the fused model from a plain one."""
+    """What a traced file says of itself; `remove_padding` is True for the fused model."""
 
     format_version: int
     mode: str
