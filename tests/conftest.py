@@ -16,12 +16,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-WORDS = (
-    "the a an of to in is was it and not but with for on at this that film movie story actor plot "
-    "scene music good bad great awful bright dull funny sad warm cold slow fast river mountain "
-    "bridge city harbour museum garden captain engineer painter built opened wrote sailed founded "
-    "who what where when which how many year day tower library station train old new first last"
-).split()
+WORD_LIST = """
+    the a an of to in is was it and not but with for on at this that film movie story actor plot
+    scene music good bad great awful bright dull funny sad warm cold slow fast river mountain
+    bridge city harbour museum garden captain engineer painter built opened wrote sailed founded
+    who what where when which how many year day tower library station train old new first last
+"""
 
 
 def tiny_vocabulary() -> list[str]:
@@ -29,7 +29,7 @@ def tiny_vocabulary() -> list[str]:
     characters = [*string.ascii_lowercase, *string.digits, *"áéíóúñüçß"]
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces += characters + ["##" + c for c in characters] + list(string.punctuation)
-    pieces += [w for w in WORDS if w not in pieces] + ["##ing", "##ed", "##s", "##er", "##ly"]
+    pieces += [w for w in WORD_LIST.split() if w not in pieces] + ["##ing", "##ed", "##s", "##er", "##ly"]
     return list(dict.fromkeys(pieces))
 
 
