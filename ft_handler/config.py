@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ DEVICES = ("auto", "cpu", "cuda")
 ENVIRONMENT: Mapping[str, str] = {
     "FT_HANDLER_LIBRARY": "Path of libpyt_fastertransformer.so, tried before every other place.",
     "FT_HANDLER_CPU_ISA": "Instruction set of the CPU kernels (read by the library itself).",
-    "FT_HANDLER_TF32": "1 lets fp32 matrix products on a GPU use TF32 (read by the library itself).",
+    "FT_HANDLER_TF32": "1 lets fp32 products on a GPU use TF32 (read by the library itself).",
     "FT_HANDLER_TUNE": "Path of a GEMM table written by `ft-handler tune`.",
     "FT_HANDLER_SHARED": "Folder of optional development data for tests and benchmarks.",
 }
@@ -91,7 +92,7 @@ def _buckets(value: object) -> tuple[int, ...]:
         edges = tuple(read(v) for v in value)
     except ValueError:
         raise ValueError(wanted) from None
-    if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(edges)):
         raise ValueError(wanted)
     return edges
 
@@ -300,7 +301,7 @@ class HandlerConfig:
                 f"unknown setting{'s' * (len(unknown) > 1)} in {where}: "
                 + ", ".join(repr(name) for name in sorted(unknown))
             )
-        values = {n: _read(known[n], value, where) for n, value in settings.items()}
+        values: dict[str, Any] = {n: _read(known[n], v, where) for n, v in settings.items()}
         return cls(**values)
 
     @classmethod
@@ -311,13 +312,13 @@ class HandlerConfig:
 
         Raises ConfigError for unknown names, values of the wrong type and contradictions.
         """
-        section = (model_yaml or {}).get("handler")
+        section: Any = (model_yaml or {}).get("handler")
         if section is None:
             section = {}
         if not isinstance(section, Mapping):
             raise ConfigError("'handler' in model-config.yaml must be a mapping of settings")
         older_path = model_dir / "setup_config.json"
-        older: object = {}
+        older: Any = {}
         if older_path.is_file():
             try:
                 older = json.loads(older_path.read_text(encoding="utf-8"))
