@@ -1,0 +1,162 @@
+// LayerNorm(word[id] + position[p] + token_type[t]): three gathered rows in, one row out.
+
+#include "kernels/cuda/layer_norm.cuh"
+
+namespace ft::cuda {
+namespace {
+
+struct EmbeddingTables {
+  const void* word;
+  const void* position;
+  const void* token_type;
+  int vocab, positions, types;
+};
+
+// Offsets in rows of one token in the three tables.
+struct TokenRows {
+  int64_t word, position, token_type;
+};
+
+__device__ __forceinline__ int64_t clamp_row(int64_t row, int rows) {
+  return row < 0 ? 0 : (row < rows ? row : rows - 1);
+}
+
+// Ids are checked on the host before they are copied; clamping keeps a wild one from faulting.
+__device__ __forceinline__ TokenRows token_rows(const void* ids, const void* types, IntType id_type,
+                                                const int32_t* position_ids,
+                                                const int32_t* cu_seqlens, int batch, int token,
+                                                const EmbeddingTables& tables) {
+  int position = 0;
+  if (position_ids != nullptr) {
+    position = position_ids[token];
+  } else {
+    position = token - cu_seqlens[find_sequence(cu_seqlens, batch, token)];
+  }
+  return {clamp_row(load_int(ids, id_type, token), tables.vocab),
+          clamp_row(position, tables.positions),
+          clamp_row(load_int(types, id_type, token), tables.types)};
+}
+
+template <typename T, int kThreads, int kVecs>
+__global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
+    embedding_layer_norm_kernel(const void* ids, const void* types, IntType id_type,
+                                const int32_t* position_ids, const int32_t* cu_seqlens, int batch,
+                                int tokens, int hidden, EmbeddingTables tables, const T* gamma,
+                                const T* beta, float eps, T* output) {
+  pdl_launch_dependents();
+  RowWeights<T, kThreads, kVecs> weights;
+  weights.load(gamma, beta, hidden);
+  pdl_wait();
+  const int token = blockIdx.x * (blockDim.x / kThreads) + threadIdx.x / kThreads;
+  if (token >= tokens) return;
+  T* to = output + static_cast<int64_t>(token) * hidden;
+  float x[kVecs][8] = {};
+  if (token >= cu_seqlens[batch]) {
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      const int column = row_column<kThreads>(v);
+      if (column < hidden) Vec8<T>::store(to + column, x[v]);
+    }
+    return;
+  }
+  const TokenRows rows =
+      token_rows(ids, types, id_type, position_ids, cu_seqlens, batch, token, tables);
+  const T* word = static_cast<const T*>(tables.word) + rows.word * hidden;
+  const T* position = static_cast<const T*>(tables.position) + rows.position * hidden;
+  const T* token_type = static_cast<const T*>(tables.token_type) + rows.token_type * hidden;
+  Vec8<T> pieces[kVecs][3];
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+    const int column = row_column<kThreads>(v);
+    if (column < hidden) {
+      pieces[v][0].load(word + column);
+      pieces[v][1].load(position + column);
+      pieces[v][2].load(token_type + column);
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+    if (row_column<kThreads>(v) < hidden) {
+#pragma unroll
+      for (int i = 0; i < 3; ++i) pieces[v][i].add_to(x[v]);
+    }
+  }
+  normalize_row<T, kThreads, kVecs>(x, weights, hidden, eps, to);
+}
+
+// Any hidden size: a block per token, one element at a time.
+template <typename T>
+__global__ void __launch_bounds__(kBlockThreads)
+    embedding_layer_norm_any_kernel(const void* ids, const void* types, IntType id_type,
+                                    const int32_t* position_ids, const int32_t* cu_seqlens,
+                                    int batch, int hidden, EmbeddingTables tables, const T* gamma,
+                                    const T* beta, float eps, T* output) {
+  __shared__ float scratch[2][kBlockThreads / 32];
+  pdl_launch_dependents();
+  pdl_wait();
+  const int token = blockIdx.x;
+  T* to = output + static_cast<int64_t>(token) * hidden;
+  if (token >= cu_seqlens[batch]) {
+    for (int column = threadIdx.x; column < hidden; column += kBlockThreads) {
+      to[column] = from_float<T>(0.f);
+    }
+    return;
+  }
+  const TokenRows rows =
+      token_rows(ids, types, id_type, position_ids, cu_seqlens, batch, token, tables);
+  const T* word = static_cast<const T*>(tables.word) + rows.word * hidden;
+  const T* position = static_cast<const T*>(tables.position) + rows.position * hidden;
+  const T* token_type = static_cast<const T*>(tables.token_type) + rows.token_type * hidden;
+  auto element = [&](int column) {
+    return to_float(word[column]) + to_float(position[column]) + to_float(token_type[column]);
+  };
+  float sum = 0.f, squares = 0.f;
+  for (int column = threadIdx.x; column < hidden; column += kBlockThreads) sum += element(column);
+  const float mean = block_sum<kBlockThreads / 32>(sum, scratch[0]) / static_cast<float>(hidden);
+  for (int column = threadIdx.x; column < hidden; column += kBlockThreads) {
+    const float x = element(column) - mean;
+    squares += x * x;
+  }
+  const float variance =
+      block_sum<kBlockThreads / 32>(squares, scratch[1]) / static_cast<float>(hidden);
+  const float scale = rsqrtf(variance + eps);
+  for (int column = threadIdx.x; column < hidden; column += kBlockThreads) {
+    const float x = (element(column) - mean) * scale;
+    to[column] = from_float<T>(x * to_float(gamma[column]) + to_float(beta[column]));
+  }
+}
+
+}  // namespace
+
+cudaError_t embedding_layer_norm(const void* input_ids, const void* token_type_ids, IntType id_type,
+                                 const int32_t* position_ids, const int32_t* cu_seqlens, int batch,
+                                 int tokens, int hidden, const void* word, int vocab,
+                                 const void* position, int positions, const void* token_type,
+                                 int types, const void* gamma_, const void* beta_, float eps,
+                                 DType dtype, void* output_, Launch launch) {
+  if (tokens < 0 || batch < 0 || hidden <= 0 || vocab <= 0 || positions <= 0 || types <= 0 ||
+      id_type == IntType::kBool) {
+    return cudaErrorInvalidValue;
+  }
+  return dispatch_dtype(dtype, [&]<typename T>() {
+    if (tokens == 0) return cudaSuccess;
+    const EmbeddingTables tables{word, position, token_type, vocab, positions, types};
+    const auto* gamma = static_cast<const T*>(gamma_);
+    const auto* beta = static_cast<const T*>(beta_);
+    auto* output = static_cast<T*>(output_);
+    if (!fits_row_shape(hidden)) {
+      return launch_kernel(embedding_layer_norm_any_kernel<T>, tokens, kBlockThreads, 0, launch,
+                           input_ids, token_type_ids, id_type, position_ids, cu_seqlens, batch,
+                           hidden, tables, gamma, beta, eps, output);
+    }
+    return dispatch_row_shape(hidden, [&]<int kThreads, int kVecs>() {
+      const int per_block = rows_per_block(tokens, kThreads);
+      return launch_kernel(embedding_layer_norm_kernel<T, kThreads, kVecs>,
+                           (tokens + per_block - 1) / per_block, kThreads * per_block, 0, launch,
+                           input_ids, token_type_ids, id_type, position_ids, cu_seqlens, batch,
+                           tokens, hidden, tables, gamma, beta, eps, output);
+    });
+  });
+}
+
+}  // namespace ft::cuda
