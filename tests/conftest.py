@@ -29,7 +29,13 @@ def tiny_vocabulary() -> list[str]:
     characters = [*string.ascii_lowercase, *string.digits, *"áéíóúñüçß"]
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces += characters + ["##" + c for c in characters] + list(string.punctuation)
-    pieces += [w for w in WORD_LIST.split() if w not in pieces] + ["##ing", "##ed", "##s", "##er", "##ly"]
+    pieces += [w for w in WORD_LIST.split() if w not in pieces] + [
+        "##ing",
+        "##ed",
+        "##s",
+        "##er",
+        "##ly",
+    ]
     return list(dict.fromkeys(pieces))
 
 

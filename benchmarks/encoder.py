@@ -1,0 +1,729 @@
+"""The BERT encoder beside what a user could pick instead, on the same ragged batches.
+
+    python benchmarks/encoder.py                          # this machine's processor
+    python benchmarks/encoder.py --device cuda            # the GPU workloads
+    python benchmarks/encoder.py --device cuda --rows "base ragged" --skip hf_compile
+
+All systems of a row run interleaved, round by round, so that a disturbance or a clock change hits
+all of them; figures are medians. A system that is not installed is left out and named. Weights are
+random, with BERT's shapes; `ours` and HF share them, and their outputs are compared in every row.
+
+CPU columns       hf, compile, onnxruntime, openvino, ctranslate2 (all padded to the longest but
+                  the last), packed (plain torch, no pads), gemms (the matrix products alone), ours
+CUDA columns      hf_sdpa, hf_compile, hf_sdpa_graph, bt_nested, packed_fa2, packed_fa2_graph,
+                  packed_compile_graph, gemms_graph, ours (in a CUDA graph), ours_eager
+                  hf_* and ours include the embeddings, the others get hidden states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ft_handler import build_info, load_library
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from provenance import provenance
+
+Run = Callable[[], Any]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# layers, hidden, intermediate, heads
+MODELS = {"minilm": (6, 384, 1536, 12), "base": (12, 768, 3072, 12), "large": (24, 1024, 4096, 16)}
+
+# The order matters: lengths are drawn row by row from one generator.
+CUDA_ROWS = [
+    ("base", "fixed", 1, 32),
+    ("base", "fixed", 1, 128),
+    ("base", "fixed", 8, 128),
+    ("base", "fixed", 1, 384),
+    ("base", "fixed", 32, 128),
+    ("base", "ragged", 16, 64),
+    ("base", "ragged", 16, 128),
+    ("base", "ragged", 16, 256),
+    ("base", "ragged", 16, 512),
+    ("base", "ragged", 64, 128),
+    ("base", "ragged", 128, 128),
+    ("base", "ragged", 64, 384),
+    ("base", "ragged", 256, 384),
+    ("large", "fixed", 1, 128),
+    ("large", "ragged", 64, 384),
+]
+
+
+def draw_lengths(kind: str, batch: int, longest: int, rng: np.random.Generator) -> np.ndarray:
+    """`[batch]` lengths: all `longest`, or uniform in [0.2, 1] x `longest`, the first the longest."""
+    if kind == "fixed":
+        return np.full(batch, longest)
+    lengths = rng.integers(int(0.2 * longest), longest + 1, size=batch)
+    lengths[0] = longest
+    return lengths
+
+
+class Batch:
+    """One ragged batch, padded and packed."""
+
+    def __init__(self, lengths: np.ndarray, device: str) -> None:
+        self.lengths = [int(n) for n in lengths]
+        self.batch, self.longest = len(self.lengths), max(self.lengths)
+        self.total, self.padded = sum(self.lengths), len(self.lengths) * max(self.lengths)
+        self.ids = torch.randint(1000, 30000, (self.batch, self.longest), device=device)
+        columns = torch.arange(self.longest, device=device)[None]
+        self.mask = (columns < torch.tensor(self.lengths, device=device)[:, None]).long()
+        self.packed_ids = self.ids[self.mask.bool()]
+        self.types = torch.zeros_like(self.packed_ids)
+        edges = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.offsets = [int(e) for e in edges]
+        self.cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=device)
+
+    def gflop(self, layers: int, hidden: int, inner: int) -> float:
+        """Multiply-adds counted twice: matrix products and attention, without pads."""
+        products = 2 * self.total * (4 * hidden * hidden + 2 * hidden * inner)
+        return layers * (products + sum(4 * n * n * hidden for n in self.lengths)) / 1e9
+
+
+def bert(shape: tuple[int, int, int, int], longest: int) -> torch.nn.Module:
+    """A random `BertModel` without its pooler."""
+    from transformers import BertConfig, BertModel
+
+    layers, hidden, inner, heads = shape
+    config = BertConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        max_position_embeddings=max(512, longest),
+    )
+    return BertModel(config, add_pooling_layer=False).eval()
+
+
+def our_encoder(model: torch.nn.Module, heads: int, batch: Batch) -> Run:
+    """`fastertransformer.encoder` over the weights of an HF `BertModel`."""
+    ops = torch.ops.fastertransformer
+    e, layers = model.embeddings, list(model.encoder.layer)
+
+    def stack(get: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        return torch.stack([get(layer).detach() for layer in layers]).contiguous()
+
+    def qkv(name: str) -> torch.Tensor:
+        return stack(
+            lambda layer: torch.cat(
+                [getattr(getattr(layer.attention.self, p), name) for p in ("query", "key", "value")]
+            )
+        )
+
+    def weight(get: Callable[[Any], Any]) -> list[torch.Tensor]:
+        return [ops.prepare_weight(stack(lambda x: get(x).weight)), stack(lambda x: get(x).bias)]
+
+    def norm(get: Callable[[Any], Any]) -> list[torch.Tensor]:
+        return [stack(lambda x: get(x).weight), stack(lambda x: get(x).bias)]
+
+    parameters = [
+        e.word_embeddings.weight.detach(),
+        e.position_embeddings.weight.detach(),
+        e.token_type_embeddings.weight.detach(),
+        e.LayerNorm.weight.detach(),
+        e.LayerNorm.bias.detach(),
+        ops.prepare_weight(qkv("weight")),
+        qkv("bias"),
+        *weight(lambda x: x.attention.output.dense),
+        *norm(lambda x: x.attention.output.LayerNorm),
+        *weight(lambda x: x.intermediate.dense),
+        *weight(lambda x: x.output.dense),
+        *norm(lambda x: x.output.LayerNorm),
+    ]
+
+    def run() -> torch.Tensor:
+        return ops.encoder(
+            batch.packed_ids, batch.types, None, batch.cu_seqlens, batch.longest, *parameters,
+            heads, 1e-12,
+        )  # fmt: skip
+
+    return run
+
+
+def hf_run(model: torch.nn.Module, batch: Batch) -> Run:
+    return lambda: model(batch.ids, batch.mask).last_hidden_state
+
+
+def difference(ours: torch.Tensor, padded: torch.Tensor, batch: Batch) -> float:
+    """Largest difference over the real tokens."""
+    return float((ours.float() - padded[batch.mask.bool()].float()).abs().max())
+
+
+# -- processor -----------------------------------------------------------------------------------
+
+
+def packed_torch(model: torch.nn.Module, heads: int, batch: Batch) -> Run:
+    """Plain torch without pads: linear layers over all tokens, attention sequence by sequence."""
+    e, layers = model.embeddings, list(model.encoder.layer)
+    positions = torch.cat([torch.arange(n) for n in batch.lengths])
+    spans = list(zip(batch.offsets[:-1], batch.offsets[1:], strict=True))
+
+    def run() -> torch.Tensor:
+        x = e.word_embeddings(batch.packed_ids) + e.position_embeddings(positions)
+        x = e.LayerNorm(x + e.token_type_embeddings.weight[0])
+        total, hidden = x.shape
+        for layer in layers:
+            own = layer.attention.self
+            q, k, v = (
+                p(x).view(total, heads, hidden // heads) for p in (own.query, own.key, own.value)
+            )
+            mixed = torch.empty_like(q)
+            for a, b in spans:
+                part = (t[a:b].transpose(0, 1) for t in (q, k, v))
+                mixed[a:b] = F.scaled_dot_product_attention(*part).transpose(0, 1)
+            out = layer.attention.output
+            x = out.LayerNorm(out.dense(mixed.view(total, hidden)) + x)
+            x = layer.output.LayerNorm(layer.output.dense(F.gelu(layer.intermediate.dense(x))) + x)
+        return x
+
+    return run
+
+
+def gemms(shape: tuple[int, int, int, int], total: int, dtype: torch.dtype, device: str) -> Run:
+    """The encoder's matrix products alone, each layer with weights of its own."""
+    layers, hidden, inner, _ = shape
+    sizes = [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
+    weights = [[torch.nn.Linear(k, n).to(device, dtype) for n, k in sizes] for _ in range(layers)]
+    inputs = {k: torch.randn(total, k, device=device, dtype=dtype) for k in {hidden, inner}}
+
+    def run() -> None:
+        for layer in weights:
+            for linear in layer:
+                linear(inputs[linear.in_features])
+
+    return run
+
+
+def onnx_file(model: torch.nn.Module, batch: Batch, folder: Path) -> Path:
+    """The model exported with free batch and length."""
+
+    class Hidden(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, mask).last_hidden_state
+
+    path = folder / "model.onnx"
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    torch.onnx.export(
+        Hidden(), (batch.ids, batch.mask), path, input_names=["ids", "mask"], output_names=["out"],
+        dynamo=True, external_data=True, dynamic_shapes={"ids": free, "mask": free}, verbose=False,
+    )  # fmt: skip
+    return path
+
+
+def onnxruntime_run(path: Path, shape: tuple[int, int, int, int], batch: Batch) -> Run:
+    import onnxruntime
+    from onnxruntime.transformers import optimizer
+
+    fused = path.with_name("fused.onnx")
+    # opt_level 1: the graph fusions for BERT, as the vendor's own recipe has it.
+    graph = optimizer.optimize_model(
+        str(path), model_type="bert", num_heads=shape[3], hidden_size=shape[1], opt_level=1
+    )
+    graph.save_model_to_file(str(fused), use_external_data_format=True)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(fused), options, providers=["CPUExecutionProvider"])
+    feeds = {"ids": batch.ids.numpy(), "mask": batch.mask.numpy()}
+    return lambda: session.run(None, feeds)
+
+
+def openvino_run(path: Path, precision: str, batch: Batch) -> Run:
+    import openvino
+
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    feeds = {"ids": batch.ids.numpy(), "mask": batch.mask.numpy()}
+    return lambda: request.infer(feeds)
+
+
+def ctranslate2_folder(shape: tuple[int, int, int, int], folder: Path) -> Path:
+    """A checkpoint of the same shape, converted; its converter wants a pooler and a tokenizer."""
+    import ctranslate2
+    import transformers
+
+    config = transformers.BertConfig(
+        num_hidden_layers=shape[0], hidden_size=shape[1], intermediate_size=shape[2],
+        num_attention_heads=shape[3],
+    )  # fmt: skip
+    # The converter reads an attribute that newer transformers dropped.
+    transformers.BertConfig.position_embedding_type = "absolute"
+    source = folder / "checkpoint"
+    transformers.BertModel(config).eval().save_pretrained(source)
+    names = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    names += [f"token{i}" for i in range(config.vocab_size - len(names))]
+    (source / "vocab.txt").write_text("\n".join(names))
+    transformers.BertTokenizer(str(source / "vocab.txt")).save_pretrained(source)
+    target = folder / "ctranslate2"
+    ctranslate2.converters.TransformersConverter(str(source)).convert(str(target), force=True)
+    return target
+
+
+def ctranslate2_run(folder: Path, compute_type: str, batch: Batch) -> Run:
+    import ctranslate2
+
+    encoder = ctranslate2.Encoder(
+        str(folder), device="cpu", compute_type=compute_type,
+        intra_threads=torch.get_num_threads(),
+    )  # fmt: skip
+    if encoder.compute_type != compute_type:
+        raise RuntimeError(f"this processor falls back from {compute_type}")
+    sequences = [batch.ids[i, :n].tolist() for i, n in enumerate(batch.lengths)]
+    return lambda: encoder.forward_batch(sequences)
+
+
+def cpu_row(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All systems on one ragged batch."""
+    shape = MODELS[arguments.model]
+    heads = shape[3]
+    rng = np.random.default_rng(0)
+    batch = Batch(draw_lengths("ragged", arguments.batch, arguments.max_length, rng), "cpu")
+    systems: dict[str, Run] = {}
+    missing: dict[str, str] = {}
+    reference: torch.Tensor | None = None
+    differences: dict[str, float] = {}
+
+    def add(name: str, make: Callable[[], Run]) -> None:
+        """Build and warm a system up, or note why not."""
+        if not wanted(name, arguments):
+            return
+        say(f"preparing {name}")
+        try:
+            run = make()
+            run()
+            run()
+            systems[name] = run
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        folder = Path(scratch)
+        model = bert(shape, batch.longest)
+        copies = {"fp32": model}
+        if "bf16" in arguments.precisions:
+            half = bert(shape, batch.longest)
+            half.load_state_dict(model.state_dict())
+            copies["bf16"] = half.bfloat16()
+        reference = hf_run(model, batch)()
+        for precision, copy in copies.items():
+            if precision not in arguments.precisions:
+                continue
+            add(f"hf_{precision}", lambda copy=copy: hf_run(copy, batch))
+            add(f"compile_{precision}", lambda copy=copy: hf_run(torch.compile(copy), batch))
+            add(f"packed_{precision}", lambda copy=copy: packed_torch(copy, heads, batch))
+            dtype = next(copy.parameters()).dtype
+            add(f"gemms_{precision}", lambda dt=dtype: gemms(shape, batch.total, dt, "cpu"))
+            add(f"ours_{precision}", lambda copy=copy: our_encoder(copy, heads, batch))
+            if f"ours_{precision}" in systems:
+                mine = systems[f"ours_{precision}"]()
+                differences[f"ours_{precision}"] = difference(mine, reference, batch)
+        with_int8 = [*arguments.precisions, *(["int8"] if arguments.int8 else [])]
+        exported: Path | None = None
+        if any(wanted(f"{engine}_fp32", arguments) for engine in ("onnxruntime", "openvino")):
+            say("exporting to ONNX")
+            try:
+                # Exporting needs autograd's ordinary tensors.
+                with torch.inference_mode(False), torch.no_grad(), quiet():
+                    plain = bert(shape, batch.longest)
+                    exported = onnx_file(plain, Batch(np.array(batch.lengths), "cpu"), folder)
+            except Exception as error:
+                missing["onnx export"] = f"{type(error).__name__}: {str(error)[:120]}"
+        if exported:
+            add("onnxruntime_fp32", lambda: onnxruntime_run(exported, shape, batch))
+            for precision in arguments.precisions:
+                hint = {"fp32": "f32", "bf16": "bf16"}[precision]
+                add(f"openvino_{precision}", lambda h=hint: openvino_run(exported, h, batch))
+        converted: Path | None = None
+        if any(wanted(f"ctranslate2_{p}", arguments) for p in with_int8):
+            try:
+                with torch.inference_mode(False), quiet():
+                    converted = ctranslate2_folder(shape, folder)
+            except Exception as error:
+                missing["ctranslate2"] = f"{type(error).__name__}: {str(error)[:120]}"
+        if converted:
+            names = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+            for precision in with_int8:
+                add(
+                    f"ctranslate2_{precision}",
+                    lambda p=precision: ctranslate2_run(converted, names[p], batch),
+                )
+        times: dict[str, list[float]] = {name: [] for name in systems}
+        for i in range(arguments.rounds):
+            say(f"round {i + 1} of {arguments.rounds}")
+            for name, run in systems.items():
+                start = time.perf_counter()
+                run()
+                times[name].append((time.perf_counter() - start) * 1e3)
+    say("")
+    return {
+        "workload": f"{arguments.model} ragged b{batch.batch} s{batch.longest}",
+        "tokens": batch.total,
+        "padded": batch.padded,
+        "gflop": batch.gflop(*shape[:3]),
+        "ms": {name: statistics.median(t) for name, t in times.items()},
+        "quartiles": {name: np.quantile(t, [0.25, 0.75]).tolist() for name, t in times.items()},
+        "max_difference_from_hf_fp32": differences,
+        "missing": missing,
+    }
+
+
+def print_cpu(row: dict[str, Any]) -> None:
+    """System by precision: milliseconds, and the ratio to the GEMMs alone of that precision."""
+    ms = row["ms"]
+    print(
+        f"\n{row['workload']}: {row['tokens']} tokens, {row['padded']} padded; median ms "
+        "(x the GEMMs alone)"
+    )
+    precisions = [p for p in ("fp32", "bf16", "int8") if any(n.endswith("_" + p) for n in ms)]
+    print(f"{'system':14}" + "".join(f"{p:>22}" for p in precisions))
+    for system in dict.fromkeys(name.rpartition("_")[0] for name in ms):
+        line = f"{system:14}"
+        for precision in precisions:
+            value, floor = ms.get(f"{system}_{precision}"), ms.get(f"gemms_{precision}")
+            cell = "" if value is None else f"{value:.1f}"
+            line += f"{cell + (f' ({value / floor:.2f}x)' if value and floor else ''):>22}"
+        print(line)
+    for name, why in row["missing"].items():
+        print(f"left out: {name}: {why}")
+    for name, value in row["max_difference_from_hf_fp32"].items():
+        print(f"largest difference {name} from HF fp32: {value:.2e}")
+
+
+# -- GPU -----------------------------------------------------------------------------------------
+
+
+class PackedLayer(torch.nn.Module):
+    """One encoder layer over packed tokens, with FlashAttention 2's variable-length kernel."""
+
+    def __init__(self, hidden: int, inner: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = torch.nn.Linear(hidden, 3 * hidden)
+        self.out = torch.nn.Linear(hidden, hidden)
+        self.norm1 = torch.nn.LayerNorm(hidden, eps=1e-12)
+        self.up = torch.nn.Linear(hidden, inner)
+        self.down = torch.nn.Linear(inner, hidden)
+        self.norm2 = torch.nn.LayerNorm(hidden, eps=1e-12)
+
+    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:
+        total, hidden = x.shape
+        q, k, v = self.qkv(x).view(total, 3, self.heads, hidden // self.heads).unbind(1)
+        mixed = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, False, False
+        )[0]
+        x = self.norm1(x + self.out(mixed.reshape(total, hidden)))
+        return self.norm2(x + self.down(F.gelu(self.up(x))))
+
+
+class PackedStack(torch.nn.Module):
+    """The encoder's layers over packed tokens."""
+
+    def __init__(self, layers: int, hidden: int, inner: int, heads: int) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            [PackedLayer(hidden, inner, heads) for _ in range(layers)]
+        )
+
+    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, cu_seqlens, longest)
+        return x
+
+
+def graphed(run: Run) -> Run:
+    """`run` captured in a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def cuda_times(systems: dict[str, Run], rounds: int, iterations: int) -> dict[str, list[float]]:
+    """Milliseconds by CUDA events, `rounds` x `iterations` a system, interleaved by rounds."""
+    times: dict[str, list[float]] = {name: [] for name in systems}
+    for run in systems.values():
+        for _ in range(10):
+            run()
+    torch.cuda.synchronize()
+    for _ in range(rounds):
+        for name, run in systems.items():
+            run()
+            for _ in range(iterations):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                run()
+                end.record()
+                torch.cuda.synchronize()
+                times[name].append(start.elapsed_time(end))
+    return times
+
+
+def kernel_profile(run: Run) -> list[dict[str, Any]]:
+    """Calls and microseconds of every kernel of one forward, the dearest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(5):
+            run()
+        torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = {}
+    for event in recorded.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels.setdefault(event.name[:140], []).append(event.device_time_total)
+    rows = [{"kernel": name, "calls": len(t) / 5, "us": sum(t) / 5} for name, t in kernels.items()]
+    return sorted(rows, key=lambda row: -row["us"])
+
+
+def cuda_row(
+    name: str, shape: tuple[int, int, int, int], batch: Batch, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """All columns of one workload."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
+    layers, hidden, inner, heads = shape
+    systems: dict[str, Run] = {}
+    missing: dict[str, str] = {}
+
+    def add(column: str, make: Callable[[], Run]) -> None:
+        if not wanted(column, arguments):
+            return
+        try:
+            run = make()
+            run()
+            torch.cuda.synchronize()
+            systems[column] = run
+        except Exception as error:
+            missing[column] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+
+    model = bert(shape, batch.longest).to("cuda", dtype)
+    hf = hf_run(model, batch)
+    ours = our_encoder(model, heads, batch)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    error = difference(ours(), hf(), batch)
+    torch.cuda.reset_peak_memory_stats()
+    ours()
+    workspace = (torch.cuda.max_memory_allocated() - before) / 2**20
+    add("ours", lambda: graphed(ours))
+    add("ours_eager", lambda: ours)
+    add("hf_sdpa", lambda: hf)
+    add("hf_compile", lambda: hf_run(torch.compile(model), batch))
+    add("hf_sdpa_graph", lambda: graphed(hf))
+    padded = torch.randn(batch.batch, batch.longest, hidden, device="cuda", dtype=dtype)
+    absent = batch.mask == 0
+
+    def nested() -> Run:
+        layer = torch.nn.TransformerEncoderLayer(
+            hidden, heads, inner, activation="gelu", batch_first=True
+        )
+        stack = torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=True)
+        stack.to("cuda", dtype).eval()
+        return lambda: stack(padded, src_key_padding_mask=absent)
+
+    add("bt_nested", nested)
+    packed = PackedStack(*shape).to("cuda", dtype).eval()
+    x = torch.randn(batch.total, hidden, device="cuda", dtype=dtype)
+    add("packed_fa2", lambda: lambda: packed(x, batch.cu_seqlens, batch.longest))
+    add("packed_fa2_graph", lambda: graphed(lambda: packed(x, batch.cu_seqlens, batch.longest)))
+
+    def compiled() -> Run:
+        fast = torch.compile(packed)
+        return graphed(lambda: fast(x, batch.cu_seqlens, batch.longest))
+
+    add("packed_compile_graph", compiled)
+    add("gemms_graph", lambda: graphed(gemms(shape, batch.total, dtype, "cuda")))
+    times = cuda_times(systems, arguments.rounds, arguments.iterations)
+    ms = {column: statistics.median(t) for column, t in times.items()}
+    row: dict[str, Any] = {
+        "workload": name,
+        "tokens": batch.total,
+        "padded": batch.padded,
+        "gflop": batch.gflop(*shape[:3]),
+        "weight_mib": layers * (4 * hidden * hidden + 2 * hidden * inner) * 2 / 2**20,
+        "ms": ms,
+        "max_difference_from_hf": error,
+        "workspace_mib": workspace,
+        "missing": missing,
+    }
+    if "ours" in ms:
+        row["tflops"] = row["gflop"] / ms["ours"]
+    if arguments.kernels:
+        row["kernels"] = kernel_profile(ours)
+    torch.compiler.reset()
+    return row
+
+
+def cuda_rows(arguments: argparse.Namespace, save: Callable[[list[Any]], None]) -> list[Any]:
+    """Every selected workload; saved after each, so that a stop loses nothing."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for model, kind, count, longest in CUDA_ROWS:
+        lengths = draw_lengths(kind, count, longest, rng)  # also for rows that are left out
+        name = f"{model} {kind} b{count} s{longest}"
+        if arguments.rows and not any(part in name for part in arguments.rows):
+            continue
+        # no_grad, not inference_mode: torch.compile reuses what the eager columns made.
+        with torch.no_grad(), quiet():
+            row = cuda_row(name, MODELS[model], Batch(lengths, "cuda"), arguments)
+        torch.cuda.empty_cache()
+        rows.append(row)
+        save(rows)
+        print_cuda(row)
+    return rows
+
+
+def print_cuda(row: dict[str, Any]) -> None:
+    """One line a row: milliseconds of every column and the two ratios that matter."""
+    ms = row["ms"]
+    cells = " ".join(f"{column} {value:.3f}" for column, value in ms.items())
+    line = f"{row['workload']} T={row['tokens']} | {cells}"
+    if "ours" in ms:
+        others = [v for c, v in ms.items() if not c.startswith(("ours", "gemms"))]
+        if others:
+            line += f" | best other x{ms['ours'] / min(others):.3f}"
+        if "gemms_graph" in ms:
+            line += f" | GEMMs x{ms['ours'] / ms['gemms_graph']:.3f}"
+    print(line + f" | diff {row['max_difference_from_hf']:.1e}", flush=True)
+    for column, why in row["missing"].items():
+        print(f"  left out: {column}: {why}", flush=True)
+
+
+# -- both ----------------------------------------------------------------------------------------
+
+
+class quiet(warnings.catch_warnings):
+    """Silence the warnings of other engines; ours raise in the tests."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
+
+
+def wanted(column: str, arguments: argparse.Namespace) -> bool:
+    """Whether --columns and --skip leave a column in; both take whole names or prefixes."""
+
+    def named(names: list[str]) -> bool:
+        return any(column == n or column.startswith(n + "_") for n in names)
+
+    return not named(arguments.skip) and (not arguments.columns or named(arguments.columns))
+
+
+def say(message: str) -> None:
+    """Progress on a terminal, nothing in a log."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars, one group a row, shorter is better."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = list(dict.fromkeys(column for row in rows for column in row["ms"]))
+    figure, axis = pyplot.subplots(figsize=(max(8, 1.6 * len(rows)), 5), layout="constrained")
+    width = 0.85 / len(columns)
+    for i, column in enumerate(columns):
+        places = [j + i * width for j, row in enumerate(rows) if column in row["ms"]]
+        heights = [row["ms"][column] for row in rows if column in row["ms"]]
+        colour = {"color": "black"} if column.startswith("ours") else {}
+        axis.bar(places, heights, width, label=column, **colour)
+    middle = width * (len(columns) - 1) / 2
+    axis.set_xticks([j + middle for j in range(len(rows))])
+    axis.set_xticklabels([row["workload"] for row in rows], rotation=30, ha="right", fontsize=8)
+    axis.set_ylabel("milliseconds, median")
+    axis.set_yscale("log")
+    axis.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def arguments_of(given: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--columns", nargs="*", default=[], help="only these columns")
+    parser.add_argument("--skip", nargs="*", default=[], help="columns to leave out")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results/)")
+    parser.add_argument("--no-plot", action="store_true")
+    cpu = parser.add_argument_group("cpu")
+    cpu.add_argument("--model", choices=tuple(MODELS), default="base")
+    cpu.add_argument("--batch", type=int, default=16)
+    cpu.add_argument("--max-length", type=int, default=128)
+    cpu.add_argument("--precisions", nargs="*", default=["fp32", "bf16"], choices=("fp32", "bf16"))
+    cpu.add_argument("--int8", action="store_true", help="CTranslate2's int8 as well")
+    cpu.add_argument("--threads", type=int, help="default: all processors")
+    gpu = parser.add_argument_group("cuda")
+    gpu.add_argument(
+        "--rows", nargs="*", default=[], help="only rows whose name holds one of these"
+    )
+    gpu.add_argument("--iterations", type=int, default=20, help="a round")
+    gpu.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16")
+    gpu.add_argument("--kernels", action="store_true", help="profile ours kernel by kernel")
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> None:
+    arguments = arguments_of(given)
+    torch.manual_seed(0)
+    if arguments.device == "cpu":
+        torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
+    load_library()
+    record = provenance(library=build_info())
+    stamp = record["date"][:10]
+    default = RESULTS / f"{arguments.device}-encoder-{stamp}.json"
+    out: Path = arguments.out or default
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    def save(rows: list[Any]) -> None:
+        out.write_text(json.dumps({"provenance": record, "rows": rows}, indent=1) + "\n")
+
+    if arguments.device == "cpu":
+        with quiet():
+            rows = [cpu_row(arguments)]
+        print_cpu(rows[0])
+    else:
+        rows = cuda_rows(arguments, save)
+    save(rows)
+    print(f"written: {out}")
+    if not arguments.no_plot and rows:
+        try:
+            plot(rows, out.with_suffix(".png"))
+            print(f"plotted: {out.with_suffix('.png')}")
+        except ImportError:
+            print("no plot: matplotlib is not installed (pip install 'ft-handler[bench]')")
+
+
+if __name__ == "__main__":
+    main()
