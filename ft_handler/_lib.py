@@ -79,7 +79,7 @@ def load_library(path: str | os.PathLike[str] | None = None) -> Path:
             listed = ", ".join(str(p) for p in tried)
             raise LibraryError(f"{LIBRARY} not found; tried {listed}; {MEND}")
         try:
-            torch.ops.load_library(str(found))
+            torch.ops.load_library(str(found))  # type: ignore[no-untyped-call]
         except (OSError, RuntimeError) as error:
             raise LibraryError(f"{found} does not load: {error}; {MEND}") from error
         check_build(json.loads(getattr(torch.ops, NAMESPACE).build_info()), found)

@@ -106,7 +106,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 def check_config(config: Any, origin: str) -> Architecture:
     """The row for a transformers configuration; raises ModelError naming what is not served."""
-    kind = getattr(config, "model_type", None)
+    kind = str(getattr(config, "model_type", None))
     if kind not in ARCHITECTURES:
         served = ", ".join(sorted(ARCHITECTURES))
         raise ModelError(f"{origin}: architecture {kind!r} is not served; served: {served}")
@@ -384,7 +384,7 @@ def import_transformers() -> Any:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence loading reports and progress bars: what they say is checked and said once, by us."""
-    from huggingface_hub import utils as hub_utils
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging as hf_logging
 
     before = hf_logging.get_verbosity()
@@ -392,7 +392,7 @@ def quiet_transformers() -> Iterator[None]:
     hf_logging.set_verbosity(logging.CRITICAL)
     hf_logging.disable_progress_bar()
     if bars:  # downloads still show theirs
-        hub_utils.enable_progress_bars()
+        enable_progress_bars()
     try:
         yield
     finally:

@@ -4,8 +4,6 @@ T tokens, B sequences, S padded length, H hidden, I intermediate, L layers. The 
 travels inside it as the extra file `ft_handler.json`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -60,7 +58,7 @@ class ModelInfo:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str | bytes, origin: str = METADATA_FILE) -> ModelInfo:
+    def from_json(cls, text: str | bytes, origin: str = METADATA_FILE) -> "ModelInfo":
         """Read metadata back; raises ModelError naming what is missing, unknown or mistyped."""
         try:
             raw = json.loads(text)
@@ -108,6 +106,12 @@ class GemmWeights(nn.Module):
 
     Prepared weights depend on the processor and are never serialised.
     """
+
+    # Annotations are read by TorchScript too, which cannot resolve strings: no __future__ import.
+    raw_qkv: Tensor
+    raw_out: Tensor
+    raw_up: Tensor
+    raw_down: Tensor
 
     def __init__(self, qkv: Tensor, out: Tensor, up: Tensor, down: Tensor) -> None:
         super().__init__()
@@ -182,6 +186,20 @@ class Encoder(nn.Module):
     """BERT's encoder over packed tokens, on the fused op; parameters in the file's dtype."""
 
     __constants__ = ("eps", "max_positions", "num_heads")
+
+    word: Tensor
+    position: Tensor
+    token_type: Tensor
+    emb_gamma: Tensor
+    emb_beta: Tensor
+    qkv_bias: Tensor
+    out_bias: Tensor
+    ln1_gamma: Tensor
+    ln1_beta: Tensor
+    up_bias: Tensor
+    down_bias: Tensor
+    ln2_gamma: Tensor
+    ln2_beta: Tensor
 
     def __init__(self, weights: Mapping[str, Tensor], num_heads: int, eps: float) -> None:
         super().__init__()
@@ -291,6 +309,10 @@ class SequenceClassifier(nn.Module):
     """Encoder, pooler and classifier; the head is kept and computed in fp32."""
 
     __constants__ = ("max_positions", "num_labels")
+    pooler_weight: Tensor
+    pooler_bias: Tensor
+    classifier_weight: Tensor
+    classifier_bias: Tensor
 
     def __init__(self, encoder: Encoder, head: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -358,6 +380,8 @@ class QuestionAnswerer(nn.Module):
     """Encoder and span head; the head is kept and computed in fp32."""
 
     __constants__ = ("max_positions", "pad_logit")
+    qa_weight: Tensor
+    qa_bias: Tensor
 
     def __init__(self, encoder: Encoder, head: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -517,7 +541,7 @@ def load_model(
     if target.type == "cuda":
         check_device(target)
     try:
-        module = torch.jit.load(str(path), map_location=target)
+        module: Any = torch.jit.load(str(path), map_location=target)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(

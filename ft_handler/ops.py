@@ -8,7 +8,8 @@ wrong values raise RuntimeError in words; on CUDA ids are clamped, since checkin
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -164,11 +165,14 @@ def encoder(
     )
 
 
-def _fake(name: str) -> str:
-    return f"{NAMESPACE}::{name}"
+_Kernel = TypeVar("_Kernel", bound=Callable[..., object])
 
 
-@torch.library.register_fake(_fake("prepare_weight"))
+def _fake(name: str) -> Callable[[_Kernel], _Kernel]:
+    return cast("Callable[[_Kernel], _Kernel]", torch.library.register_fake(f"{NAMESPACE}::{name}"))
+
+
+@_fake("prepare_weight")
 def _prepare_weight_fake(weight: Tensor) -> Tensor:
     if weight.device.type != "cpu":
         return torch.empty_like(weight, memory_format=torch.contiguous_format)
@@ -177,7 +181,7 @@ def _prepare_weight_fake(weight: Tensor) -> Tensor:
     return weight.new_empty(size, dtype=torch.uint8)
 
 
-@torch.library.register_fake(_fake("remove_padding"))
+@_fake("remove_padding")
 def _remove_padding_fake(
     input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.SymInt]:
@@ -193,14 +197,14 @@ def _remove_padding_fake(
     )
 
 
-@torch.library.register_fake(_fake("restore_padding"))
+@_fake("restore_padding")
 def _restore_padding_fake(
     packed: Tensor, token_indices: Tensor, batch: int, seqlen: int, fill: float
 ) -> Tensor:
     return packed.new_empty((batch, seqlen, *packed.shape[1:]))
 
 
-@torch.library.register_fake(_fake("embedding_layer_norm"))
+@_fake("embedding_layer_norm")
 def _embedding_layer_norm_fake(
     input_ids: Tensor,
     token_type_ids: Tensor,
@@ -216,7 +220,7 @@ def _embedding_layer_norm_fake(
     return word.new_empty((input_ids.shape[0], word.shape[1]))
 
 
-@torch.library.register_fake(_fake("linear"))
+@_fake("linear")
 def _linear_fake(
     input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool
 ) -> Tensor:
@@ -232,26 +236,26 @@ def _linear_fake(
     return input.new_empty((input.shape[0], outputs))
 
 
-@torch.library.register_fake(_fake("varlen_attention"))
+@_fake("varlen_attention")
 def _varlen_attention_fake(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int
 ) -> Tensor:
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
 
 
-@torch.library.register_fake(_fake("residual_layer_norm"))
+@_fake("residual_layer_norm")
 def _residual_layer_norm_fake(
     input: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float
 ) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake(_fake("bias_gelu"))
+@_fake("bias_gelu")
 def _bias_gelu_fake(input: Tensor, bias: Tensor | None) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake(_fake("encoder"))
+@_fake("encoder")
 def _encoder_fake(
     input_ids: Tensor,
     token_type_ids: Tensor,

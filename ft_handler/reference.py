@@ -151,7 +151,7 @@ def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads
             continue
         q, k, v = (
             part.reshape(end - start, num_heads, head_dim).transpose(0, 1)
-            for part in qkv[start:end].float().split(hidden, dim=1)
+            for part in torch.split(qkv[start:end].float(), hidden, dim=1)
         )
         probabilities = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(head_dim), dim=-1)
         out[start:end] = (probabilities @ v).transpose(0, 1).reshape(end - start, hidden)
@@ -264,7 +264,7 @@ def padded_encoder(
         qkv = F.linear(x, qkv_weight[i].float(), qkv_bias[i].float())
         q, k, v = (
             part.reshape(batch, seqlen, num_heads, -1).transpose(1, 2)
-            for part in qkv.split(hidden, dim=2)
+            for part in torch.split(qkv, hidden, dim=2)
         )
         scores = q @ k.transpose(2, 3) / math.sqrt(hidden // num_heads)
         scores = scores.masked_fill(hidden_keys, torch.finfo(torch.float32).min)
