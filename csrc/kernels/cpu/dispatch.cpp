@@ -1,0 +1,468 @@
+// Picks the instruction set and schedules its serial kernels over threads.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "kernels/cpu/isa.h"
+
+namespace ft::cpu {
+namespace {
+
+// ---- instruction sets --------------------------------------------------------------------------
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512) found.push_back(&kAvx512);
+  if (avx2) found.push_back(&kAvx2);
+#endif
+  found.push_back(&kPortable);
+  return found;
+}
+
+const Kernels& choose() {
+  const std::vector<const Kernels*> found = available();
+  const char* wanted = std::getenv("FT_HANDLER_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return *found.front();
+  for (const Kernels* k : found) {
+    if (std::strcmp(k->name, wanted) == 0) return *k;
+  }
+  throw std::runtime_error("FT_HANDLER_CPU_ISA must be one of " + isas_available() +
+                           " on this processor, is " + wanted);
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+// ---- threads -----------------------------------------------------------------------------------
+
+// f(task, worker) for every task in [0, tasks); workers take the next task as they come free, so a
+// thread that the system holds up delays nothing but its own task.
+template <typename Function>
+void for_tasks(const Threads& threads, int64_t tasks, const Function& f) {
+  const int workers = static_cast<int>(std::min<int64_t>(threads.count, tasks));
+  if (workers <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) f(task, 0);
+    return;
+  }
+  struct Context {
+    const Function& f;
+    int64_t tasks;
+    std::atomic<int64_t> next{0};
+  } context{f, tasks, {}};
+  threads.launch(
+      workers,
+      [](void* opaque, int worker) {
+        auto& c = *static_cast<Context*>(opaque);
+        for (int64_t t = c.next.fetch_add(1); t < c.tasks; t = c.next.fetch_add(1)) c.f(t, worker);
+      },
+      &context);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// f(m0, m1, worker) over blocks of rows.
+template <typename Function>
+void for_rows(const Threads& threads, int64_t rows, int64_t block, const Function& f) {
+  for_tasks(threads, ceil_div(rows, block), [&](int64_t task, int worker) {
+    f(task * block, std::min(rows, (task + 1) * block), worker);
+  });
+}
+
+// ---- workspace ---------------------------------------------------------------------------------
+
+constexpr int64_t kAlign = 64;
+int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
+
+// Hands out pieces of the workspace; with no memory behind it, only counts them.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <typename T = void>
+  T* take(int64_t bytes) {
+    char* piece = memory_ ? memory_ + used_ : nullptr;
+    used_ += aligned(bytes);
+    return reinterpret_cast<T*>(piece);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+// One piece for each worker.
+struct Scratch {
+  char* memory;
+  int64_t stride;
+  template <typename T = void>
+  T* of(int worker) const {
+    return reinterpret_cast<T*>(memory + worker * stride);
+  }
+};
+
+Scratch take_scratch(Arena& arena, const Threads& threads, int64_t bytes) {
+  // A cache line pair between workers: neighbours must not share what the prefetcher fetches.
+  const int64_t stride = aligned(bytes) + 2 * kAlign;
+  return {arena.take<char>(stride * threads.count), stride};
+}
+
+// Leading dimension of an activation: whole vectors, and off the powers of two that would put the
+// rows of a tile on the same cache sets.
+int64_t leading(int64_t width) { return ceil_div(width, 32) * 32 + 32; }
+
+const float* as_float(Array array, int64_t count, Arena& arena, bool fill) {
+  if (array.dtype == DType::kFloat32) return static_cast<const float*>(array.data);
+  float* out = arena.take<float>(count * 4);
+  if (fill && array.data) {
+    kernels().convert(array.data, array.dtype, out, DType::kFloat32, count);
+  }
+  return array.data || !fill ? out : nullptr;
+}
+
+const BlobHeader& header(const void* blob) { return *static_cast<const BlobHeader*>(blob); }
+
+const void* layer_of(const void* blob, int64_t layer) {
+  return static_cast<const char*>(blob) + kBlobHeader + layer * header(blob).layer_bytes;
+}
+
+// ---- stages ------------------------------------------------------------------------------------
+
+void run_gemm(const Gemm& g, int64_t tokens, const Scratch& scratch, const Threads& threads) {
+  const Kernels& k = kernels();
+  const int64_t panels = ceil_div(g.n, k.nr);
+  // Tasks of about 128 columns: many enough to level the threads, wide enough to reuse the rows.
+  const int64_t width = std::max<int64_t>(1, 128 / k.nr);
+  const int64_t across = ceil_div(panels, width);
+  const int64_t blocks = ceil_div(tokens, kRowBlock);
+  const int64_t rows = ceil_div(ceil_div(tokens, std::max<int64_t>(blocks, 1)), k.mr) * k.mr;
+  for_tasks(threads, ceil_div(tokens, rows) * across, [&](int64_t task, int worker) {
+    const int64_t m0 = task / across * rows, p0 = task % across * width;
+    k.gemm(g, m0, std::min(tokens, m0 + rows), p0, std::min(panels, p0 + width),
+           scratch.of(worker));
+  });
+}
+
+void run_attention(Attention a, const int32_t* cu_seqlens, int64_t batch, int64_t heads,
+                   const Scratch& scratch, const Threads& threads) {
+  const Kernels& k = kernels();
+  constexpr int64_t kRows = 192;  // query rows of a task: they share one packing of keys and values
+  std::vector<std::pair<int64_t, int64_t>> pieces;  // sequence, first row
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t r = 0; r < cu_seqlens[b + 1] - cu_seqlens[b]; r += kRows) pieces.push_back({b, r});
+  }
+  const int64_t es = size_of(a.type), os = size_of(a.out_type);
+  for_tasks(threads, static_cast<int64_t>(pieces.size()) * heads, [&](int64_t task, int worker) {
+    const auto [b, row] = pieces[task / heads];
+    const int64_t head = task % heads, start = cu_seqlens[b];
+    Attention one = a;
+    one.length = cu_seqlens[b + 1] - start;
+    const int64_t in = (start * a.ld + head * a.head_dim) * es;
+    one.q = static_cast<const char*>(a.q) + in;
+    one.k = static_cast<const char*>(a.k) + in;
+    one.v = static_cast<const char*>(a.v) + in;
+    one.out = static_cast<char*>(a.out) + (start * a.ldo + head * a.head_dim) * os;
+    one.row0 = row;
+    one.row1 = std::min(one.length, row + kRows);
+    k.attention(one, scratch.of(worker));
+  });
+}
+
+constexpr int64_t kRowsPerTask = 16;
+
+}  // namespace
+
+const char* isa_name() { return kernels().name; }
+
+std::string isas_available() {
+  std::string names;
+  for (const Kernels* k : available()) {
+    if (!names.empty()) names += ',';
+    names += k->name;
+  }
+  return names;
+}
+
+// ---- weights -----------------------------------------------------------------------------------
+
+int64_t packed_bytes(DType dtype, int64_t layers, int64_t n, int64_t k) {
+  return kBlobHeader + layers * kernels().layer_bytes(dtype, n, k);
+}
+
+void pack_weight(const void* weight, DType dtype, int64_t layers, int64_t n, int64_t k, void* blob,
+                 const Threads& threads) {
+  const Kernels& isa = kernels();
+  BlobHeader h{kBlobMagic, isa.layout, dtype, 0, layers, n, k, isa.layer_bytes(dtype, n, k)};
+  std::memset(blob, 0, kBlobHeader);
+  std::memcpy(blob, &h, sizeof(h));
+  const int64_t panels = ceil_div(n, isa.nr);
+  for_tasks(threads, layers * panels, [&](int64_t task, int) {
+    const int64_t layer = task / panels, p = task % panels;
+    isa.pack(static_cast<const char*>(weight) + layer * n * k * size_of(dtype), dtype, n, k,
+             static_cast<char*>(blob) + kBlobHeader + layer * h.layer_bytes, p, p + 1);
+  });
+}
+
+std::string blob_fault(const void* blob, int64_t bytes) {
+  if (bytes < kBlobHeader || header(blob).magic != kBlobMagic) {
+    return "is not what prepare_weight returned";
+  }
+  const BlobHeader& h = header(blob);
+  if (h.layout != kernels().layout) {
+    return std::string("was prepared for another instruction set than ") + isa_name();
+  }
+  if (h.layer_bytes != kernels().layer_bytes(h.dtype, h.n, h.k) ||
+      bytes != kBlobHeader + h.layers * h.layer_bytes) {
+    return "has the wrong size for what its header says";
+  }
+  return "";
+}
+
+// ---- ops ---------------------------------------------------------------------------------------
+
+namespace {
+
+void embedding_plan(const Embeddings& e, int64_t tokens, int64_t hidden, DType out_dtype, void* out,
+                    Arena& arena, bool run, const Threads& threads) {
+  const float* gamma = as_float(e.gamma, hidden, arena, run);
+  const float* beta = as_float(e.beta, hidden, arena, run);
+  const Scratch scratch = take_scratch(arena, threads, hidden * 4);
+  if (!run) return;
+  const EmbedRows rows{&e, hidden, gamma, beta, out, out_dtype, hidden, nullptr, 0};
+  for_rows(threads, tokens, kRowsPerTask, [&](int64_t m0, int64_t m1, int worker) {
+    kernels().embed(rows, m0, m1, scratch.of<float>(worker));
+  });
+}
+
+}  // namespace
+
+int64_t embedding_workspace(int64_t hidden, const Threads& threads) {
+  return 2 * aligned(hidden * 4) + threads.count * (aligned(hidden * 4) + 2 * kAlign);
+}
+
+void embedding_layer_norm(const Embeddings& e, int64_t tokens, int64_t hidden, DType out_dtype,
+                          void* out, void* workspace, const Threads& threads) {
+  Arena arena(workspace);
+  embedding_plan(e, tokens, hidden, out_dtype, out, arena, true, threads);
+}
+
+int64_t linear_workspace(int64_t tokens, int64_t n, int64_t k, const Threads& threads) {
+  return aligned(tokens * leading(k) * 4) + aligned(n * 4) + aligned(tokens * n * 4) +
+         threads.count * (aligned(kernels().gemm_scratch()) + 2 * kAlign);
+}
+
+void linear(const Linear& op, int64_t tokens, void* out, void* workspace, const Threads& threads) {
+  const Kernels& isa = kernels();
+  const BlobHeader& h = header(op.blob);
+  Arena arena(workspace);
+  Gemm g{};
+  g.weight_type = h.dtype;
+  g.b = layer_of(op.blob, op.layer);
+  g.n = h.n;
+  g.k = h.k;
+  const DType wanted = isa.input_type(h.dtype);
+  if (op.input.dtype == wanted) {
+    g.a = op.input.data;
+    g.lda = h.k;
+  } else {
+    g.lda = leading(h.k);
+    char* a = arena.take<char>(tokens * g.lda * size_of(wanted));
+    for_rows(threads, tokens, kRowsPerTask, [&](int64_t m0, int64_t m1, int) {
+      for (int64_t m = m0; m < m1; ++m) {
+        isa.convert(static_cast<const char*>(op.input.data) + m * h.k * size_of(op.input.dtype),
+                    op.input.dtype, a + m * g.lda * size_of(wanted), wanted, h.k);
+      }
+    });
+    g.a = a;
+  }
+  g.bias = as_float(op.bias, h.n, arena, true);
+  g.residual = as_float(op.residual, tokens * h.n, arena, true);
+  g.ldr = h.n;
+  g.gelu = op.gelu;
+  g.out = out;
+  g.out_type = op.out_dtype;
+  g.ldo = h.n;
+  run_gemm(g, tokens, take_scratch(arena, threads, isa.gemm_scratch()), threads);
+}
+
+int64_t attention_workspace(int64_t tokens, int64_t longest, int64_t heads, int64_t head_dim,
+                            const Threads& threads) {
+  (void)tokens, (void)heads;
+  return threads.count * (aligned(kernels().attention_scratch(longest, head_dim)) + 2 * kAlign);
+}
+
+void varlen_attention(Array qkv, const int32_t* cu_seqlens, int64_t batch, int64_t tokens,
+                      int64_t longest, int64_t heads, int64_t head_dim, DType out_dtype, void* out,
+                      void* workspace, const Threads& threads) {
+  (void)tokens;
+  Arena arena(workspace);
+  const int64_t hidden = heads * head_dim, es = size_of(qkv.dtype);
+  Attention a{};
+  a.q = qkv.data;
+  a.k = static_cast<const char*>(qkv.data) + hidden * es;
+  a.v = static_cast<const char*>(qkv.data) + 2 * hidden * es;
+  a.type = qkv.dtype;
+  a.ld = 3 * hidden;
+  a.head_dim = head_dim;
+  a.scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
+  a.out = out;
+  a.out_type = out_dtype;
+  a.ldo = hidden;
+  const int64_t bytes = kernels().attention_scratch(longest, head_dim);
+  run_attention(a, cu_seqlens, batch, heads, take_scratch(arena, threads, bytes), threads);
+}
+
+int64_t layer_norm_workspace(int64_t hidden, const Threads& threads) {
+  return 3 * aligned(hidden * 4) + threads.count * (aligned(hidden * 4) + 2 * kAlign);
+}
+
+void residual_layer_norm(Array input, Array bias, Array residual, Array gamma, Array beta,
+                         float eps, int64_t tokens, int64_t hidden, DType out_dtype, void* out,
+                         void* workspace, const Threads& threads) {
+  Arena arena(workspace);
+  LayerNormRows l{};
+  l.input = input;
+  l.bias = bias;
+  l.residual = residual;
+  l.ld_input = l.ld_residual = l.ldo = l.hidden = hidden;
+  l.gamma = as_float(gamma, hidden, arena, true);
+  l.beta = as_float(beta, hidden, arena, true);
+  l.eps = eps;
+  l.out = out;
+  l.out_type = out_dtype;
+  const Scratch scratch = take_scratch(arena, threads, hidden * 4);
+  for_rows(threads, tokens, kRowsPerTask, [&](int64_t m0, int64_t m1, int worker) {
+    kernels().layer_norm(l, m0, m1, scratch.of<float>(worker));
+  });
+}
+
+int64_t bias_gelu_workspace(int64_t n, const Threads&) { return aligned(n * 4); }
+
+void bias_gelu(Array input, Array bias, int64_t tokens, int64_t n, DType out_dtype, void* out,
+               void* workspace, const Threads& threads) {
+  Arena arena(workspace);
+  const float* b = as_float(bias, n, arena, true);
+  for_rows(threads, tokens, kRowsPerTask, [&](int64_t m0, int64_t m1, int) {
+    kernels().gelu(input.data, input.dtype, b, n, out, out_dtype, m0, m1);
+  });
+}
+
+namespace {
+
+// With `run` false, only counts the workspace.
+void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Threads& threads) {
+  const Kernels& isa = kernels();
+  const int64_t t = op.tokens, h = op.hidden, i = op.intermediate;
+  const int64_t head_dim = h / op.heads;
+  const DType f32 = DType::kFloat32;
+  const int64_t ldh = leading(h), ldq = leading(3 * h), ldi = leading(i);
+  float* x = arena.take<float>(t * ldh * 4);
+  float* y = arena.take<float>(t * ldh * 4);
+  float* wide = arena.take<float>(t * std::max(ldq, ldi) * 4);  // qkv, then the intermediate
+  const float* qkv_bias = as_float(op.qkv_bias, op.layers * 3 * h, arena, run);
+  const float* out_bias = as_float(op.out_bias, op.layers * h, arena, run);
+  const float* up_bias = as_float(op.up_bias, op.layers * i, arena, run);
+  const float* down_bias = as_float(op.down_bias, op.layers * h, arena, run);
+  const float* g1 = as_float(op.ln1_gamma, op.layers * h, arena, run);
+  const float* b1 = as_float(op.ln1_beta, op.layers * h, arena, run);
+  const float* g2 = as_float(op.ln2_gamma, op.layers * h, arena, run);
+  const float* b2 = as_float(op.ln2_beta, op.layers * h, arena, run);
+  const float* eg = as_float(op.embeddings.gamma, h, arena, run);
+  const float* eb = as_float(op.embeddings.beta, h, arena, run);
+  const int64_t bytes =
+      std::max({h * 4, isa.gemm_scratch(), isa.attention_scratch(op.longest, head_dim)});
+  const Scratch scratch = take_scratch(arena, threads, bytes);
+  if (!run) return;
+
+  const bool direct = op.layers == 0;
+  const EmbedRows rows{
+      &op.embeddings,   h,       eg, eb, direct ? out : x, direct ? op.out_dtype : f32,
+      direct ? h : ldh, nullptr, 0};
+  for_rows(threads, t, kRowsPerTask, [&](int64_t m0, int64_t m1, int worker) {
+    isa.embed(rows, m0, m1, scratch.of<float>(worker));
+  });
+
+  const auto gemm = [&](const float* a, int64_t lda, const void* blob, int64_t layer,
+                        const float* bias, const float* residual, bool act, float* c, int64_t ldc) {
+    const BlobHeader& b = header(blob);
+    Gemm g{};
+    g.a = a;
+    g.lda = lda;
+    g.b = layer_of(blob, layer);
+    g.weight_type = b.dtype;
+    g.n = b.n;
+    g.k = b.k;
+    g.bias = bias;
+    g.residual = residual;
+    g.ldr = ldh;
+    g.gelu = act;
+    g.out = c;
+    g.out_type = f32;
+    g.ldo = ldc;
+    run_gemm(g, t, scratch, threads);
+  };
+  const auto norm = [&](const float* in, const float* gamma, const float* beta, void* to,
+                        DType type, int64_t ld) {
+    LayerNormRows l{};
+    l.input = {in, f32};
+    l.ld_input = ldh;
+    l.hidden = h;
+    l.gamma = gamma;
+    l.beta = beta;
+    l.eps = op.eps;
+    l.out = to;
+    l.out_type = type;
+    l.ldo = ld;
+    for_rows(threads, t, kRowsPerTask, [&](int64_t m0, int64_t m1, int worker) {
+      isa.layer_norm(l, m0, m1, scratch.of<float>(worker));
+    });
+  };
+  for (int64_t layer = 0; layer < op.layers; ++layer) {
+    gemm(x, ldh, op.qkv, layer, qkv_bias + layer * 3 * h, nullptr, false, wide, ldq);
+    Attention a{};
+    a.q = wide;
+    a.k = wide + h;
+    a.v = wide + 2 * h;
+    a.type = f32;
+    a.ld = ldq;
+    a.head_dim = head_dim;
+    a.scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
+    a.out = y;
+    a.out_type = f32;
+    a.ldo = ldh;
+    run_attention(a, op.cu_seqlens, op.batch, op.heads, scratch, threads);
+    gemm(y, ldh, op.out, layer, out_bias + layer * h, x, false, wide, ldh);
+    norm(wide, g1 + layer * h, b1 + layer * h, x, f32, ldh);
+    gemm(x, ldh, op.up, layer, up_bias + layer * i, nullptr, true, wide, ldi);
+    gemm(wide, ldi, op.down, layer, down_bias + layer * h, x, false, y, ldh);
+    const bool last = layer + 1 == op.layers;
+    norm(y, g2 + layer * h, b2 + layer * h, last ? out : x, last ? op.out_dtype : f32,
+         last ? h : ldh);
+  }
+}
+
+}  // namespace
+
+int64_t encoder_workspace(const Encoder& op, const Threads& threads) {
+  Arena arena(nullptr);
+  encoder_plan(op, nullptr, arena, false, threads);
+  return arena.used();
+}
+
+void encoder(const Encoder& op, void* out, void* workspace, const Threads& threads) {
+  Arena arena(workspace);
+  encoder_plan(op, out, arena, true, threads);
+}
+
+}  // namespace ft::cpu

@@ -1,0 +1,603 @@
+// The kernels, written once over GCC/Clang vectors and compiled once per instruction set.
+//
+// Each including file defines FT_NAMESPACE, FT_LANES (floats in a vector), FT_MR and FT_NV (rows
+// and vectors of a GEMM tile). Everything lives in that namespace and nothing here may call an
+// inline function of the standard library: the linker keeps one copy of those, possibly compiled
+// for instructions that the running processor lacks.
+#include <cstring>
+
+#include "kernels/cpu/isa.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace ft::cpu::FT_NAMESPACE {
+
+constexpr int kLanes = FT_LANES;
+constexpr int kMr = FT_MR;
+constexpr int kNv = FT_NV;
+constexpr int kNr = kLanes * kNv;
+// Depth of one pass: a weight panel of this depth stays in the first-level cache.
+constexpr int64_t kDepth = FT_DEPTH;
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HVec __attribute__((vector_size(kLanes * 2)));
+typedef float VecU __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t HVecU __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
+inline Vec splat(float x) { return x - Vec{}; }
+inline Vec select(IVec mask, Vec yes, Vec no) { return mask ? yes : no; }
+inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float sum_of(Vec v) {
+  float s = 0;
+  for (int i = 0; i < kLanes; ++i) s += v[i];
+  return s;
+}
+inline float max_of(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// ---- half types --------------------------------------------------------------------------------
+
+inline float half_bits_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  const uint32_t magnitude = h & 0x7fff;
+  float value;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = sign | 0x7f800000 | ((magnitude & 0x3ff) << 13);
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  // Shifted into place the exponent is 112 too small; the product also normalises subnormals.
+  bits = magnitude << 13;
+  std::memcpy(&value, &bits, 4);
+  value *= 0x1p112f;
+  std::memcpy(&bits, &value, 4);
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t float_to_half_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (bits >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
+  if (bits < 0x38800000) {  // subnormal: let the adder round at the right bit
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value += 0.5f;
+    std::memcpy(&bits, &value, 4);
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+  }
+  bits += 0xfff + ((bits >> 13) & 1);  // to nearest, ties to even
+  return static_cast<uint16_t>(sign | ((bits - 0x38000000) >> 13));
+}
+
+inline Vec load_bf16(const uint16_t* p) {
+  const HVec h = *reinterpret_cast<const HVecU*>(p);
+  return reinterpret_cast<Vec>(__builtin_convertvector(h, UVec) << 16);
+}
+
+inline HVec to_bf16(Vec v) {
+  const UVec bits = reinterpret_cast<UVec>(v);
+  const UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const UVec quiet = (bits >> 16) | 0x40;
+  return __builtin_convertvector((v == v) ? rounded : quiet, HVec);
+}
+
+inline void store_bf16(uint16_t* p, Vec v) { *reinterpret_cast<HVecU*>(p) = to_bf16(v); }
+
+inline Vec load_f16(const uint16_t* p) {
+#if defined(__AVX512F__) && FT_LANES == 16
+  // The zeroing form: GCC warns of an undefined vector inside the plain one.
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__) && FT_LANES == 8
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = half_bits_to_float(p[i]);
+  return v;
+#endif
+}
+
+inline void store_f16(uint16_t* p, Vec v) {
+#if defined(__AVX512F__) && FT_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, 0));
+#elif defined(__F16C__) && FT_LANES == 8
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = float_to_half_bits(v[i]);
+#endif
+}
+
+// Vectors at element `i` of an array of one type; the partial forms touch only `count` elements and
+// read zeros beyond them.
+struct F32 {
+  using Element = float;
+  static Vec at(const void* p, int64_t i) { return load(static_cast<const float*>(p) + i); }
+  static void put(void* p, int64_t i, Vec v) { store(static_cast<float*>(p) + i, v); }
+};
+struct F16 {
+  using Element = uint16_t;
+  static Vec at(const void* p, int64_t i) { return load_f16(static_cast<const uint16_t*>(p) + i); }
+  static void put(void* p, int64_t i, Vec v) { store_f16(static_cast<uint16_t*>(p) + i, v); }
+};
+struct BF16 {
+  using Element = uint16_t;
+  static Vec at(const void* p, int64_t i) { return load_bf16(static_cast<const uint16_t*>(p) + i); }
+  static void put(void* p, int64_t i, Vec v) { store_bf16(static_cast<uint16_t*>(p) + i, v); }
+};
+
+template <typename Type>
+inline Vec partial_at(const void* p, int64_t i, int64_t count) {
+  typename Type::Element buffer[kLanes] = {};
+  std::memcpy(buffer, static_cast<const typename Type::Element*>(p) + i, count * sizeof(buffer[0]));
+  return Type::at(buffer, 0);
+}
+template <typename Type>
+inline void partial_put(void* p, int64_t i, Vec v, int64_t count) {
+  typename Type::Element buffer[kLanes];
+  Type::put(buffer, 0, v);
+  std::memcpy(static_cast<typename Type::Element*>(p) + i, buffer, count * sizeof(buffer[0]));
+}
+
+// Calls f with the F32, F16 or BF16 that `type` names.
+template <typename Function>
+inline void with_type(DType type, Function f) {
+  switch (type) {
+    case DType::kFloat32:
+      return f(F32{});
+    case DType::kFloat16:
+      return f(F16{});
+    case DType::kBFloat16:
+      return f(BF16{});
+  }
+}
+
+void convert(const void* input, DType from, void* out, DType to, int64_t count) {
+  with_type(from, [&](auto source) {
+    with_type(to, [&](auto target) {
+      using Source = decltype(source);
+      using Target = decltype(target);
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) Target::put(out, i, Source::at(input, i));
+      if (i < count) {
+        partial_put<Target>(out, i, partial_at<Source>(input, i, count - i), count - i);
+      }
+    });
+  });
+}
+
+// ---- exp and erf -------------------------------------------------------------------------------
+
+// e^x for x <= 0, relative error 2e-7; below -87 it stays at e^-87, which no sum notices.
+inline Vec exp_negative(Vec x) {
+  x = vmax(x, splat(-87.0f));
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  const Vec shifted = x * 1.44269504f + 12582912.0f;
+  const Vec n = shifted - 12582912.0f;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  Vec p = splat(1.0f / 720);
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const IVec exponent = reinterpret_cast<IVec>(shifted) << 23;
+  return reinterpret_cast<Vec>(reinterpret_cast<IVec>(p) + exponent);
+}
+
+// x Phi(x) = x / 2 (1 + erf(x / sqrt 2)); absolute error below 4e-7 max(1, |x|).
+inline Vec gelu(Vec x) {
+  const Vec u = x * 0.70710678f;
+  const Vec z = vmin(vmax(u, splat(-4.0f)), splat(4.0f));
+  const Vec t = z * z;
+  // Rational approximation of erf on [-4, 4], fitted for the least largest absolute error (2e-8
+  // before rounding); beyond it erf is 1 to within 1.6e-8.
+  Vec p = splat(1.97482895e-06f);
+  p = p * t + 0.000288039355f;
+  p = p * t + 0.00400359161f;
+  p = p * t + 0.0534673161f;
+  p = p * t + 0.196247824f;
+  p = p * t + 1.12837898f;
+  Vec q = splat(3.74807402e-05f);
+  q = q * t + 0.00121634499f;
+  q = q * t + 0.015444317f;
+  q = q * t + 0.11647594f;
+  q = q * t + 0.507251266f;
+  q = q * t + 1.0f;
+  Vec e = z * p / q;
+  e = select(u >= 4.0f, splat(1.0f), select(u <= -4.0f, splat(-1.0f), e));
+  return 0.5f * x * (1.0f + e);
+}
+
+// ---- GEMM --------------------------------------------------------------------------------------
+
+// Panels of kNr weight rows, [panel][k][kNr], in the weight's own type; rows past n are zero.
+int64_t layer_bytes(DType type, int64_t n, int64_t k) {
+  const int64_t bytes = ceil_div(n, kNr) * kNr * k * size_of(type);
+  return ceil_div(bytes, 64) * 64;
+}
+
+template <typename Element>
+void pack_panels(const Element* weight, int64_t n, int64_t k, Element* out, int64_t p0,
+                 int64_t p1) {
+  for (int64_t p = p0; p < p1; ++p) {
+    Element* panel = out + p * kNr * k;
+    for (int64_t j = 0; j < kNr; ++j) {
+      const int64_t row = p * kNr + j;
+      for (int64_t i = 0; i < k; ++i)
+        panel[i * kNr + j] = row < n ? weight[row * k + i] : Element{};
+    }
+  }
+}
+
+void pack(const void* weight, DType type, int64_t n, int64_t k, void* out, int64_t p0, int64_t p1) {
+  if (type == DType::kFloat32) {
+    pack_panels(static_cast<const float*>(weight), n, k, static_cast<float*>(out), p0, p1);
+  } else {
+    pack_panels(static_cast<const uint16_t*>(weight), n, k, static_cast<uint16_t*>(out), p0, p1);
+  }
+}
+
+// c[i, :] = a[i, :] b (+ c[i, :] unless first); a row of c has kNv_ vectors.
+template <int kRows, int kVectors>
+inline void tile(const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
+                 bool first) {
+  Vec acc[kRows][kVectors];
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = first ? Vec{} : load(c + i * ldc + j * kLanes);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec bv[kVectors];
+    for (int j = 0; j < kVectors; ++j) bv[j] = load(b + j * kLanes);
+    for (int i = 0; i < kRows; ++i) {
+      const Vec av = splat(a[i * lda + k]);
+      for (int j = 0; j < kVectors; ++j) acc[i][j] += av * bv[j];
+    }
+    b += kNr;
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
+  }
+}
+
+template <int kRows>
+inline void tile_of_width(int vectors, const float* a, int64_t lda, const float* b, int64_t depth,
+                          float* c, int64_t ldc, bool first) {
+  if constexpr (kNv >= 3) {
+    if (vectors == 3) return tile<kRows, 3>(a, lda, b, depth, c, ldc, first);
+  }
+  if constexpr (kNv >= 2) {
+    if (vectors == 2) return tile<kRows, 2>(a, lda, b, depth, c, ldc, first);
+  }
+  tile<kRows, 1>(a, lda, b, depth, c, ldc, first);
+}
+
+template <int kRows>
+inline void tile_of_rows(int64_t rows, int vectors, const float* a, int64_t lda, const float* b,
+                         int64_t depth, float* c, int64_t ldc, bool first) {
+  if (rows == kRows) return tile_of_width<kRows>(vectors, a, lda, b, depth, c, ldc, first);
+  if constexpr (kRows > 1) {
+    tile_of_rows<kRows - 1>(rows, vectors, a, lda, b, depth, c, ldc, first);
+  }
+}
+
+// Rows of a tile that starts at m: kMr but for the last.
+void run_tile(int64_t rows, int vectors, const float* a, int64_t lda, const float* b, int64_t depth,
+              float* c, int64_t ldc, bool first) {
+  tile_of_rows<kMr>(rows, vectors, a, lda, b, depth, c, ldc, first);
+}
+
+constexpr int64_t kGemmScratch = kDepth * kNr + kRowBlock * kNr;  // floats
+
+int64_t gemm_scratch() { return kGemmScratch * 4; }
+
+// bias, activation and residual on a tile that is still in cache; `from` may be `to`.
+template <typename Target>
+inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m, int64_t rows,
+                        int64_t n0, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    auto* out = static_cast<typename Target::Element*>(g.out) + (m + i) * g.ldo + n0;
+    const float* residual = g.residual ? g.residual + (m + i) * g.ldr + n0 : nullptr;
+    const float* row = from + i * ld;
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) {
+      Vec v = load(row + j);
+      if (g.bias) v += load(g.bias + n0 + j);
+      if (g.gelu) v = gelu(v);
+      if (residual) v += load(residual + j);
+      Target::put(out, j, v);
+    }
+    if (j < columns) {
+      const int64_t left = columns - j;
+      Vec v = partial_at<F32>(row, j, left);
+      if (g.bias) v += partial_at<F32>(g.bias + n0, j, left);
+      if (g.gelu) v = gelu(v);
+      if (residual) v += partial_at<F32>(residual, j, left);
+      partial_put<Target>(out, j, v, left);
+    }
+  }
+}
+
+void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* scratch) {
+  float* expanded = static_cast<float*>(scratch);
+  float* sums = expanded + kDepth * kNr;  // [kRowBlock, kNr]
+  const float* a = static_cast<const float*>(g.a);
+  for (int64_t p = p0; p < p1; ++p) {
+    const int64_t n0 = p * kNr;
+    const int64_t columns = smaller(kNr, g.n - n0);
+    const int vectors = static_cast<int>(ceil_div(columns, kLanes));
+    for (int64_t k0 = 0; k0 < g.k; k0 += kDepth) {
+      const int64_t depth = smaller(kDepth, g.k - k0);
+      const float* panel;
+      const int64_t offset = (p * g.k + k0) * kNr;
+      if (g.weight_type == DType::kFloat32) {
+        panel = static_cast<const float*>(g.b) + offset;
+      } else {
+        convert(static_cast<const uint16_t*>(g.b) + offset, g.weight_type, expanded,
+                DType::kFloat32, depth * kNr);
+        panel = expanded;
+      }
+      for (int64_t m = m0; m < m1; m += kMr) {
+        run_tile(smaller(kMr, m1 - m), vectors, a + m * g.lda + k0, g.lda, panel, depth,
+                 sums + (m - m0) * kNr, kNr, k0 == 0);
+      }
+    }
+    with_type(g.out_type, [&](auto target) {
+      finish_tile<decltype(target)>(g, sums, kNr, m0, m1 - m0, n0, columns);
+    });
+  }
+}
+
+// ---- attention ---------------------------------------------------------------------------------
+
+constexpr int64_t kQueryRows = 4 * kMr;  // query rows whose scores are held at a time
+
+inline int64_t padded_length(int64_t length) { return ceil_div(length, kNr) * kNr; }
+
+int64_t attention_scratch(int64_t longest, int64_t head_dim) {
+  const int64_t keys = padded_length(longest) * head_dim;
+  const int64_t values = longest * padded_length(head_dim);
+  const int64_t scores = kQueryRows * padded_length(longest);
+  const int64_t rows = kQueryRows * (kNr + head_dim);
+  return (keys + values + scores + rows + kQueryRows) * 4;
+}
+
+// softmax(scale q k^T) v. Keys are transposed into panels and values gathered into panels once per
+// call, then both products run on the GEMM's tile.
+void attention(const Attention& t, void* scratch) {
+  const int64_t length = t.length, d = t.head_dim, width = padded_length(length);
+  float* keys = static_cast<float*>(scratch);          // [width / kNr][d][kNr]
+  float* values = keys + width * d;                    // [d / kNr][length][kNr]
+  float* scores = values + length * padded_length(d);  // [kQueryRows][width]
+  float* result = scores + kQueryRows * width;         // [kQueryRows][kNr]
+  float* queries = result + kQueryRows * kNr;          // [kQueryRows][d]
+  float* inverse = queries + kQueryRows * d;           // [kQueryRows]
+  with_type(t.type, [&](auto source) {
+    using Source = decltype(source);
+    using Element = typename Source::Element;
+    const Element* k = static_cast<const Element*>(t.k);
+    const Element* v = static_cast<const Element*>(t.v);
+    for (int64_t j = 0; j < width; ++j) {
+      float* column = keys + (j / kNr) * kNr * d + j % kNr;
+      if (j >= length) {
+        for (int64_t i = 0; i < d; ++i) column[i * kNr] = 0;
+        continue;
+      }
+      for (int64_t i = 0; i < d; i += kLanes) {
+        const int64_t count = smaller(kLanes, d - i);
+        const Vec x = partial_at<Source>(k + j * t.ld, i, count);
+        for (int64_t e = 0; e < count; ++e) column[(i + e) * kNr] = x[e];
+      }
+    }
+    for (int64_t j = 0; j < length; ++j) {
+      for (int64_t i = 0; i < padded_length(d); i += kLanes) {
+        const int64_t count = larger(0, smaller(kLanes, d - i));
+        const Vec x = partial_at<Source>(v + j * t.ld, count ? i : 0, count);
+        store(values + (i / kNr * length + j) * kNr + i % kNr, x);
+      }
+    }
+  });
+  for (int64_t r0 = t.row0; r0 < t.row1; r0 += kQueryRows) {
+    const int64_t rows = smaller(kQueryRows, t.row1 - r0);
+    for (int64_t i = 0; i < rows; ++i) {
+      convert(static_cast<const char*>(t.q) + (r0 + i) * t.ld * size_of(t.type), t.type,
+              queries + i * d, DType::kFloat32, d);
+    }
+    for (int64_t j = 0; j < width; j += kNr) {
+      const int vectors = static_cast<int>(ceil_div(smaller(kNr, length - j), kLanes));
+      for (int64_t i = 0; i < rows; i += kMr) {
+        run_tile(smaller(kMr, rows - i), vectors, queries + i * d, d, keys + j * d, d,
+                 scores + i * width + j, width, true);
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = scores + i * width;
+      Vec highest = splat(row[0]);
+      int64_t j = 0;
+      for (; j + kLanes <= length; j += kLanes) highest = vmax(highest, load(row + j));
+      float top = max_of(highest);
+      for (int64_t e = j; e < length; ++e) top = row[e] > top ? row[e] : top;
+      Vec total = {};
+      for (j = 0; j + kLanes <= length; j += kLanes) {
+        const Vec e = exp_negative((load(row + j) - top) * t.scale);
+        store(row + j, e);
+        total += e;
+      }
+      float sum = sum_of(total);
+      if (j < length) {
+        const Vec e = exp_negative((partial_at<F32>(row, j, length - j) - top) * t.scale);
+        for (int64_t x = 0; j + x < length; ++x) {
+          row[j + x] = e[x];
+          sum += e[x];
+        }
+      }
+      inverse[i] = 1.0f / sum;
+    }
+    for (int64_t n0 = 0; n0 < d; n0 += kNr) {
+      const int64_t columns = smaller(kNr, d - n0);
+      const int vectors = static_cast<int>(ceil_div(columns, kLanes));
+      for (int64_t k0 = 0; k0 < length; k0 += kDepth) {
+        const int64_t depth = smaller(kDepth, length - k0);
+        for (int64_t i = 0; i < rows; i += kMr) {
+          run_tile(smaller(kMr, rows - i), vectors, scores + i * width + k0, width,
+                   values + (n0 / kNr * length + k0) * kNr, depth, result + i * kNr, kNr, k0 == 0);
+        }
+      }
+      with_type(t.out_type, [&](auto target) {
+        using Target = decltype(target);
+        for (int64_t i = 0; i < rows; ++i) {
+          auto* out = static_cast<typename Target::Element*>(t.out) + (r0 + i) * t.ldo + n0;
+          for (int64_t j = 0; j < columns; j += kLanes) {
+            const Vec x = load(result + i * kNr + j) * inverse[i];
+            if (columns - j >= kLanes) {
+              Target::put(out, j, x);
+            } else {
+              partial_put<Target>(out, j, x, columns - j);
+            }
+          }
+        }
+      });
+    }
+  }
+}
+
+// ---- rows --------------------------------------------------------------------------------------
+
+// Normalises x [hidden], which it may overwrite, into up to two outputs.
+template <typename Target>
+inline void normalise(float* x, int64_t hidden, const float* gamma, const float* beta, float eps,
+                      void* out, uint16_t* out_bf16) {
+  const int64_t whole = hidden / kLanes * kLanes;
+  Vec sum = {};
+  for (int64_t j = 0; j < whole; j += kLanes) sum += load(x + j);
+  float total = sum_of(sum);
+  for (int64_t j = whole; j < hidden; ++j) total += x[j];
+  const float mean = total / static_cast<float>(hidden);
+  Vec squares = {};
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    const Vec centred = load(x + j) - mean;
+    squares += centred * centred;
+  }
+  float variance = sum_of(squares);
+  for (int64_t j = whole; j < hidden; ++j) variance += (x[j] - mean) * (x[j] - mean);
+  const float scale = 1.0f / __builtin_sqrtf(variance / static_cast<float>(hidden) + eps);
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    const Vec y = (load(x + j) - mean) * scale * load(gamma + j) + load(beta + j);
+    Target::put(out, j, y);
+    if (out_bf16) store_bf16(out_bf16 + j, y);
+  }
+  if (whole < hidden) {
+    const int64_t left = hidden - whole;
+    const Vec y =
+        (partial_at<F32>(x, whole, left) - mean) * scale * partial_at<F32>(gamma, whole, left) +
+        partial_at<F32>(beta, whole, left);
+    partial_put<Target>(out, whole, y, left);
+    if (out_bf16) partial_put<BF16>(out_bf16, whole, y, left);
+  }
+}
+
+void layer_norm(const LayerNormRows& l, int64_t m0, int64_t m1, float* row) {
+  const auto gather = [&](Array from, int64_t offset, bool add) {
+    with_type(from.dtype, [&](auto source) {
+      using Source = decltype(source);
+      const auto* p = static_cast<const typename Source::Element*>(from.data) + offset;
+      for (int64_t j = 0; j < l.hidden; j += kLanes) {
+        const int64_t left = l.hidden - j;
+        if (left >= kLanes) {
+          store(row + j, add ? load(row + j) + Source::at(p, j) : Source::at(p, j));
+        } else {
+          const Vec x = partial_at<Source>(p, j, left);
+          partial_put<F32>(row, j, add ? partial_at<F32>(row, j, left) + x : x, left);
+        }
+      }
+    });
+  };
+  for (int64_t m = m0; m < m1; ++m) {
+    gather(l.input, m * l.ld_input, false);
+    if (l.bias.data) gather(l.bias, 0, true);
+    if (l.residual.data) gather(l.residual, m * l.ld_residual, true);
+    with_type(l.out_type, [&](auto target) {
+      using Target = decltype(target);
+      normalise<Target>(row, l.hidden, l.gamma, l.beta, l.eps,
+                        static_cast<typename Target::Element*>(l.out) + m * l.ldo,
+                        l.out_bf16 ? static_cast<uint16_t*>(l.out_bf16) + m * l.ld_bf16 : nullptr);
+    });
+  }
+}
+
+void embed(const EmbedRows& e, int64_t m0, int64_t m1, float* row) {
+  const Embeddings& t = *e.tables;
+  with_type(t.word.dtype, [&](auto source) {
+    using Source = decltype(source);
+    using Element = typename Source::Element;
+    for (int64_t m = m0; m < m1; ++m) {
+      const Element* w = static_cast<const Element*>(t.word.data) + t.ids[m] * e.hidden;
+      const Element* p = static_cast<const Element*>(t.position.data) + t.positions[m] * e.hidden;
+      const Element* s = static_cast<const Element*>(t.token_type.data) + t.types[m] * e.hidden;
+      for (int64_t j = 0; j < e.hidden; j += kLanes) {
+        const int64_t left = e.hidden - j;
+        if (left >= kLanes) {
+          store(row + j, Source::at(w, j) + Source::at(p, j) + Source::at(s, j));
+        } else {
+          partial_put<F32>(row, j,
+                           partial_at<Source>(w, j, left) + partial_at<Source>(p, j, left) +
+                               partial_at<Source>(s, j, left),
+                           left);
+        }
+      }
+      with_type(e.out_type, [&](auto target) {
+        using Target = decltype(target);
+        normalise<Target>(
+            row, e.hidden, e.gamma, e.beta, t.eps,
+            static_cast<typename Target::Element*>(e.out) + m * e.ldo,
+            e.out_bf16 ? static_cast<uint16_t*>(e.out_bf16) + m * e.ld_bf16 : nullptr);
+      });
+    }
+  });
+}
+
+void gelu_rows(const void* input, DType type, const float* bias, int64_t n, void* out,
+               DType out_type, int64_t m0, int64_t m1) {
+  with_type(type, [&](auto source) {
+    with_type(out_type, [&](auto target) {
+      using Source = decltype(source);
+      using Target = decltype(target);
+      for (int64_t m = m0; m < m1; ++m) {
+        for (int64_t j = 0; j < n; j += kLanes) {
+          const int64_t left = n - j;
+          if (left >= kLanes) {
+            Vec x = Source::at(input, m * n + j);
+            if (bias) x += load(bias + j);
+            Target::put(out, m * n + j, gelu(x));
+          } else {
+            Vec x = partial_at<Source>(input, m * n + j, left);
+            if (bias) x += partial_at<F32>(bias, j, left);
+            partial_put<Target>(out, m * n + j, gelu(x), left);
+          }
+        }
+      }
+    });
+  });
+}
+
+}  // namespace ft::cpu::FT_NAMESPACE

@@ -1,0 +1,88 @@
+// What one instruction set provides: serial functions over ranges, scheduled by dispatch.cpp.
+#pragma once
+
+#include "kernels/cpu/kernels.h"
+
+namespace ft::cpu {
+
+// out[m, n] = act(sum_k a[m, k] w[n, k] + bias[n]) + residual[m, n], over rows [m0, m1) and weight
+// panels [p0, p1).
+struct Gemm {
+  const void* a;  // [M, lda] of Kernels::input_type(weight_type)
+  int64_t lda;
+  const void* b;  // packed panels of one layer
+  DType weight_type;
+  int64_t n, k;
+  const float* bias;      // [n] or null
+  const float* residual;  // [M, ldr] or null
+  int64_t ldr;
+  bool gelu;
+  void* out;  // [M, ldo], float32 or (with `acc`) bfloat16
+  DType out_type;
+  int64_t ldo;
+};
+
+struct LayerNormRows {
+  Array input, bias, residual;  // [M, ld], [hidden] float32 or null, [M, ld] or null
+  int64_t ld_input, ld_residual, hidden;
+  const float *gamma, *beta;  // [hidden]
+  float eps;
+  void* out;
+  DType out_type;
+  int64_t ldo;
+  void* out_bf16;  // a second copy, or null
+  int64_t ld_bf16;
+};
+
+struct EmbedRows {
+  const Embeddings* tables;
+  int64_t hidden;
+  const float *gamma, *beta;
+  void* out;
+  DType out_type;
+  int64_t ldo;
+  void* out_bf16;
+  int64_t ld_bf16;
+};
+
+// One head of one sequence, query rows [row0, row1).
+struct Attention {
+  const void *q, *k, *v;  // first row of the sequence, [length, ld]
+  DType type;             // float32, or bfloat16 where Kernels::bf16_dot
+  int64_t ld;
+  int64_t length, head_dim;
+  int64_t row0, row1;
+  float scale;
+  void* out;  // first row of the sequence, [length, ldo]
+  DType out_type;
+  int64_t ldo;
+};
+
+struct Kernels {
+  const char* name;
+  int layout;  // identifies the panels: other values cannot read them
+  int mr, nr;
+  bool bf16_dot;  // bfloat16 weights are multiplied as they are, by bfloat16 inputs
+  int64_t (*layer_bytes)(DType type, int64_t n, int64_t k);
+  void (*pack)(const void* weight, DType type, int64_t n, int64_t k, void* out, int64_t p0,
+               int64_t p1);
+  int64_t (*gemm_scratch)();
+  void (*gemm)(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* scratch);
+  int64_t (*attention_scratch)(int64_t longest, int64_t head_dim);
+  void (*attention)(const Attention& a, void* scratch);
+  void (*embed)(const EmbedRows& e, int64_t m0, int64_t m1, float* scratch);           // [hidden]
+  void (*layer_norm)(const LayerNormRows& l, int64_t m0, int64_t m1, float* scratch);  // [hidden]
+  void (*gelu)(const void* input, DType type, const float* bias, int64_t n, void* out,
+               DType out_type, int64_t m0, int64_t m1);
+  void (*convert)(const void* input, DType from, void* out, DType to, int64_t count);
+
+  __attribute__((always_inline)) DType input_type(DType weight) const {
+    return bf16_dot && weight == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;
+  }
+};
+
+inline constexpr int64_t kRowBlock = 96;  // rows of one GEMM task: a multiple of every mr
+
+extern const Kernels kPortable, kAvx2, kAvx512;
+
+}  // namespace ft::cpu

@@ -1,0 +1,120 @@
+// Entry points of the CPU backend: pointers, sizes and a thread launcher, no Torch.
+//
+// Matrices are row-major and contiguous unless a leading dimension is passed; strides and leading
+// dimensions count elements. Arguments are checked by the caller, except where a function says
+// otherwise. T tokens, B sequences, H hidden, N x K a weight's shape.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace ft::cpu {
+
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// Inlined always: a shared copy might be the one compiled for instructions this processor lacks.
+__attribute__((always_inline)) inline int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// How to run on several threads: `launch` calls body(context, worker) for every worker in
+// [0, workers), each at most once at a time, and returns when all are done.
+struct Threads {
+  int count = 1;
+  void (*launch)(int workers, void (*body)(void* context, int worker), void* context) = nullptr;
+};
+
+// Float parameter in the model's type.
+struct Array {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+// First bytes of what prepare_weight returns; the panels follow at kBlobHeader.
+struct BlobHeader {
+  uint32_t magic;
+  int32_t layout;  // Kernels::layout of the instruction set it was packed for
+  DType dtype;
+  int32_t reserved;
+  int64_t layers, n, k;
+  int64_t layer_bytes;
+};
+inline constexpr uint32_t kBlobMagic = 0x4b505446;  // "FTPK"
+inline constexpr int64_t kBlobHeader = 128;
+
+// ---- instruction sets --------------------------------------------------------------------------
+
+// The one in use, from the processor or FT_HANDLER_CPU_ISA. Throws std::runtime_error, in words,
+// when the variable names none or one that this processor lacks.
+const char* isa_name();
+// Those this processor can run, best first, comma-separated.
+std::string isas_available();
+
+// ---- weights -----------------------------------------------------------------------------------
+
+int64_t packed_bytes(DType dtype, int64_t layers, int64_t n, int64_t k);
+void pack_weight(const void* weight, DType dtype, int64_t layers, int64_t n, int64_t k, void* blob,
+                 const Threads& threads);
+// Why this is no blob for this process, or an empty string.
+std::string blob_fault(const void* blob, int64_t bytes);
+
+// ---- ops ---------------------------------------------------------------------------------------
+
+// Ids are widened to int64 and checked by the caller.
+struct Embeddings {
+  const int64_t *ids, *types;  // [T]
+  const int32_t* positions;    // [T]
+  Array word, position, token_type, gamma, beta;
+  float eps;
+};
+
+// out = act(input weight^T + bias) + residual
+struct Linear {
+  Array input;           // [T, K]
+  const void* blob;      // checked
+  int64_t layer = 0;     // which of the blob's
+  Array bias, residual;  // [N], [T, N]; data null when absent
+  bool gelu = false;
+  DType out_dtype;
+};
+
+struct Encoder {
+  int64_t tokens, hidden, intermediate, layers;
+  int64_t batch, longest, heads;
+  const int32_t* cu_seqlens;  // [B + 1], checked
+  Embeddings embeddings;
+  const void *qkv, *out, *up, *down;  // blobs, checked
+  Array qkv_bias, out_bias, up_bias, down_bias, ln1_gamma, ln1_beta, ln2_gamma, ln2_beta;
+  float eps;
+  DType out_dtype;
+};
+
+// Each op takes a workspace of at least so many bytes, 64-byte aligned.
+int64_t embedding_workspace(int64_t hidden, const Threads& threads);
+void embedding_layer_norm(const Embeddings& e, int64_t tokens, int64_t hidden, DType out_dtype,
+                          void* out, void* workspace, const Threads& threads);
+
+int64_t linear_workspace(int64_t tokens, int64_t n, int64_t k, const Threads& threads);
+void linear(const Linear& op, int64_t tokens, void* out, void* workspace, const Threads& threads);
+
+int64_t attention_workspace(int64_t tokens, int64_t longest, int64_t heads, int64_t head_dim,
+                            const Threads& threads);
+void varlen_attention(Array qkv, const int32_t* cu_seqlens, int64_t batch, int64_t tokens,
+                      int64_t longest, int64_t heads, int64_t head_dim, DType out_dtype, void* out,
+                      void* workspace, const Threads& threads);
+
+int64_t layer_norm_workspace(int64_t hidden, const Threads& threads);
+// bias and residual may be absent.
+void residual_layer_norm(Array input, Array bias, Array residual, Array gamma, Array beta,
+                         float eps, int64_t tokens, int64_t hidden, DType out_dtype, void* out,
+                         void* workspace, const Threads& threads);
+
+int64_t bias_gelu_workspace(int64_t n, const Threads& threads);
+void bias_gelu(Array input, Array bias, int64_t tokens, int64_t n, DType out_dtype, void* out,
+               void* workspace, const Threads& threads);
+
+int64_t encoder_workspace(const Encoder& op, const Threads& threads);
+void encoder(const Encoder& op, void* out, void* workspace, const Threads& threads);
+
+}  // namespace ft::cpu

@@ -1,0 +1,92 @@
+// Checks of what callers pass: each message names the tensor, the demand and what arrived.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace ft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws std::runtime_error (RuntimeError in Python), without a source location: the message is for
+// the caller, who has no use for ours.
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    default:
+      return "another type";
+  }
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  }
+  return text + "]";
+}
+
+inline bool is_float_type(ScalarType d) {
+  return d == ScalarType::Float || d == ScalarType::Half || d == ScalarType::BFloat16;
+}
+
+inline bool is_id_type(ScalarType d) { return d == ScalarType::Int || d == ScalarType::Long; }
+
+}  // namespace ft
+
+// FT_CHECK(condition, parts of the message...)
+#define FT_CHECK(condition, ...) \
+  do {                           \
+    if (!(condition)) {          \
+      ::ft::fail(__VA_ARGS__);   \
+    }                            \
+  } while (0)
+
+#define FT_CHECK_DIM(tensor, dims)                                                             \
+  FT_CHECK((tensor).dim() == (dims), #tensor " must have ", dims, " dimension(s), has shape ", \
+           ::ft::shape_of(tensor))
+
+#define FT_CHECK_SIZE(tensor, axis, expected)                                                    \
+  FT_CHECK((tensor).size(axis) == (expected), #tensor " must have size ", expected, " on axis ", \
+           axis, ", has shape ", ::ft::shape_of(tensor))
+
+#define FT_CHECK_FLOAT(tensor)                                            \
+  FT_CHECK(::ft::is_float_type((tensor).scalar_type()),                   \
+           #tensor " must have dtype float32, float16 or bfloat16, has ", \
+           ::ft::dtype_name((tensor).scalar_type()))
+
+#define FT_CHECK_IDS(tensor)                                \
+  FT_CHECK(::ft::is_id_type((tensor).scalar_type()),        \
+           #tensor " must have dtype int64 or int32, has ", \
+           ::ft::dtype_name((tensor).scalar_type()))
+
+#define FT_CHECK_DTYPE(tensor, expected)                                      \
+  FT_CHECK((tensor).scalar_type() == (expected), #tensor " must have dtype ", \
+           ::ft::dtype_name(expected), ", has ", ::ft::dtype_name((tensor).scalar_type()))

@@ -1,0 +1,30 @@
+// Every op's signature; the implementations are in ops_cpu.cpp and ops_cuda.cpp.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastertransformer, m) {
+  m.def("prepare_weight(Tensor weight) -> Tensor");
+  m.def(
+      "remove_padding(Tensor input_ids, Tensor token_type_ids, Tensor attention_mask) -> "
+      "(Tensor input_ids, Tensor token_type_ids, Tensor position_ids, Tensor token_indices, "
+      "Tensor cu_seqlens, int max_seqlen)");
+  m.def(
+      "restore_padding(Tensor packed, Tensor token_indices, int batch, int seqlen, float fill) -> "
+      "Tensor");
+  m.def(
+      "embedding_layer_norm(Tensor input_ids, Tensor token_type_ids, Tensor? position_ids, "
+      "Tensor cu_seqlens, Tensor word, Tensor position, Tensor token_type, Tensor gamma, "
+      "Tensor beta, float eps) -> Tensor");
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, bool gelu) -> Tensor");
+  m.def("varlen_attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, int num_heads) -> Tensor");
+  m.def(
+      "residual_layer_norm(Tensor input, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, "
+      "float eps) -> Tensor");
+  m.def("bias_gelu(Tensor input, Tensor? bias) -> Tensor");
+  m.def(
+      "encoder(Tensor input_ids, Tensor token_type_ids, Tensor? position_ids, Tensor cu_seqlens, "
+      "int max_seqlen, Tensor word, Tensor position, Tensor token_type, Tensor emb_gamma, "
+      "Tensor emb_beta, Tensor qkv_weight, Tensor qkv_bias, Tensor out_weight, Tensor out_bias, "
+      "Tensor ln1_gamma, Tensor ln1_beta, Tensor up_weight, Tensor up_bias, Tensor down_weight, "
+      "Tensor down_bias, Tensor ln2_gamma, Tensor ln2_beta, int num_heads, float eps) -> Tensor");
+  m.def("build_info() -> str");
+}
