@@ -40,10 +40,16 @@ _PAYLOAD_FIELDS = ("body", "data")
 # -- parameters ----------------------------------------------------------------------------------
 
 
-def _whole(name: str, low: int) -> Callable[[object], int]:
+#: Bounds the table of spans that one question may ask for.
+_MOST_ANSWERS = 100
+
+
+def _whole(name: str, low: int, high: int = 2**31 - 1) -> Callable[[object], int]:
+    bound = f"of at least {low}" + (f" and at most {high}" if high < 2**31 - 1 else "")
+
     def read(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
-            raise UnusableRequest(f"'{name}' must be an integer of at least {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise UnusableRequest(f"'{name}' must be an integer {bound}")
         return value
 
     return read
@@ -75,7 +81,7 @@ _CLASSIFICATION: Mapping[str, tuple[str, Callable[[object], object]]] = {
     "truncation": ("truncation", _flag("truncation")),
 }
 _QUESTION: Mapping[str, tuple[str, Callable[[object], object]]] = {
-    "top_k": ("top_k", _whole("top_k", 1)),
+    "top_k": ("top_k", _whole("top_k", 1, _MOST_ANSWERS)),
     "doc_stride": ("doc_stride", _whole("doc_stride", 0)),
     "max_answer_len": ("max_answer_len", _whole("max_answer_len", 1)),
     "max_seq_len": ("max_seq_len", _whole("max_seq_len", 4)),

@@ -217,6 +217,11 @@ class HandlerConfig:
     warmup: bool = _setting(
         True, _boolean, "Run sample batches at load, so that the first request is not slow."
     )
+    cuda_graph_memory_mb: int = _setting(
+        1024,
+        _integer(0),
+        "Megabytes of GPU memory that captured CUDA graphs may take; 0 captures none.",
+    )
     metrics: bool = _setting(
         True, _boolean, "Emit the metrics of `ft_handler.metrics` to TorchServe, once a batch."
     )

@@ -33,10 +33,13 @@ class ClassificationParams:
 
 @dataclass(frozen=True, slots=True)
 class QuestionParams:
-    """How one question is cut into windows and answered; lengths in tokens."""
+    """How one question is cut into windows and answered; lengths in tokens.
+
+    doc_stride  tokens that neighbouring windows share; None is min(max_seq_len // 2, 128)
+    """
 
     top_k: int
-    doc_stride: int
+    doc_stride: int | None
     max_answer_len: int
     max_seq_len: int
     max_question_len: int

@@ -1,0 +1,132 @@
+"""Length buckets under a token budget, packing, and the way back to arrival order.
+
+Over padding-free kernels a bucket saves no arithmetic, so the plan merges whatever fits under the
+budget and splits only beyond it, or where `length_buckets` says so; docs/buckets.md has the
+measurements behind the defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ft_handler.types import Encoding, PackedBatch
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Sequences:
+    """The token sequences of a whole batch, in arrival order, laid end to end.
+
+    input_ids       [total] int64
+    token_type_ids  [total] int64
+    lengths         [sequences] int64
+    """
+
+    input_ids: NDArray[np.int64]
+    token_type_ids: NDArray[np.int64]
+    lengths: Indices
+
+
+def flatten(encodings: Sequence[Encoding]) -> Sequences:
+    """Lay all sequences of all inputs end to end, in arrival order."""
+    ids = [s for e in encodings for s in e.sequences]
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    total = int(lengths.sum())
+    flat = np.fromiter(chain.from_iterable(ids), np.int64, total)
+    splits = np.fromiter((s for e in encodings for s in e.splits), np.int64, len(ids))
+    if np.array_equal(splits, lengths):
+        return Sequences(flat, np.zeros(total, np.int64), lengths)
+    ends = np.cumsum(lengths)
+    boundary = np.repeat(ends - lengths + splits, lengths)
+    return Sequences(flat, (np.arange(total) >= boundary).astype(np.int64), lengths)
+
+
+def default_buckets(max_positions: int) -> tuple[int, ...]:
+    """The edges used when `length_buckets` is not set: one bucket for every length."""
+    return (max_positions,)
+
+
+def plan_buckets(lengths: Indices, edges: Sequence[int], max_batch_tokens: int) -> list[Indices]:
+    """Indices of `lengths`, bucket by bucket: each index once, no bucket over the budget.
+
+    lengths           [sequences] tokens
+    edges             ascending upper edges; longer sequences share a last bucket
+    max_batch_tokens  budget of a bucket; a longer sequence gets a bucket of its own
+
+    Buckets keep arrival order inside; a bucket over the budget is sorted by length first, so that
+    its parts hold sequences of similar lengths.
+    """
+    if len(lengths) == 0:
+        return []
+    # Most batches fit one bucket whole.
+    if int(lengths.sum()) <= max_batch_tokens and (not edges or int(lengths.max()) <= edges[0]):
+        return [np.arange(len(lengths))]
+    bucket_of = np.searchsorted(np.asarray(edges), lengths)
+    plan: list[Indices] = []
+    for bucket in np.unique(bucket_of):
+        members = np.flatnonzero(bucket_of == bucket)
+        if int(lengths[members].sum()) <= max_batch_tokens:
+            plan.append(members)
+            continue
+        members = members[np.argsort(lengths[members], kind="stable")]
+        begin, tokens = 0, 0
+        for at, length in enumerate(lengths[members].tolist()):
+            if tokens and tokens + length > max_batch_tokens:
+                plan.append(members[begin:at])
+                begin, tokens = at, 0
+            tokens += length
+        plan.append(members[begin:])
+    return plan
+
+
+def pack(sequences: Sequences, members: Indices) -> PackedBatch:
+    """One bucket's sequences end to end."""
+    lengths = sequences.lengths
+    if len(members) == len(lengths) and bool((members == np.arange(len(members))).all()):
+        ids, types, chosen = sequences.input_ids, sequences.token_type_ids, lengths
+    else:
+        source = _token_indices(lengths, members)
+        chosen = lengths[members]
+        ids, types = sequences.input_ids[source], sequences.token_type_ids[source]
+    cu_seqlens = np.zeros(len(members) + 1, np.int32)
+    np.cumsum(chosen, out=cu_seqlens[1:])
+    return PackedBatch(ids, types, cu_seqlens, int(chosen.max(initial=0)))
+
+
+def _token_indices(lengths: Indices, members: Indices) -> Indices:
+    """Where the tokens of `members` lie in the flat arrays, in the order of `members`."""
+    begins = np.cumsum(lengths) - lengths
+    chosen = lengths[members]
+    ends = np.cumsum(chosen)
+    indices: Indices = np.repeat(begins[members] - (ends - chosen), chosen)
+    indices += np.arange(len(indices))
+    return indices
+
+
+def restore_rows(
+    done: Sequence[tuple[Indices, NDArray[np.float32]]], count: int
+) -> NDArray[np.float32]:
+    """Results `[members, width]` of the buckets as `[count, width]` in arrival order.
+
+    Sequences in no bucket of `done` get zeros.
+    """
+    out = np.zeros((count, done[0][1].shape[1]), np.float32)
+    for members, rows in done:
+        out[members] = rows
+    return out
+
+
+def restore_tokens(
+    done: Sequence[tuple[Indices, NDArray[np.float32]]], lengths: Indices
+) -> NDArray[np.float32]:
+    """Results `[tokens]` of the buckets as `[total]` in arrival order; the rest gets zeros."""
+    out = np.zeros(int(lengths.sum()), np.float32)
+    for members, tokens in done:
+        out[_token_indices(lengths, members)] = tokens
+    return out

@@ -1,0 +1,396 @@
+"""The request path, stage by stage; runs without TorchServe.
+
+dicts -decode-> Request -tokenize-> Encoding -bucket and pack-> PackedBatch -engine-> logits
+ -postprocess-> Prediction -encode-> Reply
+
+A request that fails leaves the flow with its own answer; its neighbours go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ft_handler.batching import (
+    Indices,
+    Sequences,
+    default_buckets,
+    flatten,
+    pack,
+    plan_buckets,
+    restore_rows,
+    restore_tokens,
+)
+from ft_handler.codec import Codec, encode_error
+from ft_handler.config import HandlerConfig
+from ft_handler.engine import Engine, Logits, Pending
+from ft_handler.errors import ConfigError, EngineLost, OutOfDeviceMemory, RequestError
+from ft_handler.tasks import Classification, QuestionAnswering
+from ft_handler.tokenization import QuestionEncoder, TextEncoder
+from ft_handler.types import (
+    ClassificationParams,
+    Encoding,
+    ModelInput,
+    PackedBatch,
+    Prediction,
+    QuestionParams,
+    Reply,
+    Request,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from ft_handler.model import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("decode", "tokenize", "pack", "compute", "postprocess", "encode")
+
+
+class InternalError(RequestError):
+    """Our own failure (500); the message tells the client nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__("internal error")
+
+
+class OutOfMemory(RequestError):
+    """A single input did not fit into memory now (503)."""
+
+    status = 503
+    reason = "Service Unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("not enough memory for this input")
+
+
+@dataclass(slots=True)
+class BatchStats:
+    """What one batch was and what it cost.
+
+    padded   tokens that padding every sequence to the longest one would have added
+    seconds  wall time of each of `STAGES`
+    """
+
+    requests: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    padded: int = 0
+    buckets: int = 0
+    refused: int = 0
+    failed: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+
+def _ignore(_: BatchStats) -> None:
+    """The observer of a pipeline that nobody watches."""
+
+
+class Pipeline:
+    """Chains the stages for one model.
+
+    config         settings; contradictions with the model raise ConfigError
+    info           the traced file's description of itself
+    tokenizer      without truncation or padding
+    engine         encoder and head
+    labels         names of the classes; None takes the traced file's
+    model_name, model_version   for Open Inference Protocol answers
+    observe        gets the figures of every batch
+    """
+
+    def __init__(
+        self,
+        config: HandlerConfig,
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        *,
+        labels: Mapping[int, str] | None = None,
+        model_name: str = "model",
+        model_version: str | None = None,
+        observe: Callable[[BatchStats], None] = _ignore,
+    ) -> None:
+        _check(config, info, tokenizer)
+        self._engine = engine
+        self._observe = observe
+        self._max_batch_tokens = config.max_batch_tokens
+        edges = config.length_buckets
+        self._edges = default_buckets(info.max_positions) if edges is None else edges
+        max_length = config.max_length or info.max_positions
+        self._question = info.mode == "question_answering"
+        self._encoder: TextEncoder | QuestionEncoder
+        self._task: Classification | QuestionAnswering
+        defaults: ClassificationParams | QuestionParams
+        if self._question:
+            defaults = QuestionParams(
+                config.top_k or 1,
+                config.doc_stride,
+                config.max_answer_len,
+                config.max_seq_len or min(max_length, 384),
+                config.max_question_len,
+                config.handle_impossible_answer,
+                config.align_to_words,
+            )
+            self._encoder = QuestionEncoder(tokenizer, max_length)
+            self._task = QuestionAnswering()
+        else:
+            defaults = ClassificationParams(
+                config.top_k, config.function_to_apply, config.truncation
+            )
+            self._encoder = TextEncoder(tokenizer, max_length)
+            self._task = Classification(labels or info.labels, info.problem_type)
+        self._codec = Codec(info.mode, defaults, config, model_name, model_version)
+
+    def run(self, data: Sequence[Mapping[str, Any]]) -> list[Reply]:
+        """One reply a request, in order. Raises EngineLost when the worker has to be restarted."""
+        stats = BatchStats(requests=len(data))
+        clock = time.perf_counter
+        replies: list[Reply | None] = [None] * len(data)
+        marks = [clock()]
+
+        requests: dict[int, Request] = {}
+        for index, item in enumerate(data):
+            try:
+                requests[index] = self._codec.decode(item)
+            except RequestError as error:
+                replies[index] = encode_error(error)
+            except Exception as error:
+                replies[index] = _internal("decode", error)
+        marks.append(clock())
+
+        encodings = self._tokenize(requests, replies)
+        marks.append(clock())
+
+        inputs = [i for request in requests.values() for i in request.inputs]
+        predictions: list[Prediction | RequestError] = []
+        if inputs:
+            sequences = flatten(encodings)
+            stats.sequences = len(sequences.lengths)
+            stats.tokens = len(sequences.input_ids)
+            stats.padded = stats.sequences * int(sequences.lengths.max()) - stats.tokens
+            plan = plan_buckets(sequences.lengths, self._edges, self._max_batch_tokens)
+            batches = [(members, pack(sequences, members)) for members in plan]
+            marks.append(clock())
+            done, lost = self._compute(sequences, batches)
+            stats.buckets = len(done)
+            marks.append(clock())
+            predictions = self._predict(inputs, encodings, sequences, done, lost)
+        else:
+            marks += [clock(), clock()]
+        marks.append(clock())
+
+        at = 0
+        for index, request in requests.items():
+            mine = predictions[at : at + len(request.inputs)]
+            at += len(request.inputs)
+            try:
+                answers = []
+                for prediction in mine:
+                    if isinstance(prediction, RequestError):
+                        raise prediction
+                    answers.append(prediction)
+                replies[index] = self._codec.encode(request, answers)
+            except RequestError as error:
+                replies[index] = encode_error(error)
+            except Exception as error:
+                replies[index] = _internal("encode", error)
+        marks.append(clock())
+
+        out = [reply for reply in replies if reply is not None]
+        assert len(out) == len(data)
+        for reply in out:
+            stats.failed += reply.status >= 500
+            stats.refused += 400 <= reply.status < 500
+        stats.seconds = {
+            stage: after - before
+            for stage, before, after in zip(STAGES, marks, marks[1:], strict=False)
+        }
+        self._observe(stats)
+        return out
+
+    def _tokenize(
+        self, requests: dict[int, Request], replies: list[Reply | None]
+    ) -> list[Encoding]:
+        """Encodings of all inputs; requests with an input that has none leave `requests`."""
+        inputs = [i for request in requests.values() for i in request.inputs]
+        if not inputs:
+            return []
+        encoded: list[Encoding | RequestError] = []
+        try:
+            encoded = self._encoder.encode(inputs)
+        except Exception as error:
+            _log("tokenize", error)
+            # One input at a time, so that only the culprit suffers.
+            for item in inputs:
+                try:
+                    encoded += self._encoder.encode([item])
+                except Exception:
+                    encoded.append(InternalError())
+        if not any(isinstance(e, RequestError) for e in encoded):
+            return encoded  # type: ignore[return-value]
+        kept: list[Encoding] = []
+        at = 0
+        for index, request in list(requests.items()):
+            mine = encoded[at : at + len(request.inputs)]
+            at += len(request.inputs)
+            good: list[Encoding] = []
+            for position, encoding in enumerate(mine):
+                if isinstance(encoding, RequestError):
+                    if request.form != "single" and not isinstance(encoding, InternalError):
+                        encoding = type(encoding)(f"inputs[{position}]: {encoding}")
+                    replies[index] = encode_error(encoding)
+                    del requests[index]
+                    break
+                good.append(encoding)
+            else:
+                kept += good
+        return kept
+
+    def _compute(
+        self, sequences: Sequences, batches: Sequence[tuple[Indices, PackedBatch]]
+    ) -> tuple[list[tuple[Indices, Logits]], list[tuple[Indices, RequestError]]]:
+        """Launch every bucket, then collect: results by bucket, and buckets that failed."""
+        done: list[tuple[Indices, Logits]] = []
+        lost: list[tuple[Indices, RequestError]] = []
+        waiting: list[tuple[Indices, Pending | Exception]] = []
+        for members, batch in batches:
+            waiting.append((members, self._launch(batch)))
+        while waiting:
+            members, pending = waiting.pop(0)
+            try:
+                if isinstance(pending, Exception):
+                    raise pending
+                done.append((members, pending.result()))
+            except EngineLost:
+                raise
+            except Exception as error:
+                if not _out_of_memory(error):
+                    lost.append((members, InternalError()))
+                    _log("compute", error, with_message=True)
+                elif len(members) == 1:
+                    lost.append((members, OutOfMemory()))
+                    logger.error("one sequence does not fit into memory")
+                else:
+                    half = len(members) // 2
+                    logger.warning("out of memory with %d sequences: halved", len(members))
+                    for part in (members[:half], members[half:]):
+                        waiting.insert(0, (part, self._launch(pack(sequences, part))))
+        return done, lost
+
+    def _launch(self, batch: PackedBatch) -> Pending | Exception:
+        try:
+            return self._engine.launch(batch)
+        except EngineLost:
+            raise
+        except Exception as error:
+            return error
+
+    def _predict(
+        self,
+        inputs: Sequence[ModelInput],
+        encodings: Sequence[Encoding],
+        sequences: Sequences,
+        done: Sequence[tuple[Indices, Logits]],
+        lost: Sequence[tuple[Indices, RequestError]],
+    ) -> list[Prediction | RequestError]:
+        """One prediction an input, or the error that takes its place."""
+        if not done:
+            return [lost[0][1]] * len(inputs)
+        count = len(sequences.lengths)
+        bad: NDArray[np.bool_] | np.bool_
+        predictions: list[Prediction | RequestError]
+        try:
+            if isinstance(self._task, QuestionAnswering):
+                start, end = (
+                    restore_tokens([(m, r[side]) for m, r in done], sequences.lengths)
+                    for side in (0, 1)
+                )
+                begins = np.cumsum(sequences.lengths) - sequences.lengths
+                bad = np.logical_not(np.logical_and.reduceat(np.isfinite(start + end), begins))
+                if bad.any():
+                    start, end = np.nan_to_num(start), np.nan_to_num(end)
+                predictions = list(self._task.predict(inputs, encodings, start, end))
+            else:
+                logits = restore_rows([(m, r[0]) for m, r in done], count)
+                bad = np.logical_not(np.isfinite(logits).all(axis=1))
+                predictions = list(self._task.predict(inputs, encodings, logits))
+        except Exception as error:
+            _log("postprocess", error)
+            return [InternalError()] * len(inputs)
+        if not lost and not bad.any():
+            return predictions
+        if bad.any():
+            logger.error("the model gave no finite logits for %d sequences", int(bad.sum()))
+        errors: dict[int, RequestError] = {int(i): InternalError() for i in np.flatnonzero(bad)}
+        for members, failure in lost:
+            errors.update(dict.fromkeys(members.tolist(), failure))
+        at = 0
+        for i, encoding in enumerate(encodings):
+            for sequence in range(at, at + len(encoding.sequences)):
+                if sequence in errors:
+                    predictions[i] = errors[sequence]
+            at += len(encoding.sequences)
+        return predictions
+
+
+def _check(config: HandlerConfig, info: ModelInfo, tokenizer: Tokenizer) -> None:
+    """Refuse settings that the model contradicts."""
+    if config.mode is not None and config.mode != info.mode:
+        raise ConfigError(
+            f"setting 'mode' is {config.mode}, but the traced file is for {info.mode}"
+        )
+    if info.mode == "sequence_classification":
+        if config.num_labels is not None and config.num_labels != info.num_labels:
+            raise ConfigError(
+                f"setting 'num_labels' is {config.num_labels}, but the traced file has "
+                f"{info.num_labels}"
+            )
+        for name in ("doc_stride", "max_seq_len"):
+            if getattr(config, name) is not None:
+                raise ConfigError(
+                    f"setting '{name}' is for question_answering, but the traced file is for "
+                    "sequence_classification"
+                )
+    elif config.function_to_apply is not None:
+        raise ConfigError(
+            "setting 'function_to_apply' is for sequence_classification, but the traced file is "
+            "for question_answering"
+        )
+    for name in ("max_length", "max_seq_len"):
+        value = getattr(config, name)
+        if value is not None and value > info.max_positions:
+            raise ConfigError(
+                f"setting '{name}' is {value}, but the model has {info.max_positions} positions"
+            )
+    if tokenizer.get_vocab_size() > info.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but the traced file was made "
+            f"for {info.vocab_size}: they do not belong together"
+        )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # Torch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, (OutOfDeviceMemory, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _log(stage: str, error: Exception, *, with_message: bool = False) -> None:
+    """Log a failure of ours; messages only of stages that never see the client's text."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    message = f": {error}" if with_message else ""
+    logger.error("%s failed: %s%s\n%s", stage, type(error).__name__, message, frames)
+
+
+def _internal(stage: str, error: Exception) -> Reply:
+    _log(stage, error)
+    return encode_error(InternalError())
