@@ -96,7 +96,7 @@ def check_build(build: dict[str, Any], path: Path) -> None:
             f"{path} is of ft_handler {build.get('version')}, the package is {__version__}; "
             "rebuild the library or install the matching package"
         )
-    built_on = build.get("torch", "unknown")
+    built_on = build.get("torch_build", "unknown")
     if built_on != "unknown" and torch_release(built_on)[0] != torch_release(torch.__version__)[0]:
         raise LibraryError(
             f"{path} was built on torch {built_on} and this is torch {torch.__version__}; "
