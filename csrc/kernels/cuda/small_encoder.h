@@ -1,17 +1,15 @@
 // The encoder stack for few tokens on Hopper: four chained kernels a layer, no host synchronisation.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstddef>
+
+#include "kernels/cuda/kernels.h"
 
 namespace ft::cuda {
 
-enum class SmallType { kHalf, kBfloat16 };
-
 // Host-side capacities; the lengths themselves are read from cu_seqlens on the device.
 struct SmallShape {
-  SmallType type;
+  DType dtype;  // kFloat16 or kBFloat16
   int tokens;  // rows of the packed tensors; rows at cu_seqlens[batch] and beyond are padding
   int batch;
   int max_seqlen;

@@ -1,0 +1,397 @@
+// Launches the few-token encoder: plan, buffers, and the chain of kernels.
+#include "kernels/cuda/small_encoder.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/cuda/small_kernels.cuh"
+
+namespace ft::cuda {
+namespace {
+
+using small::AttentionParams;
+using small::GemmLayout;
+using small::GemmParams;
+using small::kAttention;
+using small::kChunk;
+using small::Kind;
+using small::kKinds;
+using small::kMaxParts;
+using small::kMaxSplit;
+using small::kNorm;
+using small::kNormGelu;
+using small::kResidual;
+using small::kTiles;
+using small::NormParams;
+using small::round_up;
+
+constexpr int kMultiprocessors = 132;
+constexpr int kSharedLimit = 227 * 1024;
+constexpr int kAttentionRows = 64;
+constexpr int kMaxTokens = 1024;
+constexpr int kMaxBatch = 1024;
+
+struct Tile {
+  int rows, columns, threads;
+};
+constexpr Tile kTileTable[kTiles] = {
+#define FT_SMALL_ENTRY(index, rows, columns, warps_m, warps_n) \
+  {rows, columns, 32 * (warps_m) * (warps_n)},
+    FT_SMALL_TILES(FT_SMALL_ENTRY)
+#undef FT_SMALL_ENTRY
+};
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Keys that a tile of `rows` queries can need: its own rows and the rest of the sequences at its
+// ends.
+int key_capacity(const SmallShape& s, int rows) {
+  return round_up(std::min(s.tokens, rows + 2 * (std::max(s.max_seqlen, 1) - 1)), 32);
+}
+
+GemmParams gemm_params(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n, int k) {
+  GemmParams p = {};
+  p.tokens = s.tokens;
+  p.n = n;
+  p.k = k;
+  p.batch = s.batch;
+  p.width = s.hidden;
+  p.split = plan.split;
+  p.stages = plan.stages;
+  if (kind == kAttention) {
+    p.key_capacity = key_capacity(s, kTileTable[plan.tile].rows);
+    p.head_dim = s.hidden / s.heads;
+    p.scale_log2 = static_cast<float>(1.4426950408889634 / std::sqrt(double(p.head_dim)));
+  }
+  return p;
+}
+
+int gemm_shared(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n, int k) {
+  const Tile& tile = kTileTable[plan.tile];
+  return GemmLayout(kind, tile.rows, tile.columns, gemm_params(s, kind, plan, n, k)).total;
+}
+
+int attention_shared(const SmallShape& s) {
+  return round_up(kAttentionRows * 8 + 4 * (s.batch + 1), small::kChunkBytes) +
+         (kAttentionRows + 2 * key_capacity(s, kAttentionRows)) * small::kChunkBytes;
+}
+
+bool gemm_plan_fits(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n, int k) {
+  const int chunks = k / kChunk;
+  if (plan.tile < 0 || plan.tile >= kTiles || plan.split < 1 || plan.split > kMaxSplit ||
+      plan.split > chunks || plan.stages < 1) {
+    return false;
+  }
+  if (kind == kAttention && plan.stages < ceil_div(chunks, plan.split)) return false;
+  const bool ends_branch = kind == kAttention || kind == kResidual;
+  if (ends_branch && ceil_div(n, kTileTable[plan.tile].columns) > kMaxParts) return false;
+  return gemm_shared(s, kind, plan, n, k) <= kSharedLimit;
+}
+
+// Nanoseconds a plan should take beyond its launch: bytes through L2 and into the busiest
+// multiprocessor, matrix instructions, and the exchange of partial sums.
+double estimate(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n, int k) {
+  const Tile& tile = kTileTable[plan.tile];
+  const int steps = ceil_div(k / kChunk, plan.split);
+  const int blocks =
+      ceil_div(s.tokens, tile.rows) * ceil_div(n, tile.columns) * plan.split;
+  const int shared = gemm_shared(s, kind, plan, n, k);
+  const double bytes = double(tile.rows + tile.columns) * steps * small::kChunkBytes;
+  const double flops = 2.0 * tile.rows * tile.columns * steps * kChunk;
+  const int turns = ceil_div(blocks, kMultiprocessors);
+  double time = std::max(turns * bytes / 90, blocks * bytes / 5000) + turns * flops / 3000;
+  if (plan.split > 1) time += 500 + turns * tile.rows * tile.columns * 4.0 / 60;
+  if (kind == kAttention) {
+    time += turns * (steps * key_capacity(s, tile.rows) * 256.0 / 90 +
+                     4.0 * tile.rows * steps * kChunk * key_capacity(s, tile.rows) / 1500);
+  }
+  if (shared > kSharedLimit / 2) time += 1000;  // leaves no room for the successor's weights
+  return time;
+}
+
+bool choose(const SmallShape& s, Kind kind, int n, int k, SmallGemmPlan* best, double* cost) {
+  bool found = false;
+  for (int tile = 0; tile < kTiles; ++tile) {
+    for (int split = 1; split <= std::min(kMaxSplit, k / kChunk); ++split) {
+      const int steps = ceil_div(k / kChunk, split);
+      for (int stages = std::min(steps, 6); stages >= 2 || stages == steps; --stages) {
+        const SmallGemmPlan plan = {tile, split, stages};
+        if (gemm_plan_fits(s, kind, plan, n, k)) {
+          const double time = estimate(s, kind, plan, n, k);
+          if (!found || time < *cost) {
+            *best = plan;
+            *cost = time;
+            found = true;
+          }
+        }
+        if (stages == 1) break;
+      }
+    }
+  }
+  return found;
+}
+
+struct Buffers {
+  unsigned char *qkv, *context, *raw1, *raw2, *up;
+  float2 *moments1, *moments2;
+  size_t bytes;
+
+  Buffers(const SmallShape& s, void* workspace) {
+    unsigned char* const base = static_cast<unsigned char*>(workspace);
+    bytes = 0;
+    const auto take = [&](size_t size) {
+      unsigned char* const at = base + bytes;
+      bytes += (size + 255) / 256 * 256;
+      return at;
+    };
+    const size_t rows = 2 * size_t(s.tokens);
+    qkv = take(rows * 3 * s.hidden);
+    context = take(rows * s.hidden);
+    raw1 = take(rows * s.hidden);
+    raw2 = take(rows * s.hidden);
+    up = take(rows * s.intermediate);
+    moments1 = reinterpret_cast<float2*>(take(sizeof(float2) * kMaxParts * s.tokens));
+    moments2 = reinterpret_cast<float2*>(take(sizeof(float2) * kMaxParts * s.tokens));
+  }
+};
+
+// Raises a kernel's limits once a device: all of shared memory, so that neighbours in the chain fit
+// beside each other without a change of the split between L1 and shared memory.
+cudaError_t allow_shared(const void* function, std::atomic<uint64_t>& done) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t bit = uint64_t{1} << (device & 63);
+  if (done.load(std::memory_order_acquire) & bit) return cudaSuccess;
+  error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
+  done.fetch_or(bit, std::memory_order_release);
+  return cudaSuccess;
+}
+
+struct Chain {
+  const SmallShape& shape;
+  const small::Functions& functions;
+  cudaStream_t stream;
+  bool started = false;
+
+  cudaError_t launch(const void* function, std::atomic<uint64_t>& allowed, dim3 grid, int threads,
+                     int shared, int cluster, void* params) {
+    const cudaError_t error = allow_shared(function, allowed);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute attributes[2];
+    int count = 0;
+    if (cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count].val.clusterDim.x = cluster;
+      attributes[count].val.clusterDim.y = 1;
+      attributes[count].val.clusterDim.z = 1;
+      ++count;
+    }
+    // Not the first: the stream's earlier work may still be writing the weights, which kernels
+    // read before they wait.
+    if (started) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count].val.programmaticStreamSerializationAllowed = 1;
+      ++count;
+    }
+    started = true;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = count;
+    void* arguments[] = {params};
+    return cudaLaunchKernelExC(&config, function, arguments);
+  }
+
+  cudaError_t gemm(Kind kind, const SmallGemmPlan& plan, GemmParams& p) {
+    static std::atomic<uint64_t> allowed[2][kKinds][kTiles];
+    const Tile& tile = kTileTable[plan.tile];
+    const GemmLayout layout(kind, tile.rows, tile.columns, p);
+    return launch(functions.gemm[kind][plan.tile],
+                  allowed[shape.dtype == DType::kBFloat16][kind][plan.tile],
+                  dim3(plan.split, ceil_div(p.n, tile.columns), ceil_div(p.tokens, tile.rows)),
+                  tile.threads, layout.total, plan.split, &p);
+  }
+
+  cudaError_t attention(AttentionParams& p, int shared) {
+    static std::atomic<uint64_t> allowed[2];
+    return launch(functions.attention, allowed[shape.dtype == DType::kBFloat16],
+                  dim3(p.hidden / kChunk, ceil_div(p.tokens, kAttentionRows)), 128, shared, 1, &p);
+  }
+
+  cudaError_t norm(NormParams& p) {
+    static std::atomic<uint64_t> allowed[2];
+    return launch(functions.norm, allowed[shape.dtype == DType::kBFloat16],
+                  dim3(ceil_div(p.tokens, 4)), 128, 0, 1, &p);
+  }
+};
+
+bool shape_served(const SmallShape& s) {
+  if (s.dtype != DType::kFloat16 && s.dtype != DType::kBFloat16) return false;
+  if (s.heads < 1 || s.hidden % kChunk != 0 || s.intermediate % kChunk != 0) return false;
+  if (s.hidden < 1 || s.intermediate < 1 || s.layers < 0) return false;
+  if (s.hidden != 32 * s.heads && s.hidden != 64 * s.heads) return false;
+  return s.tokens >= 0 && s.tokens <= kMaxTokens && s.batch >= 0 && s.batch <= kMaxBatch;
+}
+
+bool plan_fits(const SmallShape& s, const SmallPlan& plan) {
+  const int h = s.hidden, i = s.intermediate;
+  return gemm_plan_fits(s, kNorm, plan.qkv, 3 * h, h) &&
+         gemm_plan_fits(s, plan.fuse_attention ? kAttention : kResidual, plan.out, h, h) &&
+         gemm_plan_fits(s, kNormGelu, plan.up, i, h) &&
+         gemm_plan_fits(s, kResidual, plan.down, h, i) &&
+         (plan.fuse_attention || attention_shared(s) <= kSharedLimit);
+}
+
+}  // namespace
+
+bool small_plan(const SmallShape& s, SmallPlan* plan) {
+  if (!shape_served(s)) return false;
+  const int h = s.hidden, i = s.intermediate;
+  double ignored, fused = 0, plain = 0;
+  SmallGemmPlan with_attention = {};
+  if (!choose(s, kNorm, 3 * h, h, &plan->qkv, &ignored)) return false;
+  if (!choose(s, kNormGelu, i, h, &plan->up, &ignored)) return false;
+  if (!choose(s, kResidual, h, i, &plan->down, &ignored)) return false;
+  if (!choose(s, kResidual, h, h, &plan->out, &plain)) return false;
+  plan->fuse_attention = s.tokens <= 128 && choose(s, kAttention, h, h, &with_attention, &fused);
+  if (plan->fuse_attention) plan->out = with_attention;
+  return plan->fuse_attention || attention_shared(s) <= kSharedLimit;
+}
+
+bool small_encoder_supported(const SmallShape& shape, const cudaDeviceProp& device) {
+  SmallPlan plan;
+  return device.major == 9 && device.minor == 0 && small_plan(shape, &plan);
+}
+
+size_t small_encoder_workspace(const SmallShape& shape) { return Buffers(shape, nullptr).bytes; }
+
+cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan,
+                                  const SmallWeights& w, float eps, const int* cu_seqlens,
+                                  void* hidden, void* workspace, cudaStream_t stream) {
+  if (!shape_served(s) || !plan_fits(s, plan)) return cudaErrorInvalidValue;
+  if (s.tokens == 0 || s.batch == 0 || s.layers == 0) return cudaSuccess;
+  const Buffers buffers(s, workspace);
+  const int h = s.hidden, i = s.intermediate;
+  const auto at = [](const void* base, size_t element) -> const void* {
+    return static_cast<const unsigned char*>(base) + 2 * element;
+  };
+  Chain chain{s, s.dtype == DType::kFloat16 ? small::kHalfFunctions : small::kBFloat16Functions,
+              stream};
+  const Kind out_kind = plan.fuse_attention ? kAttention : kResidual;
+  const int width1 = kTileTable[plan.out.tile].columns, width2 = kTileTable[plan.down.tile].columns;
+  cudaError_t error = cudaSuccess;
+
+  for (size_t layer = 0; layer < static_cast<size_t>(s.layers) && error == cudaSuccess; ++layer) {
+    // The layer's input: `hidden` as given, or the previous layer's raw sum, not yet normalised.
+    const bool raw = layer > 0;
+    const void* const input = raw ? buffers.raw2 : hidden;
+    const auto previous_norm = [&](GemmParams& p) {
+      if (!raw) return;
+      p.moments = buffers.moments2;
+      p.parts = ceil_div(h, width2);
+      p.part_width = width2;
+      p.gamma = at(w.ln2_gamma, (layer - 1) * h);
+      p.beta = at(w.ln2_beta, (layer - 1) * h);
+    };
+    const auto own_norm = [&](GemmParams& p) {
+      p.moments = buffers.moments1;
+      p.parts = ceil_div(h, width1);
+      p.part_width = width1;
+      p.gamma = at(w.ln1_gamma, layer * h);
+      p.beta = at(w.ln1_beta, layer * h);
+    };
+
+    GemmParams p = gemm_params(s, kNorm, plan.qkv, 3 * h, h);
+    p.eps = eps;
+    p.input = input;
+    p.weight = at(w.qkv_weight, layer * 3 * h * h);
+    p.bias = at(w.qkv_bias, layer * 3 * h);
+    p.output = buffers.qkv;
+    previous_norm(p);
+    error = chain.gemm(kNorm, plan.qkv, p);
+    if (error != cudaSuccess) break;
+
+    if (!plan.fuse_attention) {
+      AttentionParams a = {};
+      a.qkv = buffers.qkv;
+      a.output = buffers.context;
+      a.cu_seqlens = cu_seqlens;
+      a.tokens = s.tokens;
+      a.hidden = h;
+      a.batch = s.batch;
+      a.key_capacity = key_capacity(s, kAttentionRows);
+      a.head_dim = h / s.heads;
+      a.scale_log2 = static_cast<float>(1.4426950408889634 / std::sqrt(double(a.head_dim)));
+      error = chain.attention(a, attention_shared(s));
+      if (error != cudaSuccess) break;
+    }
+
+    p = gemm_params(s, out_kind, plan.out, h, h);
+    p.eps = eps;
+    p.input = plan.fuse_attention ? buffers.qkv : buffers.context;
+    p.weight = at(w.out_weight, layer * h * h);
+    p.bias = at(w.out_bias, layer * h);
+    p.output = buffers.raw1;
+    p.residual = input;
+    p.moments_out = buffers.moments1;
+    p.cu_seqlens = cu_seqlens;
+    previous_norm(p);
+    error = chain.gemm(out_kind, plan.out, p);
+    if (error != cudaSuccess) break;
+
+    p = gemm_params(s, kNormGelu, plan.up, i, h);
+    p.eps = eps;
+    p.input = buffers.raw1;
+    p.weight = at(w.up_weight, layer * i * h);
+    p.bias = at(w.up_bias, layer * i);
+    p.output = buffers.up;
+    own_norm(p);
+    error = chain.gemm(kNormGelu, plan.up, p);
+    if (error != cudaSuccess) break;
+
+    p = gemm_params(s, kResidual, plan.down, h, i);
+    p.eps = eps;
+    p.input = buffers.up;
+    p.weight = at(w.down_weight, layer * h * i);
+    p.bias = at(w.down_bias, layer * h);
+    p.output = buffers.raw2;
+    p.residual = buffers.raw1;
+    p.moments_out = buffers.moments2;
+    own_norm(p);
+    error = chain.gemm(kResidual, plan.down, p);
+  }
+  if (error != cudaSuccess) return error;
+
+  NormParams n = {};
+  n.input = buffers.raw2;
+  n.moments = buffers.moments2;
+  n.gamma = at(w.ln2_gamma, static_cast<size_t>(s.layers - 1) * h);
+  n.beta = at(w.ln2_beta, static_cast<size_t>(s.layers - 1) * h);
+  n.output = hidden;
+  n.tokens = s.tokens;
+  n.parts = ceil_div(h, width2);
+  n.part_width = width2;
+  n.width = h;
+  n.eps = eps;
+  return chain.norm(n);
+}
+
+cudaError_t small_encoder(const SmallShape& shape, const SmallWeights& weights, float eps,
+                          const int* cu_seqlens, void* hidden, void* workspace,
+                          cudaStream_t stream) {
+  SmallPlan plan;
+  if (!small_plan(shape, &plan)) return cudaErrorInvalidValue;
+  return small_encoder_planned(shape, plan, weights, eps, cu_seqlens, hidden, workspace, stream);
+}
+
+}  // namespace ft::cuda

@@ -1,0 +1,848 @@
+// Device code of the few-token encoder. Every kernel here is one link of a chain joined by
+// programmatic dependent launch: it starts while its predecessors run, pulls its share of the
+// weights into shared memory, and only then waits for the activations.
+//
+// A GEMM is cut three ways: rows of tokens, columns of the weight, and K over the blocks of a
+// cluster, so that at 32 tokens all multiprocessors read weights at once. The blocks of a cluster
+// leave fp32 partial sums in shared memory and each adds up its rows from all of them, always in
+// rank order, so results do not change from run to run.
+//
+// Layer norm has no kernel of its own: the GEMM that ends a residual branch stores the raw sum and,
+// for each row and column tile, mean and sum of squared deviations; readers combine these (Chan,
+// Golub and LeVeque 1979) and normalise while the data lies in shared memory.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/kernels.h"
+
+namespace ft::cuda::small {
+
+constexpr int kChunk = 64;       // columns of K a step holds: 128 bytes, one swizzled row
+constexpr int kChunkBytes = 128;
+constexpr int kMaxSplit = 8;     // largest portable cluster
+constexpr int kMaxParts = 32;    // moments a row: one lane each
+
+enum Kind {
+  kNorm,       // LN(input) W^T + b
+  kNormGelu,   // gelu(LN(input) W^T + b)
+  kResidual,   // input W^T + b + LN(residual), and its moments
+  kAttention,  // the same with input = attention(qkv)
+  kKinds
+};
+
+// index, rows of tokens, columns, warps along each
+#define FT_SMALL_TILES(X) \
+  X(0, 32, 48, 2, 2)      \
+  X(1, 32, 64, 2, 4)      \
+  X(2, 32, 96, 2, 4)      \
+  X(3, 64, 48, 4, 2)      \
+  X(4, 64, 64, 4, 2)      \
+  X(5, 64, 96, 2, 4)      \
+  X(6, 64, 144, 2, 6)     \
+  X(7, 64, 192, 2, 4)     \
+  X(8, 128, 96, 4, 2)     \
+  X(9, 128, 128, 4, 2)
+
+constexpr int kTiles = 10;
+
+struct GemmParams {
+  const void* input;      // [tokens, k]; kAttention: qkv [tokens, 3k]
+  const void* weight;     // [n, k]
+  const void* bias;       // [n]
+  void* output;           // [tokens, n]
+  const void* residual;   // [tokens, n]
+  const float2* moments;  // [tokens, parts] of input or residual; null: already normalised
+  const void* gamma;      // [width]
+  const void* beta;       // [width]
+  float2* moments_out;    // [tokens, column tiles]
+  const int* cu_seqlens;  // [batch + 1]
+  int tokens, n, k, batch;
+  int parts, part_width, width;  // of moments
+  int split, stages;
+  int key_capacity;  // rows of K and V held in shared memory, a multiple of 32
+  int head_dim;
+  float eps, scale_log2;
+};
+
+struct AttentionParams {
+  const void* qkv;        // [tokens, 3 * hidden]
+  void* output;           // [tokens, hidden]
+  const int* cu_seqlens;  // [batch + 1]
+  int tokens, hidden, batch, key_capacity, head_dim;
+  float scale_log2;
+};
+
+struct NormParams {
+  const void* input;      // [tokens, width]
+  const float2* moments;  // [tokens, parts]
+  const void* gamma;
+  const void* beta;
+  void* output;  // [tokens, width]
+  int tokens, parts, part_width, width;
+  float eps;
+};
+
+__host__ __device__ constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
+
+// Byte offsets in dynamic shared memory; the partial sums overlay everything from `weight` on.
+struct GemmLayout {
+  int bounds, bias, gamma, beta, residual, sequences, weight, input, keys, total;
+
+  __host__ __device__ GemmLayout(int kind, int tile_rows, int tile_columns, const GemmParams& p) {
+    const int chunks = (p.k / kChunk + p.split - 1) / p.split;
+    const bool ends_branch = kind == kResidual || kind == kAttention;
+    const int affine = 2 * (ends_branch ? tile_columns : chunks * kChunk);
+    bounds = tile_rows * 8;
+    bias = bounds + (kind == kAttention ? tile_rows * 8 : 0);
+    gamma = bias + 2 * tile_columns;
+    beta = gamma + affine;
+    residual = beta + affine;
+    sequences = residual +
+                (ends_branch ? 2 * tile_columns * ((tile_rows + p.split - 1) / p.split) : 0);
+    weight = round_up(sequences + (kind == kAttention ? 4 * (p.batch + 1) : 0), kChunkBytes);
+    input = weight + p.stages * tile_columns * kChunkBytes;
+    keys = input + p.stages * tile_rows * kChunkBytes;
+    total = keys + (kind == kAttention ? 2 * chunks * p.key_capacity * kChunkBytes : 0);
+    const int sums = weight + tile_rows * (tile_columns + 8) * 4;
+    if (total < sums) total = sums;
+  }
+};
+
+#ifdef __CUDACC__
+
+// ---- instructions ------------------------------------------------------------------------------
+
+__device__ __forceinline__ void dependents_may_start() {
+  asm volatile("griddepcontrol.launch_dependents;");
+}
+__device__ __forceinline__ void wait_for_predecessors() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Copies 16 bytes past L1, which may hold what an earlier kernel of the chain read; zeros if !valid.
+__device__ __forceinline__ void copy16(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+__device__ __forceinline__ void wait_copies_but(int pending) {
+  switch (pending) {
+    case 0: return wait_copies<0>();
+    case 1: return wait_copies<1>();
+    case 2: return wait_copies<2>();
+    case 3: return wait_copies<3>();
+    case 4: return wait_copies<4>();
+    case 5: return wait_copies<5>();
+    case 6: return wait_copies<6>();
+    default: return wait_copies<7>();
+  }
+}
+
+__device__ __forceinline__ void load_matrix4(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_matrix4_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_matrix2(uint32_t& r0, uint32_t& r1, uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r0), "=r"(r1)
+               : "r"(address)
+               : "memory");
+}
+
+template <typename T>
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
+  if constexpr (sizeof(T) == 2 && std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ float4 load_from_rank(uint32_t address, int rank) {
+  uint32_t remote;
+  float4 v;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(remote)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+  return v;
+}
+
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__half> {
+  static __device__ __forceinline__ float2 unpack(uint32_t v) {
+    return __half22float2(*reinterpret_cast<__half2*>(&v));
+  }
+  static __device__ __forceinline__ uint32_t pack(float x, float y) {
+    const __half2 v = __floats2half2_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&v);
+  }
+};
+template <>
+struct Pair<__nv_bfloat16> {
+  static __device__ __forceinline__ float2 unpack(uint32_t v) {
+    return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v));
+  }
+  static __device__ __forceinline__ uint32_t pack(float x, float y) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&v);
+  }
+};
+
+// Byte offset of 16-byte unit `unit` of a 128-byte row; the exclusive or spreads the eight rows a
+// matrix load touches over all banks.
+__device__ __forceinline__ int swizzled(int row, int unit) {
+  return row * kChunkBytes + ((unit ^ (row & 7)) << 4);
+}
+
+// ---- pieces ------------------------------------------------------------------------------------
+
+// rows [first, last) of `out` = (mean, 1 / deviation), from the moments of the row's column tiles.
+__device__ __forceinline__ void combine_moments(const float2* moments, int parts, int part_width,
+                                                int width, float eps, int first, int last,
+                                                int token0, int tokens, int warp, int warps,
+                                                float2* out) {
+  constexpr int kBatch = 4;  // loads in flight
+  const int lane = threadIdx.x % 32;
+  const float count = lane < parts ? min(part_width, width - lane * part_width) : 0;
+  const float inverse_width = 1.f / width;
+  for (int row = first + warp; row < last; row += kBatch * warps) {
+    float2 part[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int r = row + i * warps;
+      part[i] = make_float2(0.f, 0.f);
+      if (r < last && token0 + r < tokens && lane < parts) {
+        part[i] = __ldcg(moments + static_cast<size_t>(token0 + r) * parts + lane);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int r = row + i * warps;
+      if (r >= last) break;
+      const float mean = warp_sum(count * part[i].x) * inverse_width;
+      const float d = part[i].x - mean;
+      const float squares = warp_sum(part[i].y + count * d * d);
+      if (lane == 0) out[r] = make_float2(mean, rsqrtf(squares * inverse_width + eps));
+    }
+  }
+}
+
+// Normalises 8 columns in place: x = (x - mean) * rstd * gamma + beta.
+template <typename T>
+__device__ __forceinline__ void normalise8(void* x, const void* gamma, const void* beta,
+                                           float2 moments) {
+  uint4 v = *static_cast<uint4*>(x);
+  const uint4 g = *static_cast<const uint4*>(gamma);
+  const uint4 b = *static_cast<const uint4*>(beta);
+  uint32_t* vs = reinterpret_cast<uint32_t*>(&v);
+  const uint32_t* gs = reinterpret_cast<const uint32_t*>(&g);
+  const uint32_t* bs = reinterpret_cast<const uint32_t*>(&b);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 value = Pair<T>::unpack(vs[i]);
+    const float2 scale = Pair<T>::unpack(gs[i]);
+    const float2 shift = Pair<T>::unpack(bs[i]);
+    vs[i] = Pair<T>::pack((value.x - moments.x) * moments.y * scale.x + shift.x,
+                          (value.y - moments.x) * moments.y * scale.y + shift.y);
+  }
+  *static_cast<uint4*>(x) = v;
+}
+
+// The sequence bounds of rows [token0, token0 + rows), as tokens; padding rows get (0, 0).
+__device__ __forceinline__ void find_bounds(const int* sequences, int batch, int token0, int rows,
+                                            int2* bounds) {
+  for (int row = threadIdx.x; row < rows; row += blockDim.x) {
+    const int token = token0 + row;
+    int low = 0, high = batch;  // sequences[low] <= token < sequences[high]
+    if (token >= sequences[batch]) {
+      bounds[row] = make_int2(0, 0);
+      continue;
+    }
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (sequences[middle] <= token) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    bounds[row] = make_int2(sequences[low], sequences[high]);
+  }
+}
+
+// First and one past the last token whose keys rows [0, rows) need.
+__device__ __forceinline__ int2 key_range(const int2* bounds, const int* sequences, int batch,
+                                          int token0, int rows, int capacity) {
+  const int used = min(rows, sequences[batch] - token0);
+  if (used <= 0) return make_int2(0, 0);
+  const int first = bounds[0].x;
+  return make_int2(first, min(bounds[used - 1].y, first + capacity));
+}
+
+// Copies `rows` rows of one 64-column chunk, zeros beyond `valid`.
+template <typename T>
+__device__ __forceinline__ void copy_chunk(uint32_t to, const T* from, size_t stride, int rows,
+                                           int valid) {
+  for (int v = threadIdx.x; v < rows * 8; v += blockDim.x) {
+    const int row = v / 8, unit = v % 8;
+    const bool in = row < valid;
+    copy16(to + swizzled(row, unit), from + (in ? row * stride : 0) + unit * 8, in);
+  }
+}
+
+// Attention of 16 query rows and one head, by one warp; the context replaces the queries in shared
+// memory. Online softmax over blocks of 32 keys. Rows without a sequence become zeros.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t values, int row0,
+                                       int unit0,  // of the head in the 128-byte rows
+                                       const int2* bounds, int key0, int key_end,
+                                       float scale_log2) {
+  const int lane = threadIdx.x % 32;
+  const int2 own = bounds[row0 + lane % 16];
+  const bool any = own.y > own.x;
+  const int low = __reduce_min_sync(0xffffffffu, any ? own.x - key0 : 0x7fffffff);
+  const int high = __reduce_max_sync(0xffffffffu, any ? min(own.y, key_end) - key0 : 0);
+
+  uint32_t q[kHeadDim / 16][4];
+#pragma unroll
+  for (int k = 0; k < kHeadDim / 16; ++k) {
+    load_matrix4(q[k], queries + swizzled(row0 + lane % 16, unit0 + k * 2 + lane / 16));
+  }
+  int2 limit[2];
+  float maximum[2], sum[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    limit[i] = bounds[row0 + lane / 4 + 8 * i];
+    limit[i].x -= key0;
+    limit[i].y -= key0;
+    maximum[i] = -INFINITY;
+    sum[i] = 0.f;
+  }
+  float context[kHeadDim / 8][4] = {};
+
+  for (int block = low & ~31; block < high; block += 32) {
+    float score[4][4] = {};
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        uint32_t b[4];
+        load_matrix4(b, keys + swizzled(block + pair * 16 + lane % 8 + lane / 16 * 8,
+                                        unit0 + k * 2 + lane / 8 % 2));
+        multiply<T>(score[2 * pair], q[k], b[0], b[1]);
+        multiply<T>(score[2 * pair + 1], q[k], b[2], b[3]);
+      }
+    }
+    float scale[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float top = maximum[i];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int key = block + j * 8 + lane % 4 * 2 + e;
+          float& s = score[j][2 * i + e];
+          s = key >= limit[i].x && key < limit[i].y ? s * scale_log2 : -INFINITY;
+          top = fmaxf(top, s);
+        }
+      }
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+      const float base = top == -INFINITY ? 0.f : top;
+      scale[i] = exp2f(maximum[i] - base);
+      maximum[i] = top;
+      sum[i] *= scale[i];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& s = score[j][2 * i + e];
+          s = exp2f(s - base);
+          sum[i] += s;
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) context[j][e] *= scale[e / 2];
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t p[4] = {Pair<T>::pack(score[2 * k][0], score[2 * k][1]),
+                             Pair<T>::pack(score[2 * k][2], score[2 * k][3]),
+                             Pair<T>::pack(score[2 * k + 1][0], score[2 * k + 1][1]),
+                             Pair<T>::pack(score[2 * k + 1][2], score[2 * k + 1][3])};
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 16; ++d) {
+        uint32_t b[4];
+        load_matrix4_transposed(
+            b, values + swizzled(block + k * 16 + lane % 16, unit0 + d * 2 + lane / 16));
+        multiply<T>(context[2 * d], p, b[0], b[1]);
+        multiply<T>(context[2 * d + 1], p, b[2], b[3]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float total = sum[i];
+    total += __shfl_xor_sync(0xffffffffu, total, 1);
+    total += __shfl_xor_sync(0xffffffffu, total, 2);
+    const float inverse = total > 0.f ? 1.f / total : 0.f;
+    const int row = row0 + lane / 4 + 8 * i;
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+      const uint32_t v =
+          Pair<T>::pack(context[j][2 * i] * inverse, context[j][2 * i + 1] * inverse);
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(queries + swizzled(row, unit0 + j) +
+                                                   lane % 4 * 4),
+                   "r"(v)
+                   : "memory");
+    }
+  }
+}
+
+// Attention of `rows` queries over the heads of `chunks` chunks; units of work go round the warps.
+template <typename T>
+__device__ __forceinline__ void attend_all(uint32_t queries, int query_stride, uint32_t keys,
+                                           uint32_t values, int key_stride, int rows, int chunks,
+                                           int head_dim, const int2* bounds, int2 range,
+                                           float scale_log2) {
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int heads = chunks * kChunk / head_dim;
+  for (int unit = warp; unit < heads * (rows / 16); unit += warps) {
+    const int row0 = unit % (rows / 16) * 16, head = unit / (rows / 16);
+    const int chunk = head * head_dim / kChunk;
+    const uint32_t q = queries + chunk * query_stride;
+    const uint32_t k = keys + chunk * key_stride, v = values + chunk * key_stride;
+    if (head_dim == 64) {
+      attend<T, 64>(q, k, v, row0, 0, bounds, range.x, range.y, scale_log2);
+    } else {
+      attend<T, 32>(q, k, v, row0, head % 2 * 4, bounds, range.x, range.y, scale_log2);
+    }
+  }
+}
+
+// ---- kernels -----------------------------------------------------------------------------------
+
+// Grid (split, column tiles, row tiles), clusters of `split`.
+template <typename T, int kKind, int kRows, int kColumns, int kWarpsM, int kWarpsN>
+__global__ void __launch_bounds__(32 * kWarpsM* kWarpsN)
+    small_gemm_kernel(const __grid_constant__ GemmParams p) {
+  constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  constexpr int kWarps = kWarpsM * kWarpsN;
+  constexpr int kMi = kRows / kWarpsM / 16, kNi = kColumns / kWarpsN / 8;
+  constexpr int kPitch = kColumns + 8;  // floats; 8 or 24 mod 32 keeps the stores off one bank
+  constexpr bool kEndsBranch = kKind == kResidual || kKind == kAttention;
+  static_assert(kRows % (16 * kWarpsM) == 0 && kColumns % (8 * kWarpsN) == 0);
+
+  extern __shared__ __align__(128) unsigned char shared[];
+  const GemmLayout at(kKind, kRows, kColumns, p);
+  float2* const deviation = reinterpret_cast<float2*>(shared);
+  const uint32_t base = shared_address(shared);
+
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int rank = blockIdx.x, column0 = blockIdx.y * kColumns, token0 = blockIdx.z * kRows;
+  const int chunk0 = rank * (p.k / kChunk) / p.split;
+  const int chunks = (rank + 1) * (p.k / kChunk) / p.split - chunk0;
+  const int filled = min(p.stages, chunks);
+  const int columns = min(kColumns, p.n - column0), rows = min(kRows, p.tokens - token0);
+  const int share = (kRows + p.split - 1) / p.split;  // rows this block finishes
+  const int first = min(rank * share, kRows), last = min(first + share, kRows);
+
+  const T* const weight = static_cast<const T*>(p.weight) + static_cast<size_t>(column0) * p.k +
+                          chunk0 * kChunk;
+  const T* const input = static_cast<const T*>(p.input) +
+                         static_cast<size_t>(token0) * (kKind == kAttention ? 3 * p.k : p.k) +
+                         chunk0 * kChunk;
+
+  dependents_may_start();
+
+  // What no predecessor writes.
+  for (int s = 0; s < filled; ++s) {
+    copy_chunk<T>(base + at.weight + s * kColumns * kChunkBytes, weight + s * kChunk, p.k, kColumns,
+                  columns);
+  }
+  for (int v = tid; v < columns / 8; v += kThreads) {
+    copy16(base + at.bias + v * 16, static_cast<const T*>(p.bias) + column0 + v * 8, true);
+  }
+  if (p.moments != nullptr) {
+    const int offset = kEndsBranch ? column0 : chunk0 * kChunk;
+    const int width = kEndsBranch ? columns : chunks * kChunk;
+    for (int v = tid; v < width / 8; v += kThreads) {
+      copy16(base + at.gamma + v * 16, static_cast<const T*>(p.gamma) + offset + v * 8, true);
+      copy16(base + at.beta + v * 16, static_cast<const T*>(p.beta) + offset + v * 8, true);
+    }
+  }
+  commit();
+  int committed = 1;
+  int2* const bounds = reinterpret_cast<int2*>(shared + at.bounds);
+  int2 range = make_int2(0, 0);
+  if constexpr (kKind == kAttention) {
+    int* const sequences = reinterpret_cast<int*>(shared + at.sequences);
+    for (int i = tid; i <= p.batch; i += kThreads) sequences[i] = p.cu_seqlens[i];
+    __syncthreads();
+    find_bounds(sequences, p.batch, token0, kRows, bounds);
+    __syncthreads();
+    range = key_range(bounds, sequences, p.batch, token0, kRows, p.key_capacity);
+  }
+
+  wait_for_predecessors();
+
+  if constexpr (kKind == kAttention) {
+    const int key_stride = p.key_capacity * kChunkBytes;
+    const uint32_t keys = base + at.keys, values = keys + chunks * key_stride;
+    const T* const all_keys =
+        static_cast<const T*>(p.input) + static_cast<size_t>(range.x) * 3 * p.k + p.k +
+        chunk0 * kChunk;
+    const int count = range.y - range.x;
+    for (int c = 0; c < chunks; ++c) {
+      copy_chunk<T>(base + at.input + c * kRows * kChunkBytes, input + c * kChunk, 3 * p.k, kRows,
+                    rows);
+      copy_chunk<T>(keys + c * key_stride, all_keys + c * kChunk, 3 * p.k, round_up(count, 32),
+                    count);
+      copy_chunk<T>(values + c * key_stride, all_keys + p.k + c * kChunk, 3 * p.k,
+                    round_up(count, 32), count);
+    }
+    commit();
+    ++committed;
+  } else {
+    for (int s = 0; s < filled; ++s) {
+      copy_chunk<T>(base + at.input + s * kRows * kChunkBytes, input + s * kChunk, p.k, kRows,
+                    rows);
+      commit();
+      ++committed;
+    }
+  }
+  if constexpr (kEndsBranch) {
+    for (int v = tid; v < (last - first) * (kColumns / 8); v += kThreads) {
+      const int row = first + v / (kColumns / 8), unit = v % (kColumns / 8);
+      if (row < rows && unit * 8 < columns) {
+        copy16(base + at.residual + v * 16,
+               static_cast<const T*>(p.residual) + static_cast<size_t>(token0 + row) * p.n +
+                   column0 + unit * 8,
+               true);
+      }
+    }
+    commit();  // waited for by the first full wait, at the latest before the epilogue
+  }
+  if (p.moments != nullptr) {
+    combine_moments(p.moments, p.parts, p.part_width, p.width, p.eps, kEndsBranch ? first : 0,
+                    kEndsBranch ? last : kRows, token0, p.tokens, warp, kWarps, deviation);
+  }
+  if constexpr (kKind == kAttention) {
+    wait_copies<0>();
+    __syncthreads();
+    const int key_stride = p.key_capacity * kChunkBytes;
+    const uint32_t keys = base + at.keys;
+    attend_all<T>(base + at.input, kRows * kChunkBytes, keys, keys + chunks * key_stride,
+                  key_stride, kRows, chunks, p.head_dim, bounds, range, p.scale_log2);
+    __syncthreads();
+  } else if constexpr (!kEndsBranch) {
+    __syncthreads();  // deviation
+  }
+
+  float sums[kMi][kNi][4] = {};
+  const int warp_row = warp / kWarpsN * (kRows / kWarpsM);
+  const int warp_column = warp % kWarpsN * (kColumns / kWarpsN);
+  for (int c = 0, stage = 0; c < chunks; ++c) {
+    const uint32_t a_chunk = base + at.input + stage * kRows * kChunkBytes;
+    const uint32_t w_chunk = base + at.weight + stage * kColumns * kChunkBytes;
+    if constexpr (kKind != kAttention) {
+      // The residual's group comes after those of the first stages, so it may stay in flight too.
+      wait_copies_but(committed - (c + 2) + (kEndsBranch && c < filled ? 1 : 0));
+      if constexpr (!kEndsBranch) {
+        if (p.moments != nullptr) {
+          // Each thread normalises what it copied, so its own wait is enough.
+          for (int v = tid; v < kRows * 8; v += kThreads) {
+            const int row = v / 8, unit = v % 8;
+            const int column = (c * 8 + unit) * 16;
+            normalise8<T>(shared + at.input + stage * kRows * kChunkBytes + swizzled(row, unit),
+                          shared + at.gamma + column, shared + at.beta + column, deviation[row]);
+          }
+        }
+      }
+      __syncthreads();
+      const int next = c - 1 + p.stages;  // into the stage that chunk c - 1 left
+      if (c > 0 && next < chunks) {
+        const int free = stage == 0 ? p.stages - 1 : stage - 1;
+        copy_chunk<T>(base + at.weight + free * kColumns * kChunkBytes, weight + next * kChunk, p.k,
+                      kColumns, columns);
+        copy_chunk<T>(base + at.input + free * kRows * kChunkBytes, input + next * kChunk, p.k,
+                      kRows, rows);
+        commit();
+        ++committed;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) {
+      uint32_t a[kMi][4], b[kNi][2];
+#pragma unroll
+      for (int i = 0; i < kMi; ++i) {
+        load_matrix4(a[i], a_chunk + swizzled(warp_row + i * 16 + lane % 16, k * 2 + lane / 16));
+      }
+#pragma unroll
+      for (int j = 0; j + 1 < kNi; j += 2) {
+        uint32_t r[4];
+        load_matrix4(r, w_chunk + swizzled(warp_column + j * 8 + lane % 8 + lane / 16 * 8,
+                                           k * 2 + lane / 8 % 2));
+        b[j][0] = r[0];
+        b[j][1] = r[1];
+        b[j + 1][0] = r[2];
+        b[j + 1][1] = r[3];
+      }
+      if constexpr (kNi % 2 == 1) {
+        load_matrix2(b[kNi - 1][0], b[kNi - 1][1],
+                     w_chunk + swizzled(warp_column + (kNi - 1) * 8 + lane % 8,
+                                        k * 2 + lane / 8 % 2));
+      }
+#pragma unroll
+      for (int i = 0; i < kMi; ++i) {
+#pragma unroll
+        for (int j = 0; j < kNi; ++j) multiply<T>(sums[i][j], a[i], b[j][0], b[j][1]);
+      }
+    }
+    stage = stage + 1 == p.stages ? 0 : stage + 1;
+  }
+
+  // Partial sums to shared memory, over weights and inputs that every warp has read.
+  wait_copies<0>();
+  __syncthreads();
+  float* const partial = reinterpret_cast<float*>(shared + at.weight);
+#pragma unroll
+  for (int i = 0; i < kMi; ++i) {
+#pragma unroll
+    for (int j = 0; j < kNi; ++j) {
+      float* const to =
+          partial + (warp_row + i * 16 + lane / 4) * kPitch + warp_column + j * 8 + lane % 4 * 2;
+      *reinterpret_cast<float2*>(to) = make_float2(sums[i][j][0], sums[i][j][1]);
+      *reinterpret_cast<float2*>(to + 8 * kPitch) = make_float2(sums[i][j][2], sums[i][j][3]);
+    }
+  }
+  if (p.split > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+
+  constexpr int kSteps = (kColumns + 127) / 128;
+  for (int row = first + warp; row < min(last, rows); row += kWarps) {
+    float value[kSteps][4];
+    float total = 0.f;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int column = step * 128 + lane * 4;
+      if (column >= columns) continue;
+      const uint32_t address = base + at.weight + (row * kPitch + column) * 4;
+      float4 part[kMaxSplit];
+#pragma unroll
+      for (int s = 0; s < kMaxSplit; ++s) {
+        if (s < p.split) {
+          part[s] = p.split > 1 ? load_from_rank(address, s)
+                                : *reinterpret_cast<float4*>(partial + row * kPitch + column);
+        }
+      }
+      float4 v = part[0];
+#pragma unroll
+      for (int s = 1; s < kMaxSplit; ++s) {
+        if (s < p.split) {
+          v.x += part[s].x;
+          v.y += part[s].y;
+          v.z += part[s].z;
+          v.w += part[s].w;
+        }
+      }
+      const uint2 bias = *reinterpret_cast<const uint2*>(shared + at.bias + column * 2);
+      const float2 bias0 = Pair<T>::unpack(bias.x), bias1 = Pair<T>::unpack(bias.y);
+      float* const x = value[step];
+      x[0] = v.x + bias0.x;
+      x[1] = v.y + bias0.y;
+      x[2] = v.z + bias1.x;
+      x[3] = v.w + bias1.y;
+      if constexpr (kKind == kNormGelu) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[e] = 0.5f * x[e] * (1.f + erff(x[e] * 0.70710678118654752f));
+      }
+      if constexpr (kEndsBranch) {
+        const uint2 r = *reinterpret_cast<const uint2*>(
+            shared + at.residual + ((row - first) * kColumns + column) * 2);
+        float residual[4];
+        *reinterpret_cast<float2*>(residual) = Pair<T>::unpack(r.x);
+        *reinterpret_cast<float2*>(residual + 2) = Pair<T>::unpack(r.y);
+        if (p.moments != nullptr) {
+          const float2 d = deviation[row];
+          const uint2 g = *reinterpret_cast<const uint2*>(shared + at.gamma + column * 2);
+          const uint2 b = *reinterpret_cast<const uint2*>(shared + at.beta + column * 2);
+          const float2 g0 = Pair<T>::unpack(g.x), g1 = Pair<T>::unpack(g.y);
+          const float2 b0 = Pair<T>::unpack(b.x), b1 = Pair<T>::unpack(b.y);
+          residual[0] = (residual[0] - d.x) * d.y * g0.x + b0.x;
+          residual[1] = (residual[1] - d.x) * d.y * g0.y + b0.y;
+          residual[2] = (residual[2] - d.x) * d.y * g1.x + b1.x;
+          residual[3] = (residual[3] - d.x) * d.y * g1.y + b1.y;
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[e] += residual[e];
+      }
+      const uint2 packed = make_uint2(Pair<T>::pack(x[0], x[1]), Pair<T>::pack(x[2], x[3]));
+      *reinterpret_cast<uint2*>(static_cast<T*>(p.output) +
+                                static_cast<size_t>(token0 + row) * p.n + column0 + column) =
+          packed;
+      if constexpr (kEndsBranch) {  // moments of what readers will see
+        const float2 low = Pair<T>::unpack(packed.x), high = Pair<T>::unpack(packed.y);
+        x[0] = low.x;
+        x[1] = low.y;
+        x[2] = high.x;
+        x[3] = high.y;
+        total += (x[0] + x[1]) + (x[2] + x[3]);
+      }
+    }
+    if constexpr (kEndsBranch) {
+      const float mean = warp_sum(total) / columns;
+      float squares = 0.f;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (step * 128 + lane * 4 >= columns) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float d = value[step][e] - mean;
+          squares += d * d;
+        }
+      }
+      squares = warp_sum(squares);
+      if (lane == 0) {
+        p.moments_out[static_cast<size_t>(token0 + row) * gridDim.y + blockIdx.y] =
+            make_float2(mean, squares);
+      }
+    }
+  }
+  if (p.split > 1) {  // partners may still be reading this block's shared memory
+    cluster_arrive();
+    cluster_wait();
+  }
+}
+
+// Grid (hidden / 64, tiles of 64 queries), 128 threads.
+template <typename T>
+__global__ void __launch_bounds__(128)
+    small_attention_kernel(const __grid_constant__ AttentionParams p) {
+  constexpr int kRows = 64;
+  extern __shared__ __align__(128) unsigned char shared[];
+  int2* const bounds = reinterpret_cast<int2*>(shared);
+  int* const sequences = reinterpret_cast<int*>(shared + kRows * 8);
+  const uint32_t queries =
+      shared_address(shared) + round_up(kRows * 8 + 4 * (p.batch + 1), kChunkBytes);
+  const uint32_t keys = queries + kRows * kChunkBytes;
+  const uint32_t values = keys + p.key_capacity * kChunkBytes;
+  const int token0 = blockIdx.y * kRows, rows = min(kRows, p.tokens - token0);
+  const size_t stride = 3 * p.hidden;
+
+  dependents_may_start();
+  for (int i = threadIdx.x; i <= p.batch; i += blockDim.x) sequences[i] = p.cu_seqlens[i];
+  __syncthreads();
+  find_bounds(sequences, p.batch, token0, kRows, bounds);
+  __syncthreads();
+  const int2 range = key_range(bounds, sequences, p.batch, token0, kRows, p.key_capacity);
+  const int count = range.y - range.x;
+  const T* const qkv = static_cast<const T*>(p.qkv) + blockIdx.x * kChunk;
+
+  wait_for_predecessors();
+  copy_chunk<T>(queries, qkv + token0 * stride, stride, kRows, rows);
+  copy_chunk<T>(keys, qkv + range.x * stride + p.hidden, stride, round_up(count, 32), count);
+  copy_chunk<T>(values, qkv + range.x * stride + 2 * p.hidden, stride, round_up(count, 32), count);
+  commit();
+  wait_copies<0>();
+  __syncthreads();
+  attend_all<T>(queries, 0, keys, values, 0, kRows, 1, p.head_dim, bounds, range, p.scale_log2);
+  __syncthreads();
+  const unsigned char* const context = shared + (queries - shared_address(shared));
+  for (int v = threadIdx.x; v < rows * 8; v += blockDim.x) {
+    const int row = v / 8, unit = v % 8;
+    *reinterpret_cast<uint4*>(static_cast<T*>(p.output) +
+                              static_cast<size_t>(token0 + row) * p.hidden + blockIdx.x * kChunk +
+                              unit * 8) =
+        *reinterpret_cast<const uint4*>(context + swizzled(row, unit));
+  }
+}
+
+// A warp a row, four rows a block.
+template <typename T>
+__global__ void __launch_bounds__(128) small_norm_kernel(const __grid_constant__ NormParams p) {
+  __shared__ float2 deviation[4];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int token0 = blockIdx.x * 4, token = token0 + warp;
+  dependents_may_start();
+  wait_for_predecessors();
+  combine_moments(p.moments, p.parts, p.part_width, p.width, p.eps, warp, warp + 1, token0,
+                  p.tokens, 0, 1, deviation);
+  __syncwarp();
+  if (token >= p.tokens) return;
+  const T* const input = static_cast<const T*>(p.input) + static_cast<size_t>(token) * p.width;
+  T* const output = static_cast<T*>(p.output) + static_cast<size_t>(token) * p.width;
+  for (int column = lane * 8; column < p.width; column += 256) {
+    uint4 v = __ldcg(reinterpret_cast<const uint4*>(input + column));
+    normalise8<T>(&v, static_cast<const T*>(p.gamma) + column,
+                  static_cast<const T*>(p.beta) + column, deviation[warp]);
+    *reinterpret_cast<uint4*>(output + column) = v;
+  }
+}
+
+#endif  // __CUDACC__
+
+// The kernels of one type, for the launcher in small_encoder_sm90.cu.
+struct Functions {
+  const void* gemm[kKinds][kTiles];
+  const void* attention;
+  const void* norm;
+};
+extern const Functions kHalfFunctions;
+extern const Functions kBFloat16Functions;
+
+}  // namespace ft::cuda::small
