@@ -37,6 +37,13 @@ def environment(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
+def limit_tokenizer_threads(threads: int) -> None:
+    """Keep the tokenizer inside the worker's threads, unless its own variables already say so."""
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    if threads == 1:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 # -- how a value is read -------------------------------------------------------------------------
 
 

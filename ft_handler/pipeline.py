@@ -76,14 +76,16 @@ class OutOfMemory(RequestError):
 class BatchStats:
     """What one batch was and what it cost.
 
-    padded   tokens that padding every sequence to the longest one would have added
-    seconds  wall time of each of `STAGES`
+    padded        tokens that padding every sequence to the longest one would have added
+    padded_fixed  the same for padding to the longest allowed length
+    seconds       wall time of each of `STAGES`
     """
 
     requests: int = 0
     sequences: int = 0
     tokens: int = 0
     padded: int = 0
+    padded_fixed: int = 0
     buckets: int = 0
     refused: int = 0
     failed: int = 0
@@ -139,12 +141,14 @@ class Pipeline:
                 config.handle_impossible_answer,
                 config.align_to_words,
             )
+            self._longest = defaults.max_seq_len
             self._encoder = QuestionEncoder(tokenizer, max_length)
             self._task = QuestionAnswering()
         else:
             defaults = ClassificationParams(
                 config.top_k, config.function_to_apply, config.truncation
             )
+            self._longest = max_length
             self._encoder = TextEncoder(tokenizer, max_length)
             self._task = Classification(labels or info.labels, info.problem_type)
         self._codec = Codec(info.mode, defaults, config, model_name, model_version)
@@ -176,6 +180,8 @@ class Pipeline:
             stats.sequences = len(sequences.lengths)
             stats.tokens = len(sequences.input_ids)
             stats.padded = stats.sequences * int(sequences.lengths.max()) - stats.tokens
+            # A request may ask for longer windows than the default.
+            stats.padded_fixed = max(0, stats.sequences * self._longest - stats.tokens)
             plan = plan_buckets(sequences.lengths, self._edges, self._max_batch_tokens)
             batches = [(members, pack(sequences, members)) for members in plan]
             marks.append(clock())
