@@ -225,11 +225,11 @@ def trace_plain(
 ) -> torch.jit.ScriptModule:
     """transformers' own model through `torch.jit.trace`, pads and all."""
     plain = copy.deepcopy(inner).to(dtype).eval()
-    # The eager attention keeps batch and length symbolic in a trace.
-    plain.set_attn_implementation("eager")  # type: ignore[operator]
     with torch.no_grad(), convert.quiet_transformers(), warnings.catch_warnings():
         # What tracing may have frozen is checked afterwards, at another shape.
         warnings.simplefilter("ignore")
+        # The eager attention keeps batch and length symbolic in a trace.
+        plain.set_attn_implementation("eager")  # type: ignore[operator]
         traced: torch.jit.ScriptModule = torch.jit.trace(  # type: ignore[no-untyped-call]
             _PlainHead(plain).eval(), samples, check_trace=False, strict=False
         )
