@@ -1,4 +1,5 @@
-// The encoder stack for few tokens on Hopper: four chained kernels a layer, no host synchronisation.
+// The encoder stack for few tokens on Hopper: four chained kernels a layer, no host
+// synchronisation.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +11,7 @@ namespace ft::cuda {
 // Host-side capacities; the lengths themselves are read from cu_seqlens on the device.
 struct SmallShape {
   DType dtype;  // kFloat16 or kBFloat16
-  int tokens;  // rows of the packed tensors; rows at cu_seqlens[batch] and beyond are padding
+  int tokens;   // rows of the packed tensors; rows at cu_seqlens[batch] and beyond are padding
   int batch;
   int max_seqlen;
   int hidden;

@@ -1,11 +1,10 @@
 // Launches the few-token encoder: plan, buffers, and the chain of kernels.
-#include "kernels/cuda/small_encoder.h"
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/cuda/small_encoder.h"
 #include "kernels/cuda/small_kernels.cuh"
 
 namespace ft::cuda {
@@ -95,8 +94,7 @@ bool gemm_plan_fits(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, i
 double estimate(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n, int k) {
   const Tile& tile = kTileTable[plan.tile];
   const int steps = ceil_div(k / kChunk, plan.split);
-  const int blocks =
-      ceil_div(s.tokens, tile.rows) * ceil_div(n, tile.columns) * plan.split;
+  const int blocks = ceil_div(s.tokens, tile.rows) * ceil_div(n, tile.columns) * plan.split;
   const int shared = gemm_shared(s, kind, plan, n, k);
   const double bytes = double(tile.rows + tile.columns) * steps * small::kChunkBytes;
   const double flops = 2.0 * tile.rows * tile.columns * steps * kChunk;
@@ -231,7 +229,7 @@ struct Chain {
   cudaError_t norm(NormParams& p) {
     static std::atomic<uint64_t> allowed[2];
     return launch(functions.norm, allowed[shape.dtype == DType::kBFloat16],
-                  dim3(ceil_div(p.tokens, 4)), 128, 0, 1, &p);
+                  dim3(ceil_div(p.tokens, 4)), 128, 4 * sizeof(float2), 1, &p);
   }
 };
 
@@ -275,9 +273,9 @@ bool small_encoder_supported(const SmallShape& shape, const cudaDeviceProp& devi
 
 size_t small_encoder_workspace(const SmallShape& shape) { return Buffers(shape, nullptr).bytes; }
 
-cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan,
-                                  const SmallWeights& w, float eps, const int* cu_seqlens,
-                                  void* hidden, void* workspace, cudaStream_t stream) {
+cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, const SmallWeights& w,
+                                  float eps, const int* cu_seqlens, void* hidden, void* workspace,
+                                  cudaStream_t stream) {
   if (!shape_served(s) || !plan_fits(s, plan)) return cudaErrorInvalidValue;
   if (s.tokens == 0 || s.batch == 0 || s.layers == 0) return cudaSuccess;
   const Buffers buffers(s, workspace);

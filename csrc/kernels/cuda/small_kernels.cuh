@@ -16,15 +16,16 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/kernels.h"
 
 namespace ft::cuda::small {
 
-constexpr int kChunk = 64;       // columns of K a step holds: 128 bytes, one swizzled row
+constexpr int kChunk = 64;  // columns of K a step holds: 128 bytes, one swizzled row
 constexpr int kChunkBytes = 128;
-constexpr int kMaxSplit = 8;     // largest portable cluster
-constexpr int kMaxParts = 32;    // moments a row: one lane each
+constexpr int kMaxSplit = 8;   // largest portable cluster
+constexpr int kMaxParts = 32;  // moments a row: one lane each
 
 enum Kind {
   kNorm,       // LN(input) W^T + b
@@ -101,8 +102,8 @@ struct GemmLayout {
     gamma = bias + 2 * tile_columns;
     beta = gamma + affine;
     residual = beta + affine;
-    sequences = residual +
-                (ends_branch ? 2 * tile_columns * ((tile_rows + p.split - 1) / p.split) : 0);
+    sequences =
+        residual + (ends_branch ? 2 * tile_columns * ((tile_rows + p.split - 1) / p.split) : 0);
     weight = round_up(sequences + (kind == kAttention ? 4 * (p.batch + 1) : 0), kChunkBytes);
     input = weight + p.stages * tile_columns * kChunkBytes;
     keys = input + p.stages * tile_rows * kChunkBytes;
@@ -127,7 +128,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Copies 16 bytes past L1, which may hold what an earlier kernel of the chain read; zeros if !valid.
+// Copies 16 bytes past L1, which may hold what an earlier kernel of the chain read; zeros if
+// !valid.
 __device__ __forceinline__ void copy16(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(valid ? 16 : 0)
@@ -140,14 +142,22 @@ __device__ __forceinline__ void wait_copies() {
 }
 __device__ __forceinline__ void wait_copies_but(int pending) {
   switch (pending) {
-    case 0: return wait_copies<0>();
-    case 1: return wait_copies<1>();
-    case 2: return wait_copies<2>();
-    case 3: return wait_copies<3>();
-    case 4: return wait_copies<4>();
-    case 5: return wait_copies<5>();
-    case 6: return wait_copies<6>();
-    default: return wait_copies<7>();
+    case 0:
+      return wait_copies<0>();
+    case 1:
+      return wait_copies<1>();
+    case 2:
+      return wait_copies<2>();
+    case 3:
+      return wait_copies<3>();
+    case 4:
+      return wait_copies<4>();
+    case 5:
+      return wait_copies<5>();
+    case 6:
+      return wait_copies<6>();
+    default:
+      return wait_copies<7>();
   }
 }
 
@@ -173,7 +183,7 @@ __device__ __forceinline__ void load_matrix2(uint32_t& r0, uint32_t& r1, uint32_
 template <typename T>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
-  if constexpr (sizeof(T) == 2 && std::is_same_v<T, __half>) {
+  if constexpr (std::is_same_v<T, __half>) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"
@@ -441,10 +451,9 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
     for (int j = 0; j < kHeadDim / 8; ++j) {
       const uint32_t v =
           Pair<T>::pack(context[j][2 * i] * inverse, context[j][2 * i + 1] * inverse);
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(queries + swizzled(row, unit0 + j) +
-                                                   lane % 4 * 4),
-                   "r"(v)
-                   : "memory");
+      asm volatile(
+          "st.shared.b32 [%0], %1;" ::"r"(queries + swizzled(row, unit0 + j) + lane % 4 * 4), "r"(v)
+          : "memory");
     }
   }
 }
@@ -474,7 +483,7 @@ __device__ __forceinline__ void attend_all(uint32_t queries, int query_stride, u
 
 // Grid (split, column tiles, row tiles), clusters of `split`.
 template <typename T, int kKind, int kRows, int kColumns, int kWarpsM, int kWarpsN>
-__global__ void __launch_bounds__(32 * kWarpsM* kWarpsN)
+__global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
     small_gemm_kernel(const __grid_constant__ GemmParams p) {
   constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   constexpr int kWarps = kWarpsM * kWarpsN;
@@ -497,8 +506,8 @@ __global__ void __launch_bounds__(32 * kWarpsM* kWarpsN)
   const int share = (kRows + p.split - 1) / p.split;  // rows this block finishes
   const int first = min(rank * share, kRows), last = min(first + share, kRows);
 
-  const T* const weight = static_cast<const T*>(p.weight) + static_cast<size_t>(column0) * p.k +
-                          chunk0 * kChunk;
+  const T* const weight =
+      static_cast<const T*>(p.weight) + static_cast<size_t>(column0) * p.k + chunk0 * kChunk;
   const T* const input = static_cast<const T*>(p.input) +
                          static_cast<size_t>(token0) * (kKind == kAttention ? 3 * p.k : p.k) +
                          chunk0 * kChunk;
@@ -539,9 +548,8 @@ __global__ void __launch_bounds__(32 * kWarpsM* kWarpsN)
   if constexpr (kKind == kAttention) {
     const int key_stride = p.key_capacity * kChunkBytes;
     const uint32_t keys = base + at.keys, values = keys + chunks * key_stride;
-    const T* const all_keys =
-        static_cast<const T*>(p.input) + static_cast<size_t>(range.x) * 3 * p.k + p.k +
-        chunk0 * kChunk;
+    const T* const all_keys = static_cast<const T*>(p.input) +
+                              static_cast<size_t>(range.x) * 3 * p.k + p.k + chunk0 * kChunk;
     const int count = range.y - range.x;
     for (int c = 0; c < chunks; ++c) {
       copy_chunk<T>(base + at.input + c * kRows * kChunkBytes, input + c * kChunk, 3 * p.k, kRows,
@@ -639,9 +647,9 @@ __global__ void __launch_bounds__(32 * kWarpsM* kWarpsN)
         b[j + 1][1] = r[3];
       }
       if constexpr (kNi % 2 == 1) {
-        load_matrix2(b[kNi - 1][0], b[kNi - 1][1],
-                     w_chunk + swizzled(warp_column + (kNi - 1) * 8 + lane % 8,
-                                        k * 2 + lane / 8 % 2));
+        load_matrix2(
+            b[kNi - 1][0], b[kNi - 1][1],
+            w_chunk + swizzled(warp_column + (kNi - 1) * 8 + lane % 8, k * 2 + lane / 8 % 2));
       }
 #pragma unroll
       for (int i = 0; i < kMi; ++i) {
@@ -712,8 +720,8 @@ __global__ void __launch_bounds__(32 * kWarpsM* kWarpsN)
         for (int e = 0; e < 4; ++e) x[e] = 0.5f * x[e] * (1.f + erff(x[e] * 0.70710678118654752f));
       }
       if constexpr (kEndsBranch) {
-        const uint2 r = *reinterpret_cast<const uint2*>(
-            shared + at.residual + ((row - first) * kColumns + column) * 2);
+        const uint2 r = *reinterpret_cast<const uint2*>(shared + at.residual +
+                                                        ((row - first) * kColumns + column) * 2);
         float residual[4];
         *reinterpret_cast<float2*>(residual) = Pair<T>::unpack(r.x);
         *reinterpret_cast<float2*>(residual + 2) = Pair<T>::unpack(r.y);
@@ -815,7 +823,7 @@ __global__ void __launch_bounds__(128)
 // A warp a row, four rows a block.
 template <typename T>
 __global__ void __launch_bounds__(128) small_norm_kernel(const __grid_constant__ NormParams p) {
-  __shared__ float2 deviation[4];
+  extern __shared__ float2 deviation[];  // dynamic, so that one limit serves every kernel here
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int token0 = blockIdx.x * 4, token = token0 + warp;
   dependents_may_start();

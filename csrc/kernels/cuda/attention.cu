@@ -1,0 +1,245 @@
+// Which attention kernel serves a problem, and the list of tiles it works through.
+//
+// The list is made on the device from cu_seqlens, once per forward pass, so that a captured graph
+// follows new lengths; its size is bounded by tokens and sequences, not by sequences times the longest
+// length, so that a launch over the bound has few idle blocks.
+
+#include "kernels/cuda/attention.cuh"
+
+namespace ft::cuda {
+namespace {
+
+constexpr int kPlanThreads = 1024;
+constexpr int kBuckets = 1024;
+
+int64_t tile_bound(const AttentionShape& shape, AttentionKernel kernel, int tile_rows) {
+  const int64_t batch = shape.batch, tokens = shape.tokens;
+  if (kernel == AttentionKernel::kPacked) {
+    // Two neighbouring tiles hold more than tile_rows rows, else they would be one.
+    const int64_t by_tokens = 2 * tokens / tile_rows + 1;
+    return batch < by_tokens ? batch : by_tokens;
+  }
+  const int64_t by_length = batch * ((shape.max_seqlen + tile_rows - 1) / tile_rows);
+  const int64_t by_tokens = tokens / tile_rows + batch;
+  return by_length < by_tokens ? by_length : by_tokens;
+}
+
+// Inclusive sum over the block's threads; every thread gets the total too.
+__device__ int plan_scan(int x, int* scratch, int* total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const int below = __shfl_up_sync(0xffffffffu, x, offset);
+    if (lane >= offset) x += below;
+  }
+  __syncthreads();
+  if (lane == 31) scratch[warp] = x;
+  __syncthreads();
+  int before = 0, all = 0;
+  for (int i = 0; i < kPlanThreads / 32; ++i) {
+    before += i < warp ? scratch[i] : 0;
+    all += scratch[i];
+  }
+  *total = all;
+  return x + before;
+}
+
+// Packs whole neighbouring sequences into tiles greedily. Which sequences begin a tile is a chain
+// (each tile's first sequence decides the next one's), followed by pointer doubling: after step k
+// every chain element less than 2^k links from the start is marked.
+__global__ void __launch_bounds__(kPlanThreads)
+    packed_plan_kernel(const int32_t* cu_seqlens, int batch, int tile_rows, int tokens, int bound,
+                       AttentionPlanHeader* plan) {
+  __shared__ int begin[kPlanThreads + 1];  // first row of each sequence of this round, then the end
+  __shared__ int jump[2][kPlanThreads + 1];
+  __shared__ bool marked[kPlanThreads + 1];
+  __shared__ int tile_begin[kPlanThreads];
+  __shared__ int scratch[kPlanThreads / 32];
+  pdl_launch_dependents();
+  pdl_wait();
+  auto* tiles = const_cast<AttentionTile*>(plan_tiles(plan));
+  auto* bounds = const_cast<uint32_t*>(plan_bounds(plan, bound));
+  const int thread = threadIdx.x;
+  int done = 0;
+  for (int base = 0; base < batch; base += kPlanThreads) {
+    const int count = min(kPlanThreads, batch - base);
+    __syncthreads();
+    for (int i = thread; i <= count; i += kPlanThreads) {
+      begin[i] = min(max(cu_seqlens[base + i], 0), tokens);
+    }
+    __syncthreads();
+    int next = count;
+    if (thread < count) {
+      int low = thread + 1, high = count;  // the last index whose rows still fit
+      while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (begin[middle] - begin[thread] <= tile_rows) {
+          low = middle;
+        } else {
+          high = middle - 1;
+        }
+      }
+      next = low;
+      jump[0][thread] = next;
+      marked[thread] = thread == 0;
+    }
+    if (thread == 0) jump[0][count] = jump[1][count] = count, marked[count] = false;
+    __syncthreads();
+    for (int step = 0; (1 << step) < count; ++step) {
+      const int* from = jump[step % 2];
+      const bool mark = thread < count && marked[thread];
+      const int target = thread < count ? from[thread] : count;
+      const int farther = from[target];
+      __syncthreads();
+      if (mark) marked[target] = true;
+      if (thread < count) jump[(step + 1) % 2][thread] = farther;
+      __syncthreads();
+    }
+    const int rows = thread < count ? begin[next] - begin[thread] : 0;
+    const bool first = thread < count && marked[thread] && rows > 0;
+    int total = 0;
+    const int slot = done + plan_scan(first ? 1 : 0, scratch, &total) - 1;
+    if (first && slot < bound) {
+      tiles[slot] = {begin[thread], min(rows, tile_rows), begin[thread], min(rows, tile_rows)};
+    }
+    if (thread < count && marked[thread]) {
+      for (int i = thread; i < next; ++i) tile_begin[i] = begin[thread];
+    }
+    done += total;
+    __syncthreads();
+    for (int i = thread / 32; i < count; i += kPlanThreads / 32) {
+      const uint32_t low = begin[i] - tile_begin[i], high = begin[i + 1] - tile_begin[i];
+      for (int row = begin[i] + thread % 32; row < begin[i + 1]; row += 32) {
+        bounds[row] = low | min(high, static_cast<uint32_t>(tile_rows)) << 16;
+      }
+    }
+  }
+  if (thread == 0) plan->tiles = min(done, bound);
+}
+
+// Cuts every sequence into tiles of query rows and sorts them by length, longest first (a counting
+// sort): the last blocks to start are then the short ones.
+__global__ void __launch_bounds__(kPlanThreads)
+    stream_plan_kernel(const int32_t* cu_seqlens, int batch, int tile_rows, int tokens,
+                       int bucket_width, int bound, AttentionPlanHeader* plan) {
+  __shared__ int slots[kBuckets];
+  __shared__ int scratch[kPlanThreads / 32];
+  static_assert(kBuckets == kPlanThreads);
+  pdl_launch_dependents();
+  pdl_wait();
+  auto* tiles = const_cast<AttentionTile*>(plan_tiles(plan));
+  const int thread = threadIdx.x;
+  slots[thread] = 0;
+  __syncthreads();
+  auto first_row = [&](int i) { return min(max(cu_seqlens[i], 0), tokens); };
+  // Bucket 0 is the longest.
+  auto bucket = [&](int length) { return kBuckets - 1 - min(length / bucket_width, kBuckets - 1); };
+  for (int i = thread; i < batch; i += kPlanThreads) {
+    const int length = first_row(i + 1) - first_row(i);
+    if (length > 0) atomicAdd(&slots[bucket(length)], (length + tile_rows - 1) / tile_rows);
+  }
+  __syncthreads();
+  const int mine = slots[thread];
+  int total = 0;
+  const int after = plan_scan(mine, scratch, &total);
+  slots[thread] = after - mine;
+  __syncthreads();
+  for (int i = thread; i < batch; i += kPlanThreads) {
+    const int begin = first_row(i), length = first_row(i + 1) - begin;
+    if (length <= 0) continue;
+    const int count = (length + tile_rows - 1) / tile_rows;
+    const int slot = atomicAdd(&slots[bucket(length)], count);
+    for (int t = 0; t < count && slot + t < bound; ++t) {
+      tiles[slot + t] = {begin + t * tile_rows, min(tile_rows, length - t * tile_rows), begin,
+                         length};
+    }
+  }
+  if (thread == 0) plan->tiles = min(total, bound);
+}
+
+cudaError_t check_shape(const AttentionShape& shape) {
+  if (shape.batch < 0 || shape.tokens < 0 || shape.max_seqlen < 0 || shape.num_heads <= 0 ||
+      shape.head_dim < 2 || shape.head_dim > 128 || shape.head_dim % 2 != 0) {
+    return cudaErrorInvalidValue;
+  }
+  return check_dtype(shape.dtype);
+}
+
+bool nothing_to_do(const AttentionShape& shape) {
+  return shape.batch == 0 || shape.tokens == 0 || shape.max_seqlen == 0;
+}
+
+}  // namespace
+
+AttentionChoice choose_attention(const AttentionShape& shape, int arch) {
+  AttentionChoice choice{};
+  choice.padded_dim = (shape.head_dim + 31) / 32 * 32;
+  if (shape.dtype == DType::kFloat32 || shape.head_dim % 8 != 0 || arch < 75) {
+    choice.kernel = AttentionKernel::kPlain;
+    choice.tile_rows = 64;
+  } else if (shape.max_seqlen <= 64 || (shape.max_seqlen <= 128 && shape.head_dim <= 64)) {
+    choice.kernel = AttentionKernel::kPacked;
+    choice.tile_rows = shape.max_seqlen <= 64 ? 64 : 128;
+  } else {
+    choice.kernel = AttentionKernel::kStream;
+    choice.tile_rows = shape.head_dim <= 64 ? 128 : 64;
+#ifdef FT_WITH_SM90
+    if (arch == 90 && (shape.head_dim == 32 || shape.head_dim == 64 || shape.head_dim == 128)) {
+      choice.kernel = AttentionKernel::kSm90;
+      choice.tile_rows = 128;
+    }
+#endif
+  }
+  choice.bound = static_cast<int>(tile_bound(shape, choice.kernel, choice.tile_rows));
+  return choice;
+}
+
+size_t attention_plan_bytes(const AttentionShape& shape) {
+  // Enough for any kernel's choice, so that the size does not depend on the device.
+  const size_t tiles = static_cast<size_t>(shape.tokens) / 32 + shape.batch + 1;
+  const size_t bytes = sizeof(AttentionPlanHeader) + tiles * sizeof(AttentionTile) +
+                       static_cast<size_t>(shape.tokens) * sizeof(uint32_t);
+  return (bytes + 255) / 256 * 256;
+}
+
+cudaError_t attention_plan(const AttentionShape& shape, const int32_t* cu_seqlens, void* plan,
+                           Launch launch) {
+  if (cudaError_t status = check_shape(shape); status != cudaSuccess) return status;
+  if (nothing_to_do(shape)) return cudaSuccess;
+  const AttentionChoice choice = choose_attention(shape, device_arch());
+  auto* header = static_cast<AttentionPlanHeader*>(plan);
+  if (choice.kernel == AttentionKernel::kPacked) {
+    return launch_kernel(packed_plan_kernel, 1, kPlanThreads, 0, launch, cu_seqlens, shape.batch,
+                         choice.tile_rows, shape.tokens, choice.bound, header);
+  }
+  const int bucket_width = shape.max_seqlen / kBuckets + 1;
+  return launch_kernel(stream_plan_kernel, 1, kPlanThreads, 0, launch, cu_seqlens, shape.batch,
+                       choice.tile_rows, shape.tokens, bucket_width, choice.bound, header);
+}
+
+cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv, const void* plan,
+                             void* output, Launch launch) {
+  if (cudaError_t status = check_shape(shape); status != cudaSuccess) return status;
+  if (nothing_to_do(shape)) return cudaSuccess;
+  const AttentionChoice choice = choose_attention(shape, device_arch());
+  const float scale_log2 = 1.4426950408889634f / sqrtf(static_cast<float>(shape.head_dim));
+  const AttentionArguments arguments{qkv,
+                                     output,
+                                     static_cast<const AttentionPlanHeader*>(plan),
+                                     shape.num_heads,
+                                     shape.head_dim,
+                                     choice.bound,
+                                     shape.tokens,
+                                     scale_log2};
+  switch (choice.kernel) {
+    case AttentionKernel::kPlain:
+      return attention_plain(choice, arguments, shape.dtype, launch);
+    case AttentionKernel::kSm90:
+#ifdef FT_WITH_SM90
+      return attention_sm90(choice, arguments, shape.dtype, launch);
+#endif
+    default: return attention_mma(choice, arguments, shape.dtype, launch);
+  }
+}
+
+}  // namespace ft::cuda

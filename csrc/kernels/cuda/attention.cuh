@@ -1,0 +1,154 @@
+// What the attention kernels share: the tile list, which kernel serves which problem, tensor-core and
+// copy instructions.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/cuda/common.cuh"
+
+namespace ft::cuda {
+
+// One tile of work for one head. kPacked: `rows` packed rows from `begin`, whole sequences, keys and
+// queries alike. Otherwise: query rows [begin, begin + rows) over the keys [kv_begin, kv_begin + kv_len).
+struct AttentionTile {
+  int begin, rows, kv_begin, kv_len;
+};
+
+// The plan in device memory: this header, `bound` tiles, and (kPacked) per packed row the first and the
+// one-past-last key of its sequence, relative to the tile, in the low and high half of a word.
+struct alignas(16) AttentionPlanHeader {
+  int tiles;
+};
+
+enum class AttentionKernel {
+  kPacked,  // short sequences, several to a tile, keys resident: mma.sync
+  kStream,  // any length, keys stream through two buffers: mma.sync
+  kSm90,    // the same with wgmma and bulk tensor copies
+  kPlain,   // fused multiply-adds: fp32, odd head sizes, sm_70
+};
+
+struct AttentionChoice {
+  AttentionKernel kernel;
+  int tile_rows;
+  int padded_dim;  // head size the kernel computes with
+  int bound;       // tiles at most
+};
+
+AttentionChoice choose_attention(const AttentionShape& shape, int arch);
+
+struct AttentionArguments {
+  const void* qkv;
+  void* output;
+  const AttentionPlanHeader* plan;
+  int num_heads;
+  int head_dim;
+  int bound;
+  int tokens;
+  float scale_log2;  // log2(e) / sqrt(head_dim): softmax runs on powers of two
+};
+
+__host__ __device__ inline const AttentionTile* plan_tiles(const AttentionPlanHeader* plan) {
+  return reinterpret_cast<const AttentionTile*>(plan + 1);
+}
+__host__ __device__ inline const uint32_t* plan_bounds(const AttentionPlanHeader* plan, int bound) {
+  return reinterpret_cast<const uint32_t*>(plan_tiles(plan) + bound);
+}
+
+cudaError_t attention_plain(const AttentionChoice& choice, const AttentionArguments& arguments,
+                            DType dtype, Launch launch);
+cudaError_t attention_mma(const AttentionChoice& choice, const AttentionArguments& arguments,
+                          DType dtype, Launch launch);
+#ifdef FT_WITH_SM90
+cudaError_t attention_sm90(const AttentionChoice& choice, const AttentionArguments& arguments,
+                           DType dtype, Launch launch);
+#endif
+
+#ifdef __CUDACC__
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from global to shared memory, zeros instead where `valid` is false.
+__device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) =
+      valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+__device__ __forceinline__ void copy_commit() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `kPending` committed groups of this thread are still in flight.
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+#endif
+}
+
+// c[16x8] += a[16x16] b[16x8]; sm_75 has only the half of it for fp16 and no bf16.
+template <typename T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[2]), "r"(a[3]), "r"(b1));
+  }
+#endif
+}
+
+#endif  // __CUDACC__
+
+}  // namespace ft::cuda

@@ -1,0 +1,455 @@
+// Attention with wgmma and bulk tensor copies (sm_90a), fp16 and bf16, head sizes 32, 64 and 128.
+//
+// After FlashAttention-2 and -3 (Dao 2023; Shah et al. 2024). A block takes 128 query rows of one head,
+// 64 per warpgroup, and reads the keys and values of the sequence in blocks of 64, most often all
+// requested at the start: 6 blocks fit beside the queries and two thread blocks fit a multiprocessor, so
+// up to 384 keys need no refill. Four resident warpgroups in different phases keep the tensor cores and
+// the exponentials busy; within one, the values' product of a block and the scores of the next are in
+// flight together.
+
+#include <cuda.h>
+
+#include "kernels/cuda/attention.cuh"
+
+namespace ft::cuda {
+namespace {
+
+constexpr int kGroupRows = 64, kGroups = 2, kThreads = 128 * kGroups;
+constexpr int kKeys = 64;
+
+template <int kDim>
+struct Layout {
+  // A tile is 64 rows of up to 64 columns: one row is one swizzle line of 64 or 128 bytes.
+  static constexpr int kColumns = kDim < 64 ? kDim : 64;
+  static constexpr int kHalves = kDim / kColumns;
+  static constexpr int kLine = 2 * kColumns;
+  static constexpr int kHalfBytes = 64 * kLine;
+  static constexpr int kTileBytes = kHalves * kHalfBytes;
+  static constexpr int kStages = kDim == 32 ? 8 : 6;
+  static constexpr int kResident = kDim == 128 ? 1 : 2;  // blocks on a multiprocessor
+  static constexpr int kQueryBytes = kGroups * kTileBytes;
+  static constexpr int kBarrierAt = kQueryBytes + 2 * kStages * kTileBytes;
+  static constexpr int kSharedBytes = kBarrierAt + 256;
+  static_assert((2 * kStages + 1) * 8 + kStages * 4 <= 256);
+};
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// One 64-row box at (column, row) of the packed matrix.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+
+template <int kDim>
+__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap* map, int column, int row,
+                                          uint32_t barrier) {
+#pragma unroll
+  for (int half = 0; half < Layout<kDim>::kHalves; ++half) {
+    copy_box(to + half * Layout<kDim>::kHalfBytes, map, column + 64 * half, row, barrier);
+  }
+}
+
+// Adds one and returns what was there, ordered after this thread's reads and before its later copies.
+__device__ __forceinline__ uint32_t count_up(uint32_t counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "r"(counter)
+               : "memory");
+  return before;
+}
+
+// Matrix descriptor without its address: rows of `kLine` bytes, swizzled over their whole length, groups
+// of 8 rows apart. It serves keys (contiguous along the product's inner dimension) and, with the
+// transposed flag, values.
+template <int kLine>
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+  constexpr uint64_t kSwizzle = kLine == 128 ? 1 : 2;
+  constexpr uint64_t kFixed = kSwizzle << 62 | static_cast<uint64_t>(8 * kLine / 16) << 32 | 1ull << 16;
+  return kFixed | (address & 0x3ffff) >> 4;
+}
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+#define FT_ACC4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+
+// c[64 x 64] (+)= a[64 x 16] b[16 x 64]
+#define FT_WGMMA_64(type, trans)                                                                  \
+  asm volatile(                                                                                   \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                 \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                        \
+      "{%32, %33, %34, %35}, %36, p, 1, 1, " trans ";\n}\n"                                       \
+      : FT_ACC4(c, 0), FT_ACC4(c, 1), FT_ACC4(c, 2), FT_ACC4(c, 3), FT_ACC4(c, 4), FT_ACC4(c, 5), \
+        FT_ACC4(c, 6), FT_ACC4(c, 7)                                                              \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+
+// c[64 x 32] (+)= a[64 x 16] b[16 x 32]
+#define FT_WGMMA_32(type, trans)                                                                \
+  asm volatile(                                                                                 \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"                                              \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                               \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "               \
+      "{%16, %17, %18, %19}, %20, p, 1, 1, " trans ";\n}\n"                                     \
+      : FT_ACC4(c, 0), FT_ACC4(c, 1), FT_ACC4(c, 2), FT_ACC4(c, 3)                              \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+
+// a times 64 keys, whose rows are the columns of the product.
+template <typename T>
+__device__ __forceinline__ void multiply_keys(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                              int accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    FT_WGMMA_64("f16", "0");
+  } else {
+    FT_WGMMA_64("bf16", "0");
+  }
+}
+
+// a times 16 rows of values.
+template <typename T>
+__device__ __forceinline__ void multiply_values(float (&c)[8][4], const uint32_t (&a)[4],
+                                                uint64_t b, int accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    FT_WGMMA_64("f16", "1");
+  } else {
+    FT_WGMMA_64("bf16", "1");
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void multiply_values(float (&c)[4][4], const uint32_t (&a)[4],
+                                                uint64_t b, int accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    FT_WGMMA_32("f16", "1");
+  } else {
+    FT_WGMMA_32("bf16", "1");
+  }
+}
+
+#undef FT_WGMMA_64
+#undef FT_WGMMA_32
+#undef FT_ACC4
+
+// Byte offset of 16-byte piece `piece` of row `row` in a swizzled tile.
+template <int kLine>
+__device__ __forceinline__ int swizzled(int row, int piece) {
+  const int turn = kLine == 128 ? row & 7 : row >> 1 & 3;
+  return row * kLine + ((piece ^ turn) << 4);
+}
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads, Layout<kDim>::kResident)
+    sm90_attention_kernel(const __grid_constant__ CUtensorMap map,
+                          const AttentionArguments arguments) {
+  using L = Layout<kDim>;
+  // Swizzled copies and wgmma want 1,024-byte alignment, which the start of shared memory has.
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t base = shared_address(shared);
+  const uint32_t query_full = base + L::kBarrierAt;
+  const uint32_t key_full = query_full + 8, value_full = key_full + 8 * L::kStages;
+  const uint32_t released = value_full + 8 * L::kStages;
+  const uint32_t key_tiles = base + L::kQueryBytes;
+  const uint32_t value_tiles = key_tiles + L::kStages * L::kTileBytes;
+
+  pdl_launch_dependents();
+  if (threadIdx.x == 0) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+    for (int i = 0; i < 2 * L::kStages + 1; ++i) barrier_init(query_full + 8 * i, 1);
+    for (int i = 0; i < L::kStages; ++i) {
+      asm volatile("st.shared.u32 [%0], 0;" ::"r"(released + 4 * i) : "memory");
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  const int head = blockIdx.x % arguments.num_heads, index = blockIdx.x / arguments.num_heads;
+  pdl_wait();
+  if (index >= arguments.plan->tiles) return;
+  const AttentionTile tile = plan_tiles(arguments.plan)[index];
+  __syncthreads();
+
+  const int hidden = arguments.num_heads * kDim;
+  const int blocks = (tile.kv_len + kKeys - 1) / kKeys;
+  auto request_keys = [&](int block) {
+    const int stage = block % L::kStages;
+    const uint32_t barrier = key_full + 8 * stage;
+    barrier_expect(barrier, L::kTileBytes);
+    copy_tile<kDim>(key_tiles + stage * L::kTileBytes, &map, hidden + head * kDim,
+                    tile.kv_begin + block * kKeys, barrier);
+  };
+  auto request_values = [&](int block) {
+    const int stage = block % L::kStages;
+    const uint32_t barrier = value_full + 8 * stage;
+    barrier_expect(barrier, L::kTileBytes);
+    copy_tile<kDim>(value_tiles + stage * L::kTileBytes, &map, 2 * hidden + head * kDim,
+                    tile.kv_begin + block * kKeys, barrier);
+  };
+  const int active_groups = tile.rows > kGroupRows ? 2 : 1;
+  if (threadIdx.x == 0) {
+    barrier_expect(query_full, active_groups * L::kTileBytes);
+    copy_tile<kDim>(base, &map, head * kDim, tile.begin, query_full);
+    if (active_groups == 2) {
+      copy_tile<kDim>(base + L::kTileBytes, &map, head * kDim, tile.begin + kGroupRows, query_full);
+    }
+    for (int block = 0; block < min(blocks, L::kStages); ++block) {
+      request_keys(block);
+      request_values(block);
+    }
+  }
+  const int group = threadIdx.x / 128;
+  if (group >= active_groups) return;
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  unsigned char* query_tile = shared + group * L::kTileBytes;
+  uint32_t query[kDim / 16][4];
+  barrier_wait(query_full, 0);
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    load_matrices(query[k], query_tile + k / 4 * L::kHalfBytes +
+                                swizzled<L::kLine>(16 * warp + lane % 16, k % 4 * 2 + lane / 16));
+  }
+
+  float scores[8][4];
+  float output[L::kHalves][L::kColumns / 8][4] = {};
+  uint32_t probabilities[4][4];
+  float max0 = -INFINITY, max1 = -INFINITY, sum0 = 0.f, sum1 = 0.f;
+  const float scale = arguments.scale_log2;
+  auto issue_scores = [&](int block) {
+    const int stage = block % L::kStages;
+    barrier_wait(key_full + 8 * stage, block / L::kStages & 1);
+    const uint32_t tile_at = key_tiles + stage * L::kTileBytes;
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      multiply_keys<T>(scores, query[k],
+                       descriptor<L::kLine>(tile_at + k / 4 * L::kHalfBytes + k % 4 * 32), k > 0);
+    }
+    wgmma_commit();
+  };
+  auto issue_values = [&](uint32_t value_tile, int k) {
+#pragma unroll
+    for (int h = 0; h < L::kHalves; ++h) {
+      multiply_values<T>(
+          output[h], probabilities[k],
+          descriptor<L::kLine>(value_tile + h * L::kHalfBytes + 16 * k * L::kLine), 1);
+    }
+  };
+  issue_scores(0);
+  wgmma_wait();
+  for (int block = 0; block < blocks; ++block) {
+    const int stage = block % L::kStages, left = tile.kv_len - block * kKeys;
+    if (left < kKeys) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (8 * n + lane % 4 * 2 + i >= left) scores[n][i] = scores[n][2 + i] = -INFINITY;
+        }
+      }
+    }
+    float new0 = max0, new1 = max1;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      new0 = fmaxf(new0, fmaxf(scores[n][0], scores[n][1]));
+      new1 = fmaxf(new1, fmaxf(scores[n][2], scores[n][3]));
+    }
+    new0 = fmaxf(new0, __shfl_xor_sync(0xffffffffu, new0, 1));
+    new1 = fmaxf(new1, __shfl_xor_sync(0xffffffffu, new1, 1));
+    new0 = fmaxf(new0, __shfl_xor_sync(0xffffffffu, new0, 2));
+    new1 = fmaxf(new1, __shfl_xor_sync(0xffffffffu, new1, 2));
+    if (block > 0) {
+      const float shrink0 = exp2_approx((max0 - new0) * scale);
+      const float shrink1 = exp2_approx((max1 - new1) * scale);
+      sum0 *= shrink0, sum1 *= shrink1;
+#pragma unroll
+      for (int h = 0; h < L::kHalves; ++h) {
+#pragma unroll
+        for (int n = 0; n < L::kColumns / 8; ++n) {
+          output[h][n][0] *= shrink0, output[h][n][1] *= shrink0;
+          output[h][n][2] *= shrink1, output[h][n][3] *= shrink1;
+        }
+      }
+    }
+    max0 = new0, max1 = new1;
+    const float shift0 = max0 * scale, shift1 = max1 * scale;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scores[n][i] = exp2_approx(scores[n][i] * scale - shift0);
+        scores[n][2 + i] = exp2_approx(scores[n][2 + i] * scale - shift1);
+        sum0 += scores[n][i];
+        sum1 += scores[n][2 + i];
+      }
+      probabilities[n / 2][n % 2 * 2] = pack2<T>(scores[n][0], scores[n][1]);
+      probabilities[n / 2][n % 2 * 2 + 1] = pack2<T>(scores[n][2], scores[n][3]);
+    }
+    barrier_wait(value_full + 8 * stage, block / L::kStages & 1);
+    const uint32_t value_tile = value_tiles + stage * L::kTileBytes;
+    if (left < kKeys && left % 16 != 0) {
+      // Rows past the sequence's end belong to other sequences or to nobody. Their probabilities are
+      // zero, but zero times a stray infinity is not: clear those that share the last 16 rows.
+      for (int i = threadIdx.x; i < (16 - left % 16) * (2 * kDim / 16); i += 128 * active_groups) {
+        const int row = left + i / (2 * kDim / 16), piece = i % (2 * kDim / 16);
+        const uint32_t at = value_tile + piece / 8 * L::kHalfBytes + swizzled<L::kLine>(row, piece % 8);
+        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
+      }
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      asm volatile("bar.sync 1, %0;" ::"r"(128 * active_groups) : "memory");
+    }
+    wgmma_fence();
+    if (left > kKeys - 16) {
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k) issue_values(value_tile, k);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kKeys / 16 - 1; ++k) {
+        if (16 * k < left) issue_values(value_tile, k);
+      }
+    }
+    wgmma_commit();
+    if (block + 1 < blocks) issue_scores(block + 1);
+    wgmma_wait();
+    if (block + L::kStages < blocks && lane == 0) {
+      // The last warp done with this stage asks for its next contents.
+      const uint32_t all = 4 * active_groups;
+      if (count_up(released + 4 * stage) % all == all - 1) {
+        request_keys(block + L::kStages);
+        request_values(block + L::kStages);
+      }
+    }
+  }
+
+  sum0 += __shfl_xor_sync(0xffffffffu, sum0, 1);
+  sum1 += __shfl_xor_sync(0xffffffffu, sum1, 1);
+  sum0 += __shfl_xor_sync(0xffffffffu, sum0, 2);
+  sum1 += __shfl_xor_sync(0xffffffffu, sum1, 2);
+  const float scale0 = 1.f / sum0, scale1 = 1.f / sum1;
+  // Through this warp's own query rows, so that rows leave in whole 16-byte pieces.
+  __syncwarp();
+  const int row = 16 * warp + lane / 4;
+#pragma unroll
+  for (int h = 0; h < L::kHalves; ++h) {
+#pragma unroll
+    for (int n = 0; n < L::kColumns / 8; ++n) {
+      unsigned char* at = query_tile + h * L::kHalfBytes + lane % 4 * 4;
+      *reinterpret_cast<uint32_t*>(at + swizzled<L::kLine>(row, n)) =
+          pack2<T>(output[h][n][0] * scale0, output[h][n][1] * scale0);
+      *reinterpret_cast<uint32_t*>(at + swizzled<L::kLine>(row + 8, n)) =
+          pack2<T>(output[h][n][2] * scale1, output[h][n][3] * scale1);
+    }
+  }
+  __syncwarp();
+  constexpr int kPieces = 2 * kDim / 16;
+  const int first = group * kGroupRows + 16 * warp;
+  T* to = static_cast<T*>(arguments.output) +
+          static_cast<int64_t>(tile.begin + first) * hidden + head * kDim;
+#pragma unroll
+  for (int i = lane; i < 16 * kPieces; i += 32) {
+    const int r = i / kPieces, piece = i % kPieces;
+    if (first + r < tile.rows) {
+      *reinterpret_cast<uint4*>(to + static_cast<int64_t>(r) * hidden + 8 * piece) =
+          *reinterpret_cast<const uint4*>(query_tile + piece / 8 * L::kHalfBytes +
+                                          swizzled<L::kLine>(16 * warp + r, piece % 8));
+    }
+  }
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's encoder, found at run time so that the library does not link the driver.
+EncodeTiled tensor_map_encoder() {
+  static const EncodeTiled found = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+    cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                                          cudaEnableDefault, &result);
+#else
+    cudaError_t status =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
+#endif
+    const bool good = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return good ? reinterpret_cast<EncodeTiled>(entry) : nullptr;
+  }();
+  return found;
+}
+
+template <typename T, int kDim>
+cudaError_t launch_sm90(const AttentionChoice& choice, const AttentionArguments& arguments,
+                        Launch launch) {
+  using L = Layout<kDim>;
+  const EncodeTiled encode = tensor_map_encoder();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  CUtensorMap map;
+  const cuuint64_t columns = 3ull * arguments.num_heads * kDim;
+  const cuuint64_t sizes[2] = {columns, static_cast<cuuint64_t>(arguments.tokens)};
+  const cuuint64_t strides[1] = {columns * sizeof(T)};
+  const cuuint32_t box[2] = {L::kColumns, 64};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult result = encode(
+      &map,
+      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      2, const_cast<void*>(arguments.qkv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      L::kLine == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  return launch_kernel(sm90_attention_kernel<T, kDim>,
+                       static_cast<unsigned>(choice.bound) * arguments.num_heads, kThreads,
+                       L::kSharedBytes, launch, map, arguments);
+}
+
+template <typename T>
+cudaError_t dispatch_sm90(const AttentionChoice& choice, const AttentionArguments& arguments,
+                          Launch launch) {
+  switch (arguments.head_dim) {
+    case 32: return launch_sm90<T, 32>(choice, arguments, launch);
+    case 64: return launch_sm90<T, 64>(choice, arguments, launch);
+    case 128: return launch_sm90<T, 128>(choice, arguments, launch);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+cudaError_t attention_sm90(const AttentionChoice& choice, const AttentionArguments& arguments,
+                           DType dtype, Launch launch) {
+  switch (dtype) {
+    case DType::kFloat16: return dispatch_sm90<__half>(choice, arguments, launch);
+    case DType::kBFloat16: return dispatch_sm90<__nv_bfloat16>(choice, arguments, launch);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace ft::cuda
