@@ -33,7 +33,7 @@ done
 
 # show COMMAND...: print it as one would type it, then run it.
 show() {
-    printf '\n$'
+    printf '$'
     for word in "$@"; do
         if [[ $word =~ ^[A-Za-z0-9_./:@=+-]+$ ]]; then printf ' %s' "$word"; else printf " '%s'" "$word"; fi
     done
@@ -42,31 +42,33 @@ show() {
     echo
 }
 
-ask() { show curl -sS --fail-with-body "$@"; }
+ask() { show curl -sSf "$@"; }
+say() { printf '\n== %s\n' "$1"; }
 
 ask -X POST "$management/models?url=qa.mar&initial_workers=1&synchronous=true"
 
-echo "== plain text"
+say "plain text"
 ask "$inference/predictions/sentiment" -H 'Content-Type: text/plain' \
     --data 'A warm, funny film that never outstays its welcome.'
 
-echo "== JSON, with every label's score"
+say "JSON, with every label's score"
 ask "$inference/predictions/sentiment" -H 'Content-Type: application/json' \
     --data '{"text": "The plot goes nowhere and takes two hours to get there.", "top_k": 2}'
 
-echo "== a pair: a question and its context"
+say "a pair: a question and its context"
 ask "$inference/predictions/qa" -H 'Content-Type: application/json' --data '{
   "question": "Who designed the bridge?",
   "context": "The old iron bridge over the harbour was designed by Ada Lindqvist and opened in 1889."
 }'
 
-echo "== a list: one answer an element, in its order"
+say "a list: one answer an element, in its order"
 ask "$inference/predictions/sentiment" -H 'Content-Type: application/json' \
     --data '["Great fun.", "I want those ninety minutes back.", "The actors are fine, the dialogue is not, and the ending, which the whole town had guessed by the first scene, takes half an hour."]'
 
-echo "== one bad request: refused alone"
-ask "$inference/predictions/sentiment" -H 'Content-Type: application/json' \
-    --data '{"txt": "wrong key"}' || true
+say "one bad request: refused alone"
+show curl -sS "$inference/predictions/sentiment" -H 'Content-Type: application/json' \
+    --data '{"txt": "wrong key"}'
 
-echo "== padding avoided"
+say "padding avoided"
 curl -sSf "$metrics/metrics" | python scripts/padding_avoided.py
+echo

@@ -17,7 +17,7 @@ make_model() {
     ft-handler trace --mode "$2" --model_name_or_path "$base" \
         --adapter "examples/$3/adapter" --output "build/demo/$1"
     echo "== archiving $1"
-    ft-handler archive "build/demo/$1" --model-name "$1" --export-path model_store
+    ft-handler archive "build/demo/$1" --model-name "$1" --export-path model_store --force
 }
 
 mkdir -p model_store
