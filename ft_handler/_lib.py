@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft_handler.config import environment
 from ft_handler.errors import LibraryError
 from ft_handler.version import __version__
 
@@ -39,7 +40,7 @@ def candidates(explicit: str | os.PathLike[str] | None = None) -> list[Path]:
     archive) comes before the package's own `lib/`.
     """
     packaged = Path(__file__).resolve().parent / "lib" / LIBRARY
-    named = os.environ.get(LIBRARY_VARIABLE)
+    named = environment(LIBRARY_VARIABLE)
     if named:
         path = Path(named).expanduser()
         return [path / LIBRARY if path.is_dir() else path]

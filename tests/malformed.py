@@ -1,0 +1,235 @@
+"""Requests that must be refused, as a client sends them, each with the status it has to get.
+
+`CASES[mode]` are HTTP bodies with their content type; `as_item` turns one into what TorchServe
+hands to a handler, so that the same corpus drives the pipeline alone and a real server.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+MODES = ("sequence_classification", "question_answering")
+
+#: Limits the corpus relies on; both are the defaults.
+MAX_INPUTS = 128
+MAX_CHARS = 250_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bad request: content_type None sends none (TorchServe hands over raw bytes)."""
+
+    name: str
+    content_type: str | None
+    body: bytes
+    status: int
+
+
+def as_item(content_type: str | None, body: bytes) -> dict[str, Any]:
+    """What TorchServe 0.12 makes of a body."""
+    value: Any = bytearray(body)
+    if content_type == "application/json":
+        try:
+            value = json.loads(body.decode("utf-8"))
+        except Exception:
+            value = bytearray(body)
+    elif content_type is not None and content_type.startswith("text"):
+        try:
+            value = body.decode("utf-8")
+        except UnicodeDecodeError:
+            value = bytearray(body)
+    return {"body": value}
+
+
+JSON = "application/json"
+PLAIN = "text/plain"
+
+_VALID = {
+    "sequence_classification": {"text": "a warm film"},
+    "question_answering": {"question": "who built it", "context": "an engineer built the bridge"},
+}
+_FIELDS = {
+    "sequence_classification": ("text", "text_pair"),
+    "question_answering": ("question", "context"),
+}
+_NOT_INTEGERS: tuple[object, ...] = (0, -1, 1.5, "2", True, [], {}, 2**40)
+_NOT_BOOLEANS: tuple[object, ...] = (0, 1, "true", [], {}, 0.5)
+_BAD_PARAMETERS: dict[str, dict[str, tuple[object, ...]]] = {
+    "sequence_classification": {
+        "top_k": _NOT_INTEGERS,
+        "function_to_apply": (1, True, "relu", "", [], {}, "SOFTMAX"),
+        "truncation": _NOT_BOOLEANS,
+    },
+    "question_answering": {
+        "top_k": (*_NOT_INTEGERS, 101),
+        "doc_stride": (-1, 1.5, "2", True, [], {}),
+        "max_answer_len": _NOT_INTEGERS,
+        "max_seq_len": (*_NOT_INTEGERS, 3, 100_000),
+        "max_question_len": _NOT_INTEGERS,
+        "handle_impossible_answer": _NOT_BOOLEANS,
+        "align_to_words": _NOT_BOOLEANS,
+    },
+}
+
+
+def _cases(mode: str) -> list[Case]:
+    valid = _VALID[mode]
+    text = json.dumps(valid).encode()
+    out: list[Case] = []
+
+    def add(name: str, body: bytes, status: int, *types: str | None) -> None:
+        for content_type in types or (None, PLAIN, JSON):
+            out.append(Case(f"{name} [{content_type}]", content_type, body, status))
+
+    def document(name: str, value: object, status: int) -> None:
+        add(name, json.dumps(value).encode(), status, JSON)
+
+    # Bytes that are no text.
+    add("empty", b"", 400)
+    add("white space", b" \t\r\n ", 400)
+    for name, body in {
+        "stray continuation byte": b"a \x80 b",
+        "overlong slash": b"\xc0\xaf",
+        "cut sequence": "caf\u00e9".encode()[:-1],
+        "latin-1": "caf\u00e9 au lait".encode("latin-1"),
+        "utf-16 with mark": "a warm film".encode("utf-16"),
+        "utf-8 surrogate": b"\xed\xa0\x80",
+        "gzip header": b"\x1f\x8b\x08\x00\x00\x00\x00\x00",
+        "png header": b"\x89PNG\r\n\x1a\n",
+        "beyond unicode": b"\xf5\x80\x80\x80",
+    }.items():
+        add(name, body, 400)
+
+    # Text that is nearly JSON.
+    for cut in range(1, len(text), 5):
+        add(f"object cut at {cut}", text[:cut], 400)
+    for name, body in {
+        "brackets crossed": b'{"text": ["a"}]',
+        "second document": text + text,
+        "trailing comma and text": text[:-1] + b",} x",
+        "comment": b"/* a */" + b'{"text"',
+        "missing colon": b'{"text" "a"}',
+        "bare word": b"{text: a}",
+        "bad escape": b'{"text": "\\q"} }',
+        "raw newline in a string": b'{"text": "a\nb"',
+        "hexadecimal": b'{"text": 0x10}',
+        "plus sign": b'{"text": +1}',
+        "unbalanced list": b'["a", "b"',
+        "list of nothing": b'["a",, "b"]',
+        "nested too deep": b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        "never closed": b'[{"text":' * 3000,
+        "literal with a call": b"{'text': open('x')}",
+        "literal with an operator": b"{'text': 'a' * 9}",
+        "literal set": b"{'a', 'b'}",
+    }.items():
+        if body.startswith(b"/*") and mode == "sequence_classification":
+            continue  # plain text, if odd
+        add(name, body, 400)
+    add("lone surrogate escape", json.dumps({**valid, _FIELDS[mode][0]: "\ud800"}).encode(), 400)
+    add("null character", json.dumps({**valid, _FIELDS[mode][0]: "a\0b"}).encode(), 400)
+    add("not a number", json.dumps({**valid, "top_k": float("nan")}).encode(), 400, None, PLAIN)
+    add("not a number, parsed", json.dumps({**valid, "top_k": float("nan")}).encode(), 422, JSON)
+    if mode == "sequence_classification":
+        add("null byte in plain text", b"a\0b", 400)
+    else:
+        for body in (b"who built it?", b"123", b'"text"', b"(1, 2)"):
+            add(f"plain text {body!r}", body, 400, None, PLAIN)
+
+    # JSON of the wrong shape.
+    for value in (1, 1.5, True, None):
+        document(f"top level {value!r}", value, 422)
+    document("top level empty string", "", 400)
+    document("empty object", {}, 400)
+    document("empty list", [], 422)
+    for value in (1, None, True, [], [["a"]], 0.5):
+        document(f"list of {value!r}", [value], 422)
+    document("list of empty objects", [{}], 400)
+    document("good and bad in one list", [valid, {"unknown": 1}], 400)
+    document("too many inputs", [valid] * (MAX_INPUTS + 1), 413)
+    for field in _FIELDS[mode]:
+        for value in (1, 1.5, True, ["a"], {"a": 1}):
+            document(f"{field} is {value!r}", {**valid, field: value}, 422)
+        document(f"{field} is empty", {**valid, field: ""}, 422)
+        document(f"{field} is blank", {**valid, field: " \u2003\n"}, 422)
+        document(f"{field} is too long", {**valid, field: "a " * (MAX_CHARS // 2 + 1)}, 413)
+    for field in valid:
+        document(
+            f"no {field}", {k: v for k, v in valid.items() if k != field} or {"target": 1}, 400
+        )
+        document(f"{field} is null", {**valid, field: None}, 422)
+    document("unknown key", {**valid, "texts": "a"}, 400)
+    document("wrong case", {k.upper(): v for k, v in valid.items()}, 400)
+    document("other task", _VALID[MODES[1 - MODES.index(mode)]], 400)
+
+    # Parameters.
+    for name, values in _BAD_PARAMETERS[mode].items():
+        for value in values:
+            document(f"{name}={value!r}", {**valid, name: value}, 422)
+            document(f"parameters.{name}={value!r}", {**valid, "parameters": {name: value}}, 422)
+    for value in (1, "a", [], True):
+        document(f"parameters={value!r}", {**valid, "parameters": value}, 422)
+    document("unknown parameter", {**valid, "parameters": {"temperature": 1}}, 400)
+    document("parameter twice", {**valid, "top_k": 1, "parameters": {"top_k": 2}}, 400)
+    document("unknown outer key", {"inputs": valid, "model": "x"}, 400)
+    document("inputs is a number", {"inputs": 5}, 422)
+    document("inputs is empty", {"inputs": []}, 422)
+
+    # KServe v1.
+    for value in (1, "a", {}, None):
+        document(f"instances={value!r}", {"instances": value}, 422)
+    document("no instance", {"instances": []}, 422)
+    document("bad instance", {"instances": [valid, 5]}, 422)
+    document("unknown key beside instances", {"instances": [valid], "signature": "x"}, 400)
+
+    # Open Inference Protocol v2.
+    def tensor(**changes: object) -> dict[str, object]:
+        base = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a warm film"]}
+        return {k: v for k, v in {**base, **changes}.items() if v is not ...}
+
+    tensors = [tensor()]
+    if mode == "question_answering":
+        tensors = [tensor(name="question"), tensor(name="context")]
+        document("v2 without context", {"inputs": tensors[:1]}, 422)
+        document("v2 with a third input", {"inputs": [*tensors, tensor(name="x")]}, 422)
+    rest = tensors[1:]
+    first = tensors[0]["name"]
+    for key in ("name", "shape", "datatype", "data"):
+        if key in ("shape", "datatype"):
+            continue
+        document(f"v2 without {key}", {"inputs": [tensor(**{"name": first, key: ...}), *rest]}, 400)
+    for changes, status in (
+        ({"datatype": "FP32"}, 422),
+        ({"datatype": "bytes"}, 422),
+        ({"shape": [2]}, 422),
+        ({"shape": []}, 422),
+        ({"shape": [-1]}, 422),
+        ({"shape": ["1"]}, 422),
+        ({"shape": [True]}, 422),
+        ({"shape": 1}, 422),
+        ({"shape": [0], "data": []}, 422),
+        ({"data": "a"}, 422),
+        ({"data": [1]}, 422),
+        ({"data": [None]}, 422),
+        ({"data": [""]}, 422),
+        ({"data": ["a", "b"]}, 422),
+        ({"data": [["a"], "b"], "shape": [2]}, 422),
+        ({"name": 5}, 422),
+        ({"extra": 1}, 400),
+        ({"parameters": 1}, 422),
+        ({"parameters": {"binary_data_size": 4}}, 422),
+        ({"parameters": {"content_type": "np"}}, 422),
+    ):
+        document(f"v2 {changes}", {"inputs": [tensor(**{"name": first, **changes}), *rest]}, status)
+    document("v2 twice the same name", {"inputs": [*tensors, tensor(name=first)]}, 400)
+    document("v2 mixed inputs", {"inputs": [*tensors, "a"]}, 422)
+    document("v2 id is a number", {"id": 5, "inputs": tensors}, 422)
+    document("v2 unknown key", {"inputs": tensors, "model": "x"}, 400)
+    document("v2 unknown parameter", {"inputs": tensors, "parameters": {"x": 1}}, 400)
+    document("v2 outputs is an object", {"inputs": tensors, "outputs": {}}, 422)
+    document("v2 unknown output", {"inputs": tensors, "outputs": [{"name": "logits"}]}, 422)
+    return out
+
+
+CASES: dict[str, list[Case]] = {mode: _cases(mode) for mode in MODES}

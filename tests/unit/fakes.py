@@ -1,0 +1,121 @@
+"""Stand-ins for the engine and for TorchServe's context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ft_handler.engine import Logits
+from ft_handler.model import ModelInfo
+from ft_handler.types import PackedBatch
+
+
+def model_info(mode: str = "sequence_classification", **changes: Any) -> ModelInfo:
+    """A traced file's description, for the tiny vocabulary and three labels."""
+    labels = {0: "negative", 1: "neutral", 2: "positive"}
+    values: dict[str, Any] = {
+        "format_version": 1,
+        "mode": mode,
+        "architecture": "bert",
+        "data_type": "fp32",
+        "model_type": "thsext",
+        "remove_padding": True,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+        "intermediate_size": 128,
+        "max_positions": 128,
+        "vocab_size": 4096,
+        "type_vocab_size": 2,
+        "num_labels": 3 if mode == "sequence_classification" else 2,
+        "labels": labels if mode == "sequence_classification" else {0: "start", 1: "end"},
+        "problem_type": None,
+        "do_lower_case": True,
+        "layer_norm_eps": 1e-12,
+        "versions": {},
+    }
+    return ModelInfo(**{**values, **changes})
+
+
+def sequence_logits(ids: np.ndarray, types: np.ndarray, width: int) -> np.ndarray:
+    """Logits `[width]` that depend on every token, its place and its type."""
+    place = np.arange(1, len(ids) + 1)
+    mixed = ids * 7919 + place * 104729 + types * 1299709
+    return np.array([np.sin(mixed * (k + 1) * 0.001).sum() for k in range(width)], np.float32)
+
+
+def token_logits(ids: np.ndarray, types: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Start and end logits of one sequence; `[CLS]` is unlikely, so that answers are spans."""
+    place = np.arange(len(ids))
+    start = (4 * np.sin(ids * 1.7 + place * 0.31 + types)).astype(np.float32)
+    end = (4 * np.sin(ids * 2.3 + place * 0.17 + types + 1)).astype(np.float32)
+    start[0] = end[0] = -6
+    return start, end
+
+
+class _Done:
+    def __init__(self, logits: Logits) -> None:
+        self._logits = logits
+
+    def result(self) -> Logits:
+        return self._logits
+
+
+class FakeEngine:
+    """A deterministic function of the tokens, sequence by sequence; `fail` may raise first."""
+
+    def __init__(
+        self,
+        mode: str = "sequence_classification",
+        width: int = 3,
+        fail: Callable[[PackedBatch], None] | None = None,
+    ) -> None:
+        self.mode, self.width, self.fail = mode, width, fail
+        self.batches: list[PackedBatch] = []
+
+    def launch(self, batch: PackedBatch) -> _Done:
+        if self.fail is not None:
+            self.fail(batch)
+        self.batches.append(batch)
+        assert batch.max_seqlen == np.diff(batch.cu_seqlens).max(initial=0)
+        assert batch.cu_seqlens[0] == 0
+        assert batch.cu_seqlens[-1] == batch.total == len(batch.token_type_ids)
+        bounds = list(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True))
+        pieces = [(batch.input_ids[a:b], batch.token_type_ids[a:b]) for a, b in bounds]
+        if self.mode == "question_answering":
+            starts, ends = zip(*(token_logits(*p) for p in pieces), strict=True)
+            return _Done((np.concatenate(starts), np.concatenate(ends)))
+        return _Done((np.stack([sequence_logits(*p, self.width) for p in pieces]),))
+
+    def warm_up(self) -> dict[str, float]:
+        return {"seconds": 0.0}
+
+
+class FakeContext:
+    """What a handler touches of TorchServe's context, and what it said through it."""
+
+    def __init__(self, model_dir: str, yaml: dict[str, Any] | None = None, **properties: Any):
+        self.model_name = "fake"
+        self.manifest = {"model": {"modelVersion": "1.0"}}
+        self.model_yaml_config = yaml
+        self.system_properties = {"model_dir": model_dir, "gpu_id": None, **properties}
+        self.statuses: dict[int, int] = {}
+        self.content_types: dict[int, str] = {}
+        self.emitted: list[tuple[str, float, str, str]] = []
+        self.metrics = self
+
+    def set_response_status(self, code: int, phrase: str, idx: int) -> None:
+        assert phrase
+        self.statuses[idx] = code
+
+    def set_response_content_type(self, idx: int, value: str) -> None:
+        self.content_types[idx] = value
+
+    def add_metric(
+        self, name: str, value: float, unit: str, idx: int, dimensions: list, metric_type: Any
+    ) -> None:
+        assert idx == 0
+        assert dimensions == []
+        self.emitted.append((name, value, unit, metric_type.value))

@@ -1,0 +1,280 @@
+"""The chained stages on a deterministic engine: right answers, alone refusals, failures isolated."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+
+import numpy as np
+import pytest
+from fakes import FakeEngine, model_info, sequence_logits
+from malformed import CASES, as_item
+
+from ft_handler.config import HandlerConfig
+from ft_handler.errors import ConfigError, EngineLost, OutOfDeviceMemory
+from ft_handler.pipeline import STAGES, Pipeline
+from ft_handler.tasks import softmax
+from ft_handler.tokenization import load_tokenizer
+
+LABELS = ("negative", "neutral", "positive")
+SENTENCES = [
+    "a good film", "an awful plot and a dull actor", "the music was bright", "warm",
+    "the river and the old bridge of the city", "who wrote this story", "slow slow slow scene",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    return load_tokenizer(tiny_tokenizer)
+
+
+@pytest.fixture
+def make(tokenizer):
+    def build(mode="sequence_classification", fail=None, engine=None, info=None, **settings):
+        engine = engine or FakeEngine(mode, fail=fail)
+        config = HandlerConfig(**settings)
+        return Pipeline(config, info or model_info(mode), tokenizer, engine), engine
+
+    return build
+
+
+def expected(tokenizer, text, pair=None):
+    encoding = tokenizer.encode(text) if pair is None else tokenizer.encode(text, pair)
+    logits = sequence_logits(np.array(encoding.ids), np.array(encoding.type_ids), 3)
+    scores = softmax(logits[None])[0]
+    return {"label": LABELS[int(scores.argmax())], "score": pytest.approx(float(scores.max()))}
+
+
+def body(reply):
+    assert reply.content_type == "application/json"
+    return json.loads(reply.body)
+
+
+def test_every_answer_is_the_one_of_its_own_text_in_arrival_order(make, tokenizer):
+    pipeline, engine = make(length_buckets=(4, 8), max_batch_tokens=20)
+    replies = pipeline.run([{"body": s} for s in SENTENCES])
+    assert [body(r) for r in replies] == [expected(tokenizer, s) for s in SENTENCES]
+    assert len(engine.batches) > 2
+
+
+def test_pairs_carry_token_types(make, tokenizer):
+    pipeline, engine = make()
+    (reply,) = pipeline.run([{"body": {"text": "the film", "text_pair": "a good story"}}])
+    assert body(reply) == expected(tokenizer, "the film", "a good story")
+    assert engine.batches[0].token_type_ids.tolist() == [0] * 4 + [1] * 4
+
+
+def test_a_list_gets_a_list_and_a_text_alone_agrees_with_it(make):
+    pipeline, _ = make()
+    (together,) = pipeline.run([{"body": SENTENCES}])
+    alone = [body(pipeline.run([{"body": s}])[0]) for s in SENTENCES]
+    for a, b in zip(body(together), alone, strict=True):
+        assert a["label"] == b["label"]
+        assert a["score"] == pytest.approx(b["score"])
+
+
+@pytest.mark.parametrize("mode", CASES)
+def test_malformed_requests_are_refused_alone(make, mode):
+    """Every case of the corpus mixed into good traffic, in batches of 16."""
+    cases = CASES[mode]
+    assert len(cases) >= 200
+    pipeline, _ = make(mode)
+    if mode == "sequence_classification":
+        good = [{"body": s} for s in SENTENCES]
+    else:
+        good = [
+            {"body": {"question": "who built it", "context": f"{s}. {SENTENCES[0]}"}}
+            for s in SENTENCES
+        ]
+    answers = [body(pipeline.run([g])[0]) for g in good]
+    rng = random.Random(1)
+    traffic = [(as_item(c.content_type, c.body), c.status, c.name) for c in cases]
+    for i in range(len(cases)):
+        traffic.append((good[i % len(good)], 200, str(i % len(good))))
+    rng.shuffle(traffic)
+    for at in range(0, len(traffic), 16):
+        batch = traffic[at : at + 16]
+        replies = pipeline.run([item for item, _, _ in batch])
+        assert len(replies) == len(batch)
+        for reply, (_, status, name) in zip(replies, batch, strict=True):
+            got = body(reply)
+            assert reply.status == status, (name, got)
+            if status == 200:
+                want = answers[int(name)]
+                assert got.keys() == want.keys()
+                for key in want:
+                    assert got[key] == (pytest.approx(want[key]) if key == "score" else want[key])
+            else:
+                assert set(got) == {"code", "type", "message"}
+                assert got["code"] == status
+                assert got["message"]
+                assert "CUDA" not in got["message"]
+
+
+def test_a_bad_element_refuses_its_request_and_names_the_index(make, tokenizer):
+    pipeline, _ = make()
+    items = [{"body": ["good", 5]}, {"body": "a good film"}, {"body": ["good", ""]}]
+    first, second, third = pipeline.run(items)
+    assert (first.status, third.status) == (422, 422)
+    assert "inputs[1]" in body(first)["message"]
+    assert "inputs[1]" in body(third)["message"]
+    assert body(second) == expected(tokenizer, "a good film")
+
+
+def test_too_long_without_truncation_is_422_and_with_it_is_flagged(make):
+    text = "film " * 200
+    pipeline, engine = make()
+    cut, refused, in_list = pipeline.run(
+        [
+            {"body": text},
+            {"body": {"text": text, "truncation": False}},
+            {"body": {"inputs": ["good", text], "parameters": {"truncation": False}}},
+        ]
+    )
+    assert body(cut)["truncated"] is True
+    assert (refused.status, in_list.status) == (422, 422)
+    assert "128" in body(refused)["message"]
+    assert "inputs[1]" in body(in_list)["message"]
+    assert [b.total for b in engine.batches] == [128]
+
+
+def test_out_of_memory_halves_the_bucket_until_it_fits(make, tokenizer):
+    def fail(batch):
+        if batch.batch > 2:
+            raise OutOfDeviceMemory("no room")
+
+    pipeline, engine = make(fail=fail)
+    replies = pipeline.run([{"body": s} for s in SENTENCES])
+    assert [body(r) for r in replies] == [expected(tokenizer, s) for s in SENTENCES]
+    assert max(b.batch for b in engine.batches) <= 2
+
+
+def test_one_input_that_never_fits_answers_503_alone(make, tokenizer):
+    longest = max(SENTENCES, key=lambda s: len(tokenizer.encode(s)))
+    limit = len(tokenizer.encode(longest))
+
+    def fail(batch):
+        if batch.max_seqlen >= limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: tried")
+
+    pipeline, _ = make(fail=fail)
+    replies = pipeline.run([{"body": s} for s in SENTENCES])
+    for reply, sentence in zip(replies, SENTENCES, strict=True):
+        if sentence == longest:
+            assert reply.status == 503
+        else:
+            assert body(reply) == expected(tokenizer, sentence)
+
+
+def test_a_failing_bucket_answers_500_and_the_other_buckets_go_on(make, tokenizer, caplog):
+    def fail(batch):
+        if batch.max_seqlen > 6:
+            raise RuntimeError("CUDA error: something")
+
+    pipeline, _ = make(fail=fail, length_buckets=(6, 128))
+    with caplog.at_level(logging.DEBUG):
+        replies = pipeline.run([{"body": s} for s in SENTENCES])
+    for reply, sentence in zip(replies, SENTENCES, strict=True):
+        if len(tokenizer.encode(sentence)) > 6:
+            assert reply.status == 500
+            assert body(reply) == {
+                "code": 500, "type": "InternalError", "message": "internal error"
+            }  # fmt: skip
+        else:
+            assert body(reply) == expected(tokenizer, sentence)
+    assert "compute failed" in caplog.text
+    assert not any(s in caplog.text for s in SENTENCES)
+
+
+@pytest.mark.parametrize("mode", ["sequence_classification", "question_answering"])
+def test_logits_that_are_not_finite_are_our_failure_for_that_input_alone(make, mode):
+    class Broken(FakeEngine):
+        def launch(self, batch):
+            done = super().launch(batch)
+            done.result()[0][-1:] = np.nan
+            return done
+
+    pipeline, _ = make(mode, engine=Broken(mode))
+    item = {"question": "who", "context": "an engineer"}
+    if mode == "sequence_classification":
+        item = "a good film"
+    first, second = pipeline.run([{"body": item}, {"body": item}])
+    assert (first.status, second.status) == (200, 500)
+
+
+def test_a_lost_device_reaches_the_caller(make):
+    def fail(batch):
+        raise EngineLost("gone")
+
+    pipeline, _ = make(fail=fail)
+    with pytest.raises(EngineLost):
+        pipeline.run([{"body": "a good film"}])
+
+
+def test_a_tokenizer_failure_takes_out_only_its_request(make, tokenizer, monkeypatch, caplog):
+    pipeline, _ = make()
+    encode = pipeline._encoder.encode
+
+    def fragile(inputs):
+        if any(i.text == "awful" for i in inputs):
+            raise TypeError("secret")
+        return encode(inputs)
+
+    monkeypatch.setattr(pipeline._encoder, "encode", fragile)
+    good, bad = pipeline.run([{"body": "a good film"}, {"body": "awful"}])
+    assert body(good) == expected(tokenizer, "a good film")
+    assert bad.status == 500
+    assert "cannot read" not in caplog.text
+
+
+def test_an_empty_batch_and_a_batch_of_refusals_compute_nothing(make):
+    pipeline, engine = make()
+    assert pipeline.run([]) == []
+    assert [r.status for r in pipeline.run([{}, {"body": bytearray(b"")}])] == [400, 400]
+    assert engine.batches == []
+
+
+def test_client_text_never_reaches_the_log(make, caplog):
+    pipeline, _ = make()
+    secret = "a \ud800 secretword"
+    with caplog.at_level(logging.DEBUG):
+        pipeline.run([{"body": secret}, {"body": {"text": "secretword", "secretword": 1}}])
+    assert "secretword" not in caplog.text
+
+
+def test_batch_figures(make, tokenizer):
+    seen = []
+    pipeline = Pipeline(HandlerConfig(), model_info(), tokenizer, FakeEngine(), observe=seen.append)
+    pipeline.run([{"body": "a good film"}, {"body": "warm"}, {"body": bytearray(b"")}])
+    (stats,) = seen
+    assert (stats.requests, stats.sequences, stats.refused, stats.failed) == (3, 2, 1, 0)
+    assert stats.tokens == 5 + 3
+    assert stats.padded == 2
+    assert stats.padded_fixed == 2 * 128 - 8
+    assert tuple(stats.seconds) == STAGES
+    assert all(s >= 0 for s in stats.seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"mode": "question_answering"}, "mode"),
+        ({"num_labels": 2}, "num_labels"),
+        ({"max_length": 129}, "max_length"),
+        ({"doc_stride": 5}, "doc_stride"),
+    ],
+)
+def test_settings_that_contradict_the_model_are_refused(tokenizer, settings, named):
+    with pytest.raises(ConfigError, match=named):
+        Pipeline(HandlerConfig(**settings), model_info(), tokenizer, FakeEngine())
+
+
+def test_a_tokenizer_of_another_model_is_refused(make):
+    with pytest.raises(ConfigError, match="do not belong together"):
+        make(info=model_info(vocab_size=30))
+
+
+def test_function_to_apply_has_no_meaning_for_answers(make):
+    with pytest.raises(ConfigError, match="function_to_apply"):
+        make("question_answering", function_to_apply="softmax")
