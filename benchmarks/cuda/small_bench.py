@@ -41,7 +41,13 @@ def ragged(batch: int, longest: int, total: int) -> list[int]:
 class Model:
     """Random weights of one shape, and every way of running them."""
 
-    def __init__(self, lib: ctypes.CDLL, dims: tuple[int, int, int, int], lengths: list[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        lib: ctypes.CDLL,
+        dims: tuple[int, int, int, int],
+        lengths: list[int],
+        dtype: torch.dtype,
+    ) -> None:
         self.lib, self.lengths, self.dtype = lib, lengths, dtype
         layers, h, i, heads = dims
         self.layers, self.h, self.i, self.heads = dims
