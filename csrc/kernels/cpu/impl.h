@@ -307,7 +307,7 @@ void run_tile(int64_t rows, int vectors, const float* a, int64_t lda, const floa
   tile_of_rows<kMr>(rows, vectors, a, lda, b, depth, c, ldc, first);
 }
 
-constexpr int64_t kGemmScratch = kDepth * kNr + kRowBlock * kNr;  // floats
+constexpr int64_t kGemmScratch = kDepth * kNr + kRowBlock * kPanelColumns;  // floats
 
 int64_t gemm_scratch() { return kGemmScratch * 4; }
 
@@ -340,32 +340,39 @@ inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m,
 
 void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* scratch) {
   float* expanded = static_cast<float*>(scratch);
-  float* sums = expanded + kDepth * kNr;  // [kRowBlock, kNr]
+  float* sums = expanded + kDepth * kNr;  // [kRowBlock, lds]
+  const int64_t lds = (p1 - p0) * kNr;
   const float* a = static_cast<const float*>(g.a);
-  for (int64_t p = p0; p < p1; ++p) {
-    const int64_t n0 = p * kNr;
-    const int64_t columns = smaller(kNr, g.n - n0);
-    const int vectors = static_cast<int>(ceil_div(columns, kLanes));
-    for (int64_t k0 = 0; k0 < g.k; k0 += kDepth) {
-      const int64_t depth = smaller(kDepth, g.k - k0);
-      const float* panel;
-      const int64_t offset = (p * g.k + k0) * kNr;
+  // Depth outermost: the block of rows at one depth stays in the second-level cache for all panels.
+  for (int64_t k0 = 0; k0 < g.k; k0 += kDepth) {
+    const int64_t depth = smaller(kDepth, g.k - k0);
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t columns = smaller(kNr, g.n - p * kNr);
+      const int vectors = static_cast<int>(ceil_div(columns, kLanes));
+      const char* packed =
+          static_cast<const char*>(g.b) + (p * g.k + k0) * kNr * size_of(g.weight_type);
+      const float* panel = expanded;
       if (g.weight_type == DType::kFloat32) {
-        panel = static_cast<const float*>(g.b) + offset;
+        panel = reinterpret_cast<const float*>(packed);
       } else {
-        convert(static_cast<const uint16_t*>(g.b) + offset, g.weight_type, expanded,
-                DType::kFloat32, depth * kNr);
-        panel = expanded;
+        convert(packed, g.weight_type, expanded, DType::kFloat32, depth * kNr);
       }
+      // Fetch the next panel's part, a piece at each tile.
+      const char* next = packed + (p + 1 < p1 ? g.k : kDepth) * kNr * size_of(g.weight_type);
+      const int64_t piece =
+          ceil_div(depth * kNr * size_of(g.weight_type) * kMr, (m1 - m0) * 64) * 64;
       for (int64_t m = m0; m < m1; m += kMr) {
+        for (int64_t line = 0; line < piece; line += 64) __builtin_prefetch(next + line, 0, 2);
+        next += piece;
         run_tile(smaller(kMr, m1 - m), vectors, a + m * g.lda + k0, g.lda, panel, depth,
-                 sums + (m - m0) * kNr, kNr, k0 == 0);
+                 sums + (m - m0) * lds + (p - p0) * kNr, lds, k0 == 0);
       }
     }
-    with_type(g.out_type, [&](auto target) {
-      finish_tile<decltype(target)>(g, sums, kNr, m0, m1 - m0, n0, columns);
-    });
   }
+  with_type(g.out_type, [&](auto target) {
+    finish_tile<decltype(target)>(g, sums, lds, m0, m1 - m0, p0 * kNr,
+                                  smaller(lds, g.n - p0 * kNr));
+  });
 }
 
 // ---- attention ---------------------------------------------------------------------------------

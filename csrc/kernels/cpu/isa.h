@@ -81,7 +81,9 @@ struct Kernels {
   }
 };
 
-inline constexpr int64_t kRowBlock = 96;  // rows of one GEMM task: a multiple of every mr
+// The largest GEMM task: rows (a multiple of every mr) and columns (of every nr).
+inline constexpr int64_t kRowBlock = 96;
+inline constexpr int64_t kPanelColumns = 768;
 
 extern const Kernels kPortable, kAvx2, kAvx512;
 
