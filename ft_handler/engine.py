@@ -116,9 +116,7 @@ class GraphPlan:
             tokens.append(size)
             # Steps stay multiples of 32 rows, at least an eighth of the class, 512 at most.
             step = min(512, max(32, 2 ** int(np.log2(size / 8))))
-        sequences = [1]
-        while sequences[-1] < max_sequences:
-            sequences.append(min(sequences[-1] * 8, max_sequences))
+        sequences = sorted({1, min(8, max_sequences), max_sequences})
         lengths = [n for n in (64, 128, 256) if n < max_length] + [max_length]
         return cls(tuple(tokens), tuple(sequences), tuple(lengths))
 

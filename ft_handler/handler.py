@@ -68,7 +68,8 @@ class FtHandler:
             model,
             device,
             max_tokens=config.max_batch_tokens,
-            max_sequences=max(64, properties.get("batch_size") or 1),
+            # Question answering makes more sequences than requests.
+            max_sequences=2 * max(64, properties.get("batch_size") or 1),
             graph_memory=config.cuda_graph_memory_mb << 20,
         )
         manifest = (ctx.manifest or {}).get("model", {})
