@@ -1,0 +1,147 @@
+#include "kernels/cuda/encoder.h"
+
+#include <algorithm>
+
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/runtime.h"
+
+#ifdef FT_WITH_SM90
+#include "kernels/cuda/small_encoder.h"
+#endif
+
+namespace ft::cuda {
+namespace {
+
+size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+AttentionShape attention_shape(const EncoderShape& s) {
+  return {s.batch, s.tokens, s.max_seqlen, s.num_heads, s.hidden / s.num_heads, s.dtype};
+}
+
+// Where each activation lives in the workspace. The intermediate of the feed-forward block takes
+// the place of qkv and the attention's output, which are spent by then.
+struct Places {
+  size_t attended, middle, scratch, plan, gemm, bytes;
+
+  explicit Places(const EncoderShape& s) {
+    const size_t row = element_size(s.dtype) * static_cast<size_t>(s.tokens);
+    const size_t qkv_bytes = rounded(row * 3 * s.hidden);
+    const size_t hidden_bytes = rounded(row * s.hidden);
+    attended = qkv_bytes;
+    middle = std::max(qkv_bytes + hidden_bytes, rounded(row * s.intermediate));
+    scratch = middle + hidden_bytes;
+    plan = scratch + hidden_bytes;
+    gemm = plan + rounded(attention_plan_bytes(attention_shape(s)));
+    bytes = gemm + gemm_workspace_bytes();
+  }
+};
+
+const void* at(const void* base, size_t layer, size_t elements, DType dtype) {
+  return static_cast<const char*>(base) + layer * elements * element_size(dtype);
+}
+
+#ifdef FT_WITH_SM90
+SmallShape small_shape(const EncoderShape& s) {
+  return {s.dtype,  s.tokens,       s.batch,     s.max_seqlen,
+          s.hidden, s.intermediate, s.num_heads, s.layers};
+}
+#endif
+
+// Whether the few-token path takes this shape on the current device; FT_HANDLER_SMALL=0 forbids it.
+bool takes_small_path([[maybe_unused]] const EncoderShape& s) {
+#ifdef FT_WITH_SM90
+  static const bool allowed = environment_switch("FT_HANDLER_SMALL", true);
+  const DeviceProperties* device = nullptr;
+  return allowed && s.dtype != DType::kFloat32 && current_device(&device) == cudaSuccess &&
+         small_encoder_supported(small_shape(s), device->all);
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+size_t encoder_workspace_bytes(const EncoderShape& shape) {
+#ifdef FT_WITH_SM90
+  if (takes_small_path(shape)) return small_encoder_workspace(small_shape(shape));
+#endif
+  return Places(shape).bytes;
+}
+
+cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const EncoderWeights& w,
+                    void* workspace, void* output, cudaStream_t stream) {
+  if (s.tokens == 0 || s.batch == 0) return cudaSuccess;
+  // The first launch follows copies and kernels that are not ours, so it waits for them in full.
+  const Launch first{stream, false};
+  const Launch chained{stream, true};
+  const auto embed = [&](Launch launch) {
+    return embedding_layer_norm(
+        inputs.input_ids, inputs.token_type_ids, inputs.id_type, inputs.position_ids,
+        inputs.cu_seqlens, s.batch, s.tokens, s.hidden, w.word, s.vocab, w.position, s.positions,
+        w.token_type, s.types, w.embedding_gamma, w.embedding_beta, s.eps, s.dtype, output, launch);
+  };
+#ifdef FT_WITH_SM90
+  if (takes_small_path(s)) {
+    const SmallWeights small{w.qkv_weight,  w.qkv_bias,   w.out_weight,  w.out_bias,
+                             w.norm1_gamma, w.norm1_beta, w.up_weight,   w.up_bias,
+                             w.down_weight, w.down_bias,  w.norm2_gamma, w.norm2_beta};
+    if (const cudaError_t status = embed(first); status != cudaSuccess) return status;
+    return small_encoder(small_shape(s), small, s.eps, inputs.cu_seqlens, output, workspace,
+                         stream);
+  }
+#endif
+  const Places places(s);
+  char* const base = static_cast<char*>(workspace);
+  void* const qkv = base;
+  void* const up = base;
+  void* const attended = base + places.attended;
+  void* const middle = base + places.middle;
+  void* const scratch = base + places.scratch;
+  void* const plan = base + places.plan;
+  void* const gemm_workspace = base + places.gemm;
+  const int32_t* const live_rows = inputs.cu_seqlens + s.batch;
+  const AttentionShape attention = attention_shape(s);
+
+  cudaError_t status = attention_plan(attention, inputs.cu_seqlens, plan, first);
+  if (status == cudaSuccess) status = embed(chained);
+  const auto product = [&](const void* input, const void* weight, const void* bias,
+                           const void* residual, void* to, int n, int k, bool gelu, int layer) {
+    return Gemm{input,
+                at(weight, layer, size_t(n) * k, s.dtype),
+                at(bias, layer, n, s.dtype),
+                residual,
+                to,
+                s.tokens,
+                n,
+                k,
+                gelu,
+                s.dtype};
+  };
+  const auto norm = [&](const void* gamma, const void* beta, int layer) {
+    return GemmNorm{at(gamma, layer, s.hidden, s.dtype), at(beta, layer, s.hidden, s.dtype), s.eps,
+                    live_rows};
+  };
+  for (int layer = 0; layer < s.layers && status == cudaSuccess; ++layer) {
+    status = linear(product(output, w.qkv_weight, w.qkv_bias, nullptr, qkv, 3 * s.hidden, s.hidden,
+                            false, layer),
+                    gemm_workspace, chained);
+    if (status == cudaSuccess) status = varlen_attention(attention, qkv, plan, attended, chained);
+    if (status == cudaSuccess)
+      status = linear_layer_norm(product(attended, w.out_weight, w.out_bias, output, middle,
+                                         s.hidden, s.hidden, false, layer),
+                                 norm(w.norm1_gamma, w.norm1_beta, layer), scratch, gemm_workspace,
+                                 chained);
+    if (status == cudaSuccess)
+      status = linear(product(middle, w.up_weight, w.up_bias, nullptr, up, s.intermediate, s.hidden,
+                              true, layer),
+                      gemm_workspace, chained);
+    if (status == cudaSuccess)
+      status = linear_layer_norm(product(up, w.down_weight, w.down_bias, middle, output, s.hidden,
+                                         s.intermediate, false, layer),
+                                 norm(w.norm2_gamma, w.norm2_beta, layer), scratch, gemm_workspace,
+                                 chained);
+  }
+  return status;
+}
+
+}  // namespace ft::cuda

@@ -1,0 +1,374 @@
+#include "kernels/cuda/gemm.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+
+#include "kernels/cuda/cublaslt.h"
+#include "kernels/cuda/gemm_sm90.h"
+#include "kernels/cuda/runtime.h"
+
+namespace ft::cuda {
+namespace {
+
+// What cuBLASLt's own documentation advises for sm_90.
+constexpr size_t kWorkspaceBytes = size_t{32} << 20;
+
+// How one shape class is computed.
+struct Plan {
+  int sm90_variant = -1;  // >= 0: ours; else cuBLASLt with `algo`
+  cublasLtMatmulAlgo_t algo{};
+};
+
+struct PlanKey {
+  GemmKey key;
+  int device = 0;
+  bool bias = false;
+  int alignment = 16;  // bytes, of every pointer; 16 stands for more
+  bool operator==(const PlanKey&) const = default;
+};
+
+struct PlanKeyHash {
+  size_t operator()(const PlanKey& p) const {
+    uint64_t h = static_cast<uint64_t>(p.key.rows_class);
+    for (const int v : {p.key.n, p.key.k, static_cast<int>(p.key.dtype), int{p.key.gelu},
+                        int{p.key.residual}, int{p.key.norm}, p.device, int{p.bias}, p.alignment}) {
+      h = (h ^ static_cast<uint64_t>(v)) * 0x9E3779B97F4A7C15ull;
+      h ^= h >> 29;
+    }
+    return h;
+  }
+};
+
+std::shared_mutex plans_mutex;
+std::unordered_map<PlanKey, Plan, PlanKeyHash>& plans() {
+  static std::unordered_map<PlanKey, Plan, PlanKeyHash> table;
+  return table;
+}
+
+cudaDataType_t data_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return CUDA_R_16F;
+    case DType::kBFloat16:
+      return CUDA_R_16BF;
+    default:
+      return CUDA_R_32F;
+  }
+}
+
+cudaError_t library_failure(const char* call, cublasStatus_t status) {
+  set_failure(std::string(call) + " failed with status " + std::to_string(status));
+  return cudaErrorUnknown;
+}
+
+// Descriptors of one product, all on the stack: making them costs nanoseconds and no lock.
+// cuBLASLt thinks in columns, so output^T [n, rows] = weight^T^T * input^T.
+struct Descriptors {
+  cublasLtMatmulDescOpaque_t desc;
+  cublasLtMatrixLayoutOpaque_t weight, input, output;
+};
+
+cudaError_t describe(const CublasLt& lt, const Gemm& gemm, Descriptors* d) {
+  const cublasComputeType_t compute = gemm.dtype == DType::kFloat32 && tf32_allowed()
+                                          ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                          : CUBLAS_COMPUTE_32F;
+  const cudaDataType_t type = data_type(gemm.dtype);
+  cublasStatus_t status = lt.desc_init(&d->desc, sizeof(d->desc), compute, CUDA_R_32F);
+  const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const auto& value) {
+    if (status == CUBLAS_STATUS_SUCCESS)
+      status = lt.desc_set(&d->desc, attribute, &value, sizeof(value));
+  };
+  set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+  if (gemm.bias != nullptr) {
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+    set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, gemm.bias);
+  }
+  const auto layout = [&](cublasLtMatrixLayoutOpaque_t* l, int rows, int columns) {
+    if (status == CUBLAS_STATUS_SUCCESS)
+      status = lt.layout_init(l, sizeof(*l), type, rows, columns, rows);
+  };
+  layout(&d->weight, gemm.k, gemm.n);
+  layout(&d->input, gemm.k, gemm.rows);
+  layout(&d->output, gemm.n, gemm.rows);
+  return status == CUBLAS_STATUS_SUCCESS ? cudaSuccess
+                                         : library_failure("a cuBLASLt descriptor", status);
+}
+
+// What every pointer of the problem is aligned to: layers of odd widths start at odd places.
+int alignment_of(const Gemm& gemm) {
+  uintptr_t bits = 16;
+  for (const void* p :
+       {gemm.input, gemm.weight, gemm.bias, gemm.residual, static_cast<const void*>(gemm.output)})
+    bits |= reinterpret_cast<uintptr_t>(p);
+  return static_cast<int>(bits & (~bits + 1));
+}
+
+cudaError_t heuristics(const Gemm& gemm, int wanted,
+                       std::vector<cublasLtMatmulHeuristicResult_t>* results) {
+  const CublasLt* lt = cublaslt();
+  const cublasLtHandle_t handle = cublaslt_handle();
+  if (lt == nullptr || handle == nullptr) return cudaErrorUnknown;
+  Descriptors d;
+  if (const cudaError_t status = describe(*lt, gemm, &d); status != cudaSuccess) return status;
+  cublasLtMatmulPreferenceOpaque_t preference;
+  cublasStatus_t status = lt->preference_init(&preference, sizeof(preference));
+  if (status == CUBLAS_STATUS_SUCCESS)
+    status = lt->preference_set(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                &kWorkspaceBytes, sizeof(kWorkspaceBytes));
+  const uint32_t alignment = static_cast<uint32_t>(alignment_of(gemm));
+  for (const auto attribute :
+       {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+    if (status == CUBLAS_STATUS_SUCCESS)
+      status = lt->preference_set(&preference, attribute, &alignment, sizeof(alignment));
+  if (status != CUBLAS_STATUS_SUCCESS) return library_failure("cublasLtMatmulPreference", status);
+  results->resize(wanted);
+  int found = 0;
+  status = lt->heuristic(handle, &d.desc, &d.weight, &d.input, &d.output, &d.output, &preference,
+                         wanted, results->data(), &found);
+  if (status != CUBLAS_STATUS_SUCCESS || found == 0)
+    return library_failure("cublasLtMatmulAlgoGetHeuristic", status);
+  results->resize(found);
+  return cudaSuccess;
+}
+
+cudaError_t cublaslt_linear(const Gemm& gemm, const cublasLtMatmulAlgo_t& algo, void* workspace,
+                            cudaStream_t stream) {
+  const CublasLt* lt = cublaslt();
+  const cublasLtHandle_t handle = cublaslt_handle();
+  if (lt == nullptr || handle == nullptr) return cudaErrorUnknown;
+  Descriptors d;
+  if (const cudaError_t status = describe(*lt, gemm, &d); status != cudaSuccess) return status;
+  const float one = 1.f;
+  const float beta = gemm.residual == nullptr ? 0.f : 1.f;
+  const void* addend = gemm.residual == nullptr ? gemm.output : gemm.residual;
+  const cublasStatus_t status =
+      lt->matmul(handle, &d.desc, &one, gemm.weight, &d.weight, gemm.input, &d.input, &beta, addend,
+                 &d.output, gemm.output, &d.output, &algo, workspace, kWorkspaceBytes, stream);
+  return status == CUBLAS_STATUS_SUCCESS ? cudaSuccess : library_failure("cublasLtMatmul", status);
+}
+
+PlanKey key_of(const Gemm& gemm, const GemmNorm* norm, int device) {
+  return {{gemm_row_class(gemm.rows), gemm.n, gemm.k, gemm.dtype, gemm.gelu,
+           gemm.residual != nullptr, norm != nullptr},
+          device,
+          gemm.bias != nullptr,
+          alignment_of(gemm)};
+}
+
+cudaError_t find_plan(const Gemm& gemm, const GemmNorm* norm, Plan* plan) {
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
+  const PlanKey key = key_of(gemm, norm, device);
+  {
+    const std::shared_lock<std::shared_mutex> lock(plans_mutex);
+    if (const auto found = plans().find(key); found != plans().end()) {
+      *plan = found->second;
+      // A tuned plan may demand more of the pointers' alignment than this call offers.
+      if (plan->sm90_variant < 0 || gemm_sm90_supports(plan->sm90_variant, gemm, norm))
+        return cudaSuccess;
+    }
+  }
+  Plan made;
+  made.sm90_variant = gemm_sm90_choose(gemm, norm);
+  if (made.sm90_variant < 0) {
+    Gemm top = gemm;  // the class's largest, so that the plan does not depend on who came first
+    top.rows = key.key.rows_class;
+    std::vector<cublasLtMatmulHeuristicResult_t> results;
+    if (const cudaError_t status = heuristics(top, 1, &results); status != cudaSuccess)
+      return status;
+    made.algo = results.front().algo;
+  }
+  const std::unique_lock<std::shared_mutex> lock(plans_mutex);
+  // Bounded by shapes x classes; a process serves few models, so nothing is ever dropped.
+  plans().insert_or_assign(key, made);
+  *plan = made;
+  return cudaSuccess;
+}
+
+// Everything after the product that cuBLASLt does not fuse.
+cudaError_t run_plan(const Plan& plan, const Gemm& gemm, const GemmNorm* norm, void* scratch,
+                     void* workspace, Launch launch) {
+  if (plan.sm90_variant >= 0) return gemm_sm90(plan.sm90_variant, gemm, norm, launch);
+  Gemm product = gemm;
+  if (norm != nullptr) product.output = scratch;
+  cudaError_t status = cublaslt_linear(product, plan.algo, workspace, launch.stream);
+  if (status != cudaSuccess) return status;
+  if (gemm.gelu)
+    status = bias_gelu(product.output, nullptr, gemm.rows, gemm.n, gemm.dtype, product.output,
+                       nullptr, launch);
+  if (status == cudaSuccess && norm != nullptr)
+    status =
+        residual_layer_norm(scratch, nullptr, nullptr, norm->gamma, norm->beta, norm->eps,
+                            gemm.rows, gemm.n, gemm.dtype, gemm.output, norm->live_rows, launch);
+  return status;
+}
+
+cudaError_t check(const Gemm& gemm) {
+  if (gemm.rows < 0 || gemm.n <= 0 || gemm.k <= 0 || (gemm.gelu && gemm.residual != nullptr))
+    return cudaErrorInvalidValue;
+  if (gemm.dtype == DType::kBFloat16) {
+    const DeviceProperties* device = nullptr;
+    if (const cudaError_t status = current_device(&device); status != cudaSuccess) return status;
+    if (device->major < 8) {
+      set_failure("bfloat16 needs compute capability 8.0 or later, and " + device->name + " has " +
+                  std::to_string(device->major) + "." + std::to_string(device->minor) +
+                  "; trace the model in float16");
+      return cudaErrorNotSupported;
+    }
+  }
+  return cudaSuccess;
+}
+
+cudaError_t run(const Gemm& gemm, const GemmNorm* norm, void* scratch, void* workspace,
+                Launch launch) {
+  if (const cudaError_t status = check(gemm); status != cudaSuccess) return status;
+  if (gemm.rows == 0) return cudaSuccess;
+  Plan plan;
+  if (const cudaError_t status = find_plan(gemm, norm, &plan); status != cudaSuccess) return status;
+  return run_plan(plan, gemm, norm, scratch, workspace, launch);
+}
+
+// A plan as text: "sm90:<variant name>" or "cublaslt:<version>:<hex of the algorithm>".
+std::string to_text(const Plan& plan) {
+  if (plan.sm90_variant >= 0) return std::string("sm90:") + gemm_sm90_name(plan.sm90_variant);
+  std::string text = "cublaslt:" + std::to_string(cublaslt()->version()) + ":";
+  std::array<unsigned char, sizeof(cublasLtMatmulAlgo_t)> bytes;
+  std::memcpy(bytes.data(), &plan.algo, bytes.size());
+  char hex[3];
+  for (const unsigned char b : bytes) {
+    std::snprintf(hex, sizeof hex, "%02x", b);
+    text += hex;
+  }
+  return text;
+}
+
+bool from_text(const std::string& text, Plan* plan) {
+  if (text.rfind("sm90:", 0) == 0) {
+    for (int v = 0; v < gemm_sm90_variants(); ++v) {
+      if (text.substr(5) == gemm_sm90_name(v)) {
+        plan->sm90_variant = v;
+        return true;
+      }
+    }
+    set_failure("this build has no GEMM kernel \"" + text.substr(5) + "\"; tune again");
+    return false;
+  }
+  const CublasLt* lt = cublaslt();
+  if (lt == nullptr) return false;
+  const std::string prefix = "cublaslt:" + std::to_string(lt->version()) + ":";
+  if (text.rfind(prefix, 0) != 0 ||
+      text.size() != prefix.size() + 2 * sizeof(cublasLtMatmulAlgo_t) ||
+      text.find_first_not_of("0123456789abcdef", prefix.size()) != std::string::npos) {
+    set_failure("a tuned plan is not for cuBLASLt " + std::to_string(lt->version()) +
+                "; tune again");
+    return false;
+  }
+  std::array<unsigned char, sizeof(cublasLtMatmulAlgo_t)> bytes;
+  for (size_t i = 0; i < bytes.size(); ++i)
+    bytes[i] =
+        static_cast<unsigned char>(std::stoi(text.substr(prefix.size() + 2 * i, 2), nullptr, 16));
+  std::memcpy(&plan->algo, bytes.data(), bytes.size());
+  plan->sm90_variant = -1;
+  return true;
+}
+
+struct EventPair {
+  cudaEvent_t start = nullptr, stop = nullptr;
+  cudaError_t create() {
+    const cudaError_t status = cudaEventCreate(&start);
+    return status == cudaSuccess ? cudaEventCreate(&stop) : status;
+  }
+  ~EventPair() {
+    if (start != nullptr) cudaEventDestroy(start);
+    if (stop != nullptr) cudaEventDestroy(stop);
+  }
+};
+
+}  // namespace
+
+size_t gemm_workspace_bytes() { return kWorkspaceBytes; }
+
+int gemm_row_class(int rows) {
+  if (rows <= 32) return 32;
+  // Eight classes an octave: the rows a class wastes stay under an eighth.
+  int step = 16;
+  while (step * 16 < rows) step *= 2;
+  return (rows + step - 1) / step * step;
+}
+
+cudaError_t linear(const Gemm& gemm, void* workspace, Launch launch) {
+  return run(gemm, nullptr, nullptr, workspace, launch);
+}
+
+cudaError_t linear_layer_norm(const Gemm& gemm, const GemmNorm& norm, void* scratch,
+                              void* workspace, Launch launch) {
+  return run(gemm, &norm, scratch, workspace, launch);
+}
+
+cudaError_t time_gemm_candidates(const Gemm& gemm, const GemmNorm* norm, void* scratch,
+                                 void* workspace, Launch launch, int repeats,
+                                 std::vector<GemmCandidate>* candidates) {
+  if (const cudaError_t status = check(gemm); status != cudaSuccess) return status;
+  candidates->clear();
+  if (gemm.rows == 0) return cudaSuccess;
+  std::vector<Plan> tried;
+  for (int v = 0; v < gemm_sm90_variants(); ++v) {
+    if (gemm_sm90_supports(v, gemm, norm)) {
+      Plan plan;
+      plan.sm90_variant = v;
+      tried.push_back(plan);
+    }
+  }
+  std::vector<cublasLtMatmulHeuristicResult_t> results;
+  if (const cudaError_t status = heuristics(gemm, 16, &results); status != cudaSuccess)
+    return status;
+  for (const auto& result : results) {
+    if (result.state != CUBLAS_STATUS_SUCCESS) continue;
+    Plan plan;
+    plan.algo = result.algo;
+    tried.push_back(plan);
+  }
+  EventPair events;
+  if (const cudaError_t status = events.create(); status != cudaSuccess) return status;
+  for (const Plan& plan : tried) {
+    float best = 0.f;
+    // The least of three means: a clock that is still rising would favour whoever comes late.
+    for (int round = 0; round < 3; ++round) {
+      cudaError_t status = run_plan(plan, gemm, norm, scratch, workspace, launch);
+      if (status == cudaSuccess) status = cudaEventRecord(events.start, launch.stream);
+      for (int i = 0; i < repeats && status == cudaSuccess; ++i)
+        status = run_plan(plan, gemm, norm, scratch, workspace, launch);
+      if (status == cudaSuccess) status = cudaEventRecord(events.stop, launch.stream);
+      if (status == cudaSuccess) status = cudaEventSynchronize(events.stop);
+      float milliseconds = 0.f;
+      if (status == cudaSuccess)
+        status = cudaEventElapsedTime(&milliseconds, events.start, events.stop);
+      if (status != cudaSuccess) return status;
+      const float mean = milliseconds * 1e3f / static_cast<float>(repeats);
+      best = round == 0 ? mean : std::min(best, mean);
+    }
+    candidates->push_back({to_text(plan), best});
+  }
+  std::sort(candidates->begin(), candidates->end(),
+            [](const auto& a, const auto& b) { return a.microseconds < b.microseconds; });
+  return cudaSuccess;
+}
+
+cudaError_t load_gemm_plan(const GemmKey& key, const std::string& text) {
+  Plan plan;
+  if (!from_text(text, &plan)) return cudaErrorInvalidValue;
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
+  const std::unique_lock<std::shared_mutex> lock(plans_mutex);
+  plans().insert_or_assign(PlanKey{key, device, true, 16}, plan);
+  return cudaSuccess;
+}
+
+}  // namespace ft::cuda

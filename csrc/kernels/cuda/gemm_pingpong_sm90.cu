@@ -1,0 +1,20 @@
+#include "kernels/cuda/gemm_sm90.cuh"
+
+namespace ft::cuda::sm90 {
+
+const void* pingpong_kernel(int variant, bool bfloat16) {
+  const auto pick = [&]<typename Config>(Config) -> const void* {
+    return bfloat16 ? reinterpret_cast<const void*>(gemm_kernel<__nv_bfloat16, Config>)
+                    : reinterpret_cast<const void*>(gemm_kernel<__half, Config>);
+  };
+  switch (variant) {
+    case 0:
+      return pick(Pingpong128x192{});
+    case 1:
+      return pick(Pingpong128x128{});
+    default:
+      return pick(Pingpong64x128{});
+  }
+}
+
+}  // namespace ft::cuda::sm90

@@ -1,0 +1,289 @@
+#include "kernels/cuda/gemm_sm90.h"
+
+#include <algorithm>
+
+#include "kernels/cuda/runtime.h"
+
+#ifdef FT_WITH_SM90
+
+#include <cuda.h>
+
+#include <array>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+
+#include "kernels/cuda/gemm_sm90_variants.h"
+
+namespace ft::cuda {
+namespace sm90 {
+
+const void* pingpong_kernel(int variant, bool bfloat16);  // gemm_pingpong_sm90.cu
+const void* norm_kernel(int variant, bool bfloat16);      // gemm_norm_sm90.cu
+
+}  // namespace sm90
+
+namespace {
+
+struct Variant {
+  const char* name;
+  const void* (*kernel)(int, bool);
+  int index;  // within its file
+  int m, n, cluster, threads, shared_bytes;
+  bool norm;
+  // Time of a tile over that of its products at the tensor cores' full rate, measured.
+  float cost;
+};
+
+template <typename Config>
+constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), int index,
+                          float cost) {
+  return {name,
+          kernel,
+          index,
+          Config::kM,
+          Config::kN,
+          Config::kCluster,
+          Config::kThreads,
+          Config::kSharedBytes,
+          Config::kNorm,
+          cost};
+}
+
+constexpr std::array kVariants{
+    variant<sm90::Pingpong128x192>("pingpong 128x192", sm90::pingpong_kernel, 0, 1.0f),
+    variant<sm90::Pingpong128x128>("pingpong 128x128", sm90::pingpong_kernel, 1, 1.15f),
+    variant<sm90::Pingpong64x128>("pingpong 64x128", sm90::pingpong_kernel, 2, 1.7f),
+    variant<sm90::Norm128x192>("norm 128x192", sm90::norm_kernel, 0, 1.0f),
+    variant<sm90::Norm64x192>("norm 64x192", sm90::norm_kernel, 1, 1.4f),
+    variant<sm90::Norm64x256>("norm 64x256", sm90::norm_kernel, 2, 1.3f),
+};
+
+constexpr int kBlockK = 64;
+constexpr int kMaxDevices = 64;
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// From the driver, at run time: the library must load where there is no libcuda.
+Encode encoder_of_maps() {
+  static const Encode encode = [] {
+    void* symbol = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000,
+                                         cudaEnableDefault, &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess)
+      return Encode{nullptr};
+    return reinterpret_cast<Encode>(symbol);
+  }();
+  return encode;
+}
+
+// A row-major [rows, columns] matrix and the box a copy moves.
+struct MapKey {
+  const void* data;
+  int rows, columns, box_rows;
+  DType dtype;
+  bool operator==(const MapKey&) const = default;
+};
+
+struct MapKeyHash {
+  size_t operator()(const MapKey& m) const {
+    uint64_t h = reinterpret_cast<uintptr_t>(m.data);
+    for (const int v : {m.rows, m.columns, m.box_rows, static_cast<int>(m.dtype)}) {
+      h = (h ^ static_cast<uint64_t>(v)) * 0x9E3779B97F4A7C15ull;
+      h ^= h >> 29;
+    }
+    return h;
+  }
+};
+
+cudaError_t tensor_map(const MapKey& key, CUtensorMap* map) {
+  static std::shared_mutex mutex;
+  static std::unordered_map<MapKey, CUtensorMap, MapKeyHash> maps;
+  constexpr size_t kMost = 8192;  // workspaces move; forget the lot rather than grow for ever
+  {
+    const std::shared_lock<std::shared_mutex> lock(mutex);
+    if (const auto found = maps.find(key); found != maps.end()) {
+      *map = found->second;
+      return cudaSuccess;
+    }
+  }
+  const Encode encode = encoder_of_maps();
+  if (encode == nullptr) {
+    set_failure("the driver has no cuTensorMapEncodeTiled");
+    return cudaErrorNotSupported;
+  }
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(key.columns),
+                              static_cast<cuuint64_t>(key.rows)};
+  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(key.columns) * 2};
+  const cuuint32_t box[2] = {kBlockK, static_cast<cuuint32_t>(key.box_rows)};
+  const cuuint32_t step[2] = {1, 1};
+  const CUresult result =
+      encode(map,
+             key.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+             2, const_cast<void*>(key.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    set_failure("cuTensorMapEncodeTiled failed with status " + std::to_string(result));
+    return cudaErrorInvalidValue;
+  }
+  const std::unique_lock<std::shared_mutex> lock(mutex);
+  if (maps.size() >= kMost) maps.clear();
+  maps.emplace(key, *map);
+  return cudaSuccess;
+}
+
+struct Launchable {
+  const void* kernel = nullptr;
+  int clusters = 0;  // that run at the same time
+  cudaError_t status = cudaSuccess;
+};
+
+// Raises the kernel's shared-memory limit and asks how many clusters fit, once a device.
+const Launchable& launchable(int v, bool bfloat16, int device) {
+  struct Slot {
+    std::once_flag once;
+    Launchable made;
+  };
+  static std::array<std::array<std::array<Slot, 2>, kVariants.size()>, kMaxDevices> slots;
+  Slot& slot = slots[device][v][bfloat16];
+  std::call_once(slot.once, [&] {
+    const Variant& variant = kVariants[v];
+    Launchable& made = slot.made;
+    made.kernel = variant.kernel(variant.index, bfloat16);
+    made.status = cudaFuncSetAttribute(made.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       variant.shared_bytes);
+    if (made.status != cudaSuccess) return;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(variant.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(variant.cluster));
+    config.blockDim = dim3(static_cast<unsigned>(variant.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(variant.shared_bytes);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    made.status = cudaOccupancyMaxActiveClusters(&made.clusters, made.kernel, &config);
+    if (made.status == cudaSuccess && made.clusters == 0) made.status = cudaErrorNotSupported;
+  });
+  return slot.made;
+}
+
+int tiles_of(int total, int tile) { return (total + tile - 1) / tile; }
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace
+
+int gemm_sm90_variants() { return static_cast<int>(kVariants.size()); }
+
+const char* gemm_sm90_name(int variant) { return kVariants[variant].name; }
+
+bool gemm_sm90_supports(int v, const Gemm& gemm, const GemmNorm* norm) {
+  static const bool enabled = environment_switch("FT_HANDLER_SM90_GEMM", true);
+  const DeviceProperties* device = nullptr;
+  if (!enabled || current_device(&device) != cudaSuccess) return false;
+  const Variant& variant = kVariants[v];
+  if (device->major != 9 || device->minor != 0 || gemm.dtype == DType::kFloat32) return false;
+  if (variant.norm != (norm != nullptr)) return false;
+  if (variant.norm && (gemm.n != variant.n * variant.cluster || gemm.gelu)) return false;
+  return gemm.n % 8 == 0 && gemm.k % 8 == 0 && aligned(gemm.input) && aligned(gemm.weight) &&
+         aligned(gemm.residual) && aligned(gemm.output) && aligned(gemm.bias);
+}
+
+int gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm) {
+  int best = -1;
+  float least = 0.f;
+  for (int v = 0; v < gemm_sm90_variants(); ++v) {
+    if (!gemm_sm90_supports(v, gemm, norm)) continue;
+    const Variant& variant = kVariants[v];
+    const DeviceProperties* device = nullptr;
+    if (current_device(&device) != cudaSuccess) return -1;
+    const Launchable& ready = launchable(v, gemm.dtype == DType::kBFloat16, device->index);
+    if (ready.status != cudaSuccess) continue;
+    const int m_tiles = tiles_of(gemm.rows, variant.m);
+    const int cluster_tiles =
+        variant.norm ? m_tiles : tiles_of(m_tiles, variant.cluster) * tiles_of(gemm.n, variant.n);
+    const float rounds = static_cast<float>(tiles_of(cluster_tiles, ready.clusters));
+    // A round is its products; the last epilogue, worth about 320 of k, is hidden behind nothing.
+    const float time = static_cast<float>(variant.m * variant.n) * variant.cost *
+                       (rounds * static_cast<float>(gemm.k) + 320.f);
+    if (best < 0 || time < least) {
+      best = v;
+      least = time;
+    }
+  }
+  return best;
+}
+
+cudaError_t gemm_sm90(int v, const Gemm& gemm, const GemmNorm* norm, Launch launch) {
+  const Variant& variant = kVariants[v];
+  const DeviceProperties* device = nullptr;
+  if (const cudaError_t status = current_device(&device); status != cudaSuccess) return status;
+  const Launchable& ready = launchable(v, gemm.dtype == DType::kBFloat16, device->index);
+  if (ready.status != cudaSuccess) return ready.status;
+
+  sm90::GemmParameters p{};
+  p.bias = gemm.bias;
+  p.n = gemm.n;
+  p.k_blocks = tiles_of(gemm.k, kBlockK);
+  p.n_tiles = tiles_of(gemm.n, variant.n);
+  const int m_tiles = tiles_of(gemm.rows, variant.m);
+  p.cluster_tiles = variant.norm ? m_tiles : tiles_of(m_tiles, variant.cluster) * p.n_tiles;
+  p.gelu = gemm.gelu;
+  p.residual = gemm.residual != nullptr;
+  if (norm != nullptr) {
+    p.gamma = norm->gamma;
+    p.beta = norm->beta;
+    p.eps = norm->eps;
+  }
+  // The side that is shared is fetched in equal parts by the cluster's blocks.
+  const int input_box = variant.norm ? variant.m / variant.cluster : variant.m;
+  const int weight_box = variant.norm ? variant.n : variant.n / variant.cluster;
+  CUtensorMap input, weight, residual, output;
+  cudaError_t status = tensor_map({gemm.input, gemm.rows, gemm.k, input_box, gemm.dtype}, &input);
+  if (status == cudaSuccess)
+    status = tensor_map({gemm.weight, gemm.n, gemm.k, weight_box, gemm.dtype}, &weight);
+  if (status == cudaSuccess)
+    status = tensor_map({gemm.output, gemm.rows, gemm.n, variant.m, gemm.dtype}, &output);
+  residual = output;
+  if (status == cudaSuccess && gemm.residual != nullptr)
+    status = tensor_map({gemm.residual, gemm.rows, gemm.n, variant.m, gemm.dtype}, &residual);
+  if (status != cudaSuccess) return status;
+
+  std::array<cudaLaunchAttribute, 2> attributes{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = static_cast<unsigned>(variant.cluster);
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim =
+      dim3(static_cast<unsigned>(std::min(p.cluster_tiles, ready.clusters) * variant.cluster));
+  config.blockDim = dim3(static_cast<unsigned>(variant.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(variant.shared_bytes);
+  config.stream = launch.stream;
+  config.attrs = attributes.data();
+  config.numAttrs = launch.pdl ? 2 : 1;
+  void* arguments[] = {&input, &weight, &residual, &output, &p};
+  return cudaLaunchKernelExC(&config, ready.kernel, arguments);
+}
+
+}  // namespace ft::cuda
+
+#else
+
+namespace ft::cuda {
+
+int gemm_sm90_variants() { return 0; }
+const char* gemm_sm90_name(int) { return ""; }
+bool gemm_sm90_supports(int, const Gemm&, const GemmNorm*) { return false; }
+int gemm_sm90_choose(const Gemm&, const GemmNorm*) { return -1; }
+cudaError_t gemm_sm90(int, const Gemm&, const GemmNorm*, Launch) { return cudaErrorNotSupported; }
+
+}  // namespace ft::cuda
+
+#endif

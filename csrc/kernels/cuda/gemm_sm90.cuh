@@ -1,0 +1,434 @@
+// The sm_90 GEMM kernel: output = epilogue(input [rows, k] * weight [n, k]^T).
+//
+// A block is one producer thread and two consumer warpgroups. The producer keeps a ring of
+// kStages x (kM x 64 of input, kN x 64 of weight) filled by bulk tensor copies; the consumers take
+// whole tiles in turn ("ping-pong"), so that while one runs its epilogue the other keeps the tensor
+// cores busy. Blocks are persistent: tile after tile without a pause in the ring.
+//
+// Clusters. Plain variants: kCluster blocks stacked along the rows share each weight tile by
+// multicast. Norm variants: the cluster's blocks stand side by side over the full width n =
+// kCluster * kN, share each input tile by multicast, and exchange row means and variances through
+// distributed shared memory, so that the layer norm happens on fp32 accumulators in the epilogue.
+//
+// Programmatic dependent launch: barriers, tensor maps and the first weight tiles are fetched
+// before the wait for the preceding kernel; weights are never written by a kernel of the same
+// chain.
+//
+// Design after CUTLASS's "warp-specialized ping-pong" schedule (github.com/NVIDIA/cutlass,
+// include/cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_pingpong.hpp), written anew.
+#pragma once
+
+#include <cuda.h>
+
+#include "kernels/cuda/gemm_ptx.cuh"
+#include "kernels/cuda/gemm_sm90_variants.h"
+#include "kernels/cuda/gemm_wgmma.cuh"
+
+namespace ft::cuda::sm90 {
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  } else {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float x, float y) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+// Two neighbouring elements of a parameter vector.
+template <typename T>
+__device__ __forceinline__ float2 pair_at(const void* vector, int column) {
+  return unpack<T>(
+      __ldg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(vector) + column)));
+}
+
+// x * Phi(x) = max(x, 0) - |x| * erfc(|x| / sqrt 2) / 2 with erfc after Abramowitz and
+// Stegun 7.1.26 (absolute error 1.5e-7): two special-function instructions, no branch, no
+// cancellation.
+__device__ __forceinline__ float gelu(float x) {
+  const float z = fabsf(x);
+  float t, e;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t) : "f"(fmaf(0.3275911f * 0.70710678f, z, 1.f)));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * x * -0.72134752f));
+  float p = 0.5f * 1.061405429f;
+  p = fmaf(p, t, 0.5f * -1.453152027f);
+  p = fmaf(p, t, 0.5f * 1.421413741f);
+  p = fmaf(p, t, 0.5f * -0.284496736f);
+  p = fmaf(p, t, 0.5f * 0.254829592f);
+  return fmaf(-z * e, p * t, fmaxf(x, 0.f));
+}
+
+template <typename T, typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    gemm_kernel(const __grid_constant__ CUtensorMap input_map,
+                const __grid_constant__ CUtensorMap weight_map,
+                const __grid_constant__ CUtensorMap residual_map,
+                const __grid_constant__ CUtensorMap output_map, const GemmParameters p) {
+  constexpr int kM = Config::kM, kN = Config::kN, kStages = Config::kStages;
+  constexpr int kCluster = Config::kCluster, kChunks = Config::kChunks;
+  constexpr int kBuffers = Config::kBuffers, kParts = kM / 64;
+  constexpr bool kNorm = Config::kNorm;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = shared_address(shared);
+  const auto full = [&](int s) { return base + Config::kBarriersAt + 8 * s; };
+  const auto empty = [&](int s) { return base + Config::kBarriersAt + 8 * (kStages + s); };
+  const int rank = kCluster == 1 ? 0 : static_cast<int>(cluster_rank());
+  const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
+  const int warpgroup = threadIdx.x / 128;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      barrier_init(full(s), 1);
+      barrier_init(empty(s), kCluster);  // one consumer warpgroup of every block that shares it
+    }
+    for (int b = 2 * kStages; b < Config::kBarriers; ++b) barrier_init(full(b), 1);
+    barrier_init_fence();
+    prefetch_map(&input_map);
+    prefetch_map(&weight_map);
+    prefetch_map(&output_map);
+  }
+  if constexpr (kCluster == 1) {
+    __syncthreads();
+  } else {
+    cluster_sync();
+  }
+  let_successor_start();
+
+  // First row and column of a cluster tile, for this block.
+  const auto row_of = [&](int tile) {
+    return kNorm ? tile * kM : (tile / p.n_tiles * kCluster + rank) * kM;
+  };
+  const auto column_of = [&](int tile) { return kNorm ? rank * kN : tile % p.n_tiles * kN; };
+
+  if (warpgroup == 0) {
+    give_registers<24>();
+    if (threadIdx.x == 0) {
+      constexpr uint16_t kEveryone = (1u << kCluster) - 1;
+      const auto load_weight = [&](int tile, int block, int stage) {
+        const uint32_t to = base + stage * Config::kStageBytes + Config::kInputBytes;
+        if constexpr (kNorm || kCluster == 1) {
+          load_box(to, &weight_map, block * 64, column_of(tile), full(stage));
+        } else {
+          load_box_multicast(to + rank * (Config::kWeightBytes / kCluster), &weight_map, block * 64,
+                             column_of(tile) + rank * (kN / kCluster), full(stage), kEveryone);
+        }
+      };
+      const auto load_input = [&](int tile, int block, int stage) {
+        const uint32_t to = base + stage * Config::kStageBytes;
+        if constexpr (kNorm && kCluster > 1) {
+          load_box_multicast(to + rank * (Config::kInputBytes / kCluster), &input_map, block * 64,
+                             row_of(tile) + rank * (kM / kCluster), full(stage), kEveryone);
+        } else {
+          load_box(to, &input_map, block * 64, row_of(tile), full(stage));
+        }
+      };
+      // Weights need no predecessor: fetch the first ring of them before waiting.
+      const int early = cluster < p.cluster_tiles ? min(kStages, p.k_blocks) : 0;
+      for (int block = 0; block < early; ++block) {
+        barrier_expect(full(block), Config::kStageBytes);
+        load_weight(cluster, block, block);
+      }
+      wait_for_predecessors();
+      int stage = 0;
+      uint32_t phase = 0;
+      int ahead = early;
+      for (int tile = cluster; tile < p.cluster_tiles; tile += clusters) {
+        for (int block = 0; block < p.k_blocks; ++block) {
+          if (ahead > 0) {
+            --ahead;
+          } else {
+            barrier_wait(empty(stage), phase ^ 1);
+            barrier_expect(full(stage), Config::kStageBytes);
+            load_weight(tile, block, stage);
+          }
+          load_input(tile, block, stage);
+          if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+          }
+        }
+      }
+    }
+  } else {
+    take_registers<240>();
+    wait_for_predecessors();
+    const int consumer = warpgroup - 1;
+    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    const bool leader = thread == 0;
+    const uint32_t staging = base + Config::kStagingAt + consumer * kBuffers * Config::kChunkBytes;
+    const auto filled = [&](int buffer) {
+      return full(2 * kStages + consumer * kBuffers + buffer);
+    };
+    // Where this lane's row of a stmatrix or ldmatrix of 16 x 16 elements lies in a chunk.
+    const int matrix_row = warp * 16 + (lane & 15);
+    const auto matrix_at = [&](int buffer, int part, int pair) {
+      return staging + buffer * Config::kChunkBytes + (part * 64 + matrix_row) * 128 +
+             (((pair * 2 + (lane >> 4)) ^ (lane & 7)) << 4);
+    };
+    float acc[kParts][kN / 2];
+    uint32_t chunk_count = 0;  // chunks this warpgroup has passed through its buffers
+    uint32_t own = 0;          // tiles of this warpgroup so far
+    uint32_t position = 0;     // in the ring, counted without wrapping
+    int turn = 0;
+    for (int tile = cluster; tile < p.cluster_tiles; tile += clusters, turn ^= 1) {
+      if (turn != consumer) {
+        position += p.k_blocks;
+        continue;
+      }
+      const int row = row_of(tile), column = column_of(tile);
+      const auto load_residual = [&](int chunk, int buffer) {
+        barrier_expect(filled(buffer), Config::kChunkBytes);
+        load_box(staging + buffer * Config::kChunkBytes, &residual_map, column + chunk * 64, row,
+                 filled(buffer));
+      };
+      if (p.residual && leader) {
+        store_wait_read<0>();
+        for (int chunk = 0; chunk < min(kBuffers, kChunks); ++chunk)
+          load_residual(chunk, (chunk_count + chunk) % kBuffers);
+      }
+
+      // ---- the product ----
+      int stage = position % kStages;
+      uint32_t phase = position / kStages & 1;
+      int previous = 0;
+      const auto release = [&](int s) {
+        if (thread < kCluster) {
+          barrier_arrive_remote(in_block(empty(s), thread));
+        }
+      };
+      for (int block = 0; block < p.k_blocks; ++block) {
+        barrier_wait(full(stage), phase);
+        const uint64_t a = operand(base + stage * Config::kStageBytes);
+        const uint64_t b = operand(base + stage * Config::kStageBytes + Config::kInputBytes);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+#pragma unroll
+          for (int part = 0; part < kParts; ++part)
+            Wgmma<kN, T>::run(acc[part], a + part * 512 + step * 2, b + step * 2, block | step);
+        wgmma_commit();
+        if (block > 0) {
+          wgmma_wait<1>();
+          release(previous);
+        }
+        previous = stage;
+        if (++stage == kStages) {
+          stage = 0;
+          phase ^= 1;
+        }
+      }
+      wgmma_wait<0>();
+      release(previous);
+      position += p.k_blocks;
+      // The compiler does not know that the products end here: no use of acc may move above.
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+f"(acc[part][i])::"memory");
+
+      // ---- the epilogue ----
+      // Column of this lane's first accumulator of the 8-column group.
+      const auto column_at = [&](int chunk, int group) {
+        return column + chunk * 64 + group * 8 + (lane & 3) * 2;
+      };
+      const auto add_bias = [&](int chunk) {
+        if (p.bias == nullptr) return;
+#pragma unroll
+        for (int group = 0; group < 8; ++group) {
+          const int c = column_at(chunk, group);
+          const float2 b = kNorm || c < p.n ? pair_at<T>(p.bias, c) : float2{0.f, 0.f};
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            float* x = &acc[part][(chunk * 8 + group) * 4];
+            x[0] += b.x;
+            x[1] += b.y;
+            x[2] += b.x;
+            x[3] += b.y;
+          }
+        }
+      };
+      const auto add_residual = [&](int chunk, int buffer) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+          for (int pair = 0; pair < 4; ++pair) {
+            uint32_t r[4];
+            load_matrices(matrix_at(buffer, part, pair), r[0], r[1], r[2], r[3]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float2 v = unpack<T>(r[i]);
+              acc[part][(chunk * 8 + pair * 2) * 4 + i * 2] += v.x;
+              acc[part][(chunk * 8 + pair * 2) * 4 + i * 2 + 1] += v.y;
+            }
+          }
+      };
+      const auto write_chunk = [&](int chunk, int buffer) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+          for (int pair = 0; pair < 4; ++pair) {
+            const float* x = &acc[part][(chunk * 8 + pair * 2) * 4];
+            store_matrices(matrix_at(buffer, part, pair), pack<T>(x[0], x[1]), pack<T>(x[2], x[3]),
+                           pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+          }
+      };
+
+      if constexpr (!kNorm) {
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk, ++chunk_count) {
+          const int buffer = chunk_count % kBuffers;
+          add_bias(chunk);
+          if (p.residual) {
+            barrier_wait(filled(buffer), chunk_count / kBuffers & 1);
+            add_residual(chunk, buffer);
+          } else {
+            if (leader) store_wait_read<kBuffers - 1>();
+            named_barrier(1 + consumer, 128);
+          }
+          if (p.gelu) {
+#pragma unroll
+            for (int part = 0; part < kParts; ++part)
+#pragma unroll
+              for (int i = 0; i < 32; ++i)
+                acc[part][chunk * 32 + i] = gelu(acc[part][chunk * 32 + i]);
+          }
+          write_chunk(chunk, buffer);
+          async_proxy_fence();
+          named_barrier(1 + consumer, 128);
+          if (leader) {
+            store_box(staging + buffer * Config::kChunkBytes, &output_map, column + chunk * 64,
+                      row);
+            store_commit();
+            if (p.residual && chunk + kBuffers < kChunks) {
+              store_wait_read<0>();
+              load_residual(chunk + kBuffers, buffer);
+            }
+          }
+        }
+      } else {
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk, ++chunk_count) {
+          const int buffer = chunk_count % kBuffers;
+          add_bias(chunk);
+          if (p.residual) {
+            barrier_wait(filled(buffer), chunk_count / kBuffers & 1);
+            add_residual(chunk, buffer);
+            if (chunk + kBuffers < kChunks) {
+              named_barrier(1 + consumer, 128);
+              if (leader) load_residual(chunk + kBuffers, buffer);
+            }
+          }
+        }
+        // Mean and centred sum of squares of each of this thread's rows over the block's columns,
+        // then of the whole row from the cluster's (Chan, Golub and LeVeque's pairwise update).
+        float mean[kParts][2], squares[kParts][2];
+        const auto over_quad = [](float v) {
+          v += __shfl_xor_sync(0xFFFFFFFFu, v, 1);
+          return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
+        };
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float sum = 0.f, sum2 = 0.f;
+#pragma unroll
+            for (int i = half * 2; i < kN / 2; i += 4) sum += acc[part][i] + acc[part][i + 1];
+            const float m = over_quad(sum) * (1.f / kN);
+#pragma unroll
+            for (int i = half * 2; i < kN / 2; i += 4) {
+              const float x = acc[part][i] - m, y = acc[part][i + 1] - m;
+              sum2 = fmaf(x, x, fmaf(y, y, sum2));
+            }
+            mean[part][half] = m;
+            squares[part][half] = over_quad(sum2);
+          }
+        const int set = own & 1;  // a block may be one tile ahead of its peers, never two
+        const uint32_t stats = base + Config::kStatsAt + (consumer * 2 + set) * kCluster * kM * 8;
+        const uint32_t arrived = full(2 * kStages + 2 * kBuffers + consumer * 2 + set);
+        if (leader) barrier_expect(arrived, kCluster * kM * 8);
+#pragma unroll
+        for (int peer = lane & 3; peer < kCluster; peer += 4) {
+          const uint32_t there = in_block(stats, peer), there_arrived = in_block(arrived, peer);
+#pragma unroll
+          for (int part = 0; part < kParts; ++part)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int r = part * 64 + warp * 16 + half * 8 + lane / 4;
+              store_remote(there + (rank * kM + r) * 8, there_arrived, mean[part][half],
+                           squares[part][half]);
+            }
+        }
+        barrier_wait(arrived, own / 2 & 1);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int r = part * 64 + warp * 16 + half * 8 + lane / 4;
+            const float2* from = reinterpret_cast<const float2*>(shared + (stats - base)) + r;
+            float2 each[kCluster];
+            float m = 0.f, m2 = 0.f;
+#pragma unroll
+            for (int peer = 0; peer < kCluster; ++peer) {
+              each[peer] = from[peer * kM];
+              m += each[peer].x;
+              m2 += each[peer].y;
+            }
+            m *= 1.f / kCluster;
+#pragma unroll
+            for (int peer = 0; peer < kCluster; ++peer)
+              m2 = fmaf(kN * (each[peer].x - m), each[peer].x - m, m2);
+            mean[part][half] = m;
+            squares[part][half] = rsqrtf(m2 * (1.f / (kN * kCluster)) + p.eps);
+          }
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+          for (int group = 0; group < 8; ++group) {
+            const int c = column_at(chunk, group);
+            const float2 gamma = pair_at<T>(p.gamma, c), beta = pair_at<T>(p.beta, c);
+#pragma unroll
+            for (int part = 0; part < kParts; ++part)
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                float* x = &acc[part][(chunk * 8 + group) * 4 + half * 2];
+                x[0] = fmaf((x[0] - mean[part][half]) * squares[part][half], gamma.x, beta.x);
+                x[1] = fmaf((x[1] - mean[part][half]) * squares[part][half], gamma.y, beta.y);
+              }
+          }
+          // Chunks leave in the ring's order, starting where the residual's chunks will start next.
+          const int buffer = (chunk_count + chunk) % kBuffers;
+          if (!p.residual || chunk >= kBuffers) {
+            if (leader) store_wait_read<kBuffers - 1>();
+            named_barrier(1 + consumer, 128);
+          }
+          write_chunk(chunk, buffer);
+          async_proxy_fence();
+          named_barrier(1 + consumer, 128);
+          if (leader) {
+            store_box(staging + buffer * Config::kChunkBytes, &output_map, column + chunk * 64,
+                      row);
+            store_commit();
+          }
+        }
+        ++own;
+      }
+    }
+    if (leader) store_wait_read<0>();
+  }
+  // No block may leave while another still writes into its shared memory or arrives at its
+  // barriers.
+  if constexpr (kCluster > 1) cluster_sync();
+}
+
+}  // namespace ft::cuda::sm90

@@ -1,0 +1,70 @@
+#include "kernels/cuda/runtime.h"
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <utility>
+
+namespace ft::cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+thread_local std::string failure;
+
+}  // namespace
+
+cudaError_t current_device(const DeviceProperties** properties) {
+  static std::array<DeviceProperties, kMaxDevices> devices;
+  static std::array<std::once_flag, kMaxDevices> once;
+  int index = 0;
+  if (cudaError_t status = cudaGetDevice(&index); status != cudaSuccess) return status;
+  if (index < 0 || index >= kMaxDevices) return cudaErrorInvalidDevice;
+  cudaError_t status = cudaSuccess;
+  std::call_once(once[index], [&] {
+    cudaDeviceProp read{};
+    status = cudaGetDeviceProperties(&read, index);
+    if (status != cudaSuccess) return;
+    DeviceProperties& device = devices[index];
+    device.major = read.major;
+    device.minor = read.minor;
+    device.multiprocessors = read.multiProcessorCount;
+    device.name = read.name;
+    device.all = read;
+    device.index = index;
+  });
+  if (status != cudaSuccess) return status;
+  if (devices[index].index < 0) return cudaErrorInvalidDevice;
+  *properties = &devices[index];
+  return cudaSuccess;
+}
+
+bool environment_switch(const char* name, bool otherwise) {
+  const char* value = std::getenv(name);
+  if (value == nullptr || *value == '\0') return otherwise;
+  return std::strcmp(value, "0") != 0;
+}
+
+bool tf32_allowed() {
+  static const bool allowed = environment_switch("FT_HANDLER_TF32", false);
+  return allowed;
+}
+
+void set_failure(std::string words) { failure = std::move(words); }
+
+std::string take_failure() { return std::exchange(failure, {}); }
+
+const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+  }
+  return "unknown";
+}
+
+}  // namespace ft::cuda

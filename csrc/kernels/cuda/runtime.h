@@ -1,0 +1,42 @@
+// What launchers share: device properties read once, sticky options, and words for failures.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "kernels/cuda/kernels.h"
+
+namespace ft::cuda {
+
+// Properties of one device; they never change while the process lives.
+struct DeviceProperties {
+  int index = -1;
+  int major = 0;
+  int minor = 0;
+  int multiprocessors = 0;
+  std::string name;
+  cudaDeviceProp all{};
+};
+
+// Properties of the calling thread's current device, read on its first use.
+cudaError_t current_device(const DeviceProperties** properties);
+
+// Whether fp32 products may run as TF32: FT_HANDLER_TF32=1 in the environment at first use.
+bool tf32_allowed();
+
+// Whether an environment switch is on: unset gives `otherwise`, "0" false, anything else true.
+bool environment_switch(const char* name, bool otherwise);
+
+// What the calling thread's latest failed library call was, in words; empty when a plain CUDA error
+// says it all. Taking it clears it.
+void set_failure(std::string words);
+std::string take_failure();
+
+// Bytes of one element.
+constexpr size_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Name as in Python: "float16".
+const char* dtype_name(DType dtype);
+
+}  // namespace ft::cuda

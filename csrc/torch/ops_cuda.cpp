@@ -1,0 +1,599 @@
+// The ops on CUDA tensors: guard, check, allocate, launch. No synchronisation except where an
+// output's size is known to the device alone (remove_padding) and in tune_gemm, which measures.
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "kernels/cuda/encoder.h"
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/runtime.h"
+#include "torch/checks.h"
+
+namespace ft {
+namespace {
+
+using cuda::DType;
+using cuda::IntType;
+using cuda::Launch;
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
+// libtorch_cuda cannot be linked (the library must load without it), so the one function that is
+// only there is looked up when the first CUDA tensor arrives.
+cudaStream_t current_stream(int device) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Getter>(
+        dlsym(library == nullptr ? RTLD_DEFAULT : library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  FT_CHECK(getter != nullptr, "this torch has no aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  FT_CHECK(getter(device, &stream) == 0, "torch has no current stream for GPU ", device);
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Makes the tensors' GPU current, in torch's runtime and in the one linked here.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& tensor)
+      : guard_(tensor.get_device_index()), index_(tensor.get_device_index()) {
+    const cudaError_t status = cudaSetDevice(index_);
+    FT_CHECK(status == cudaSuccess, "GPU ", index_, ": ", cudaGetErrorString(status));
+  }
+  Launch launch() const { return {current_stream(index_), false}; }
+  int index() const { return index_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  int index_;
+};
+
+// Every failed call ends here: the op, what was asked, and why not.
+template <typename... Parts>
+void check_status(cudaError_t status, const char* op, const Parts&... request) {
+  if (status == cudaSuccess) return;
+  const std::string words = cuda::take_failure();
+  cudaGetLastError();  // a refused launch must not be reported again by the next caller
+  std::string why = words.empty() ? cudaGetErrorString(status) : words;
+  if (words.empty() && status == cudaErrorNotSupported)
+    why = "this GPU does not support the dtype (bfloat16 needs compute capability 8.0)";
+  fail("fastertransformer::", op, " (", request..., ") failed: ", why);
+}
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+IntType int_type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Bool:
+      return IntType::kBool;
+    case ScalarType::Int:
+      return IntType::kInt32;
+    default:
+      return IntType::kInt64;
+  }
+}
+
+int narrow_int(int64_t value, const char* what) {
+  FT_CHECK(value >= 0 && value <= std::numeric_limits<int>::max(), what,
+           " is out of range: ", value);
+  return static_cast<int>(value);
+}
+
+// Row-major and 16-byte aligned, as the kernels want it.
+Tensor packed(const Tensor& tensor) {
+  const Tensor rows = torch::stable::contiguous(tensor);
+  if (reinterpret_cast<uintptr_t>(rows.data_ptr()) % 16 == 0) return rows;
+  return torch::stable::clone(rows);
+}
+
+std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return packed(*tensor);
+}
+
+const void* pointer(const Tensor& tensor) { return tensor.const_data_ptr(); }
+const void* pointer(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+const int32_t* int32_pointer(const Tensor& tensor) {
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
+Tensor bytes_like(const Tensor& like, size_t bytes) {
+  const std::array<int64_t, 1> size{static_cast<int64_t>(bytes)};
+  return torch::stable::new_empty(like, size, ScalarType::Byte);
+}
+
+Tensor empty_like_rows(const Tensor& like, std::vector<int64_t> size,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(size.data(), size.size()), dtype);
+}
+
+// Every tensor of a call lives on the first one's GPU.
+void check_device(const char* op, const Tensor& first, const char* name, const Tensor& tensor) {
+  FT_CHECK(tensor.is_cuda() && tensor.get_device_index() == first.get_device_index(), op, ": ",
+           name, " is on another device than the first argument");
+}
+
+void check_vector(const char* op, const char* name, const Tensor& like, const Tensor& vector,
+                  int64_t size) {
+  check_device(op, like, name, vector);
+  FT_CHECK(
+      vector.dim() == 1 && vector.size(0) == size && vector.scalar_type() == like.scalar_type(), op,
+      ": ", name, " must be [", size, "] ", dtype_name(like.scalar_type()), ", is ",
+      shape_of(vector), " ", dtype_name(vector.scalar_type()));
+}
+
+void check_cu_seqlens(const char* op, const Tensor& like, const Tensor& cu_seqlens) {
+  check_device(op, like, "cu_seqlens", cu_seqlens);
+  FT_CHECK_DIM(cu_seqlens, 1);
+  FT_CHECK_DTYPE(cu_seqlens, ScalarType::Int);
+  FT_CHECK(cu_seqlens.size(0) >= 1, op, ": cu_seqlens must have at least one entry");
+}
+
+Tensor prepare_weight(Tensor weight) {
+  FT_CHECK_FLOAT(weight);
+  FT_CHECK(weight.dim() == 2 || weight.dim() == 3, "weight must be [n, k] or [layers, n, k], is ",
+           shape_of(weight));
+  return packed(weight);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> remove_padding(Tensor input_ids,
+                                                                           Tensor token_type_ids,
+                                                                           Tensor attention_mask) {
+  FT_CHECK_DIM(input_ids, 2);
+  FT_CHECK_IDS(input_ids);
+  FT_CHECK(token_type_ids.scalar_type() == input_ids.scalar_type(),
+           "token_type_ids must have input_ids' dtype, has ",
+           dtype_name(token_type_ids.scalar_type()));
+  FT_CHECK(
+      is_id_type(attention_mask.scalar_type()) || attention_mask.scalar_type() == ScalarType::Bool,
+      "attention_mask must have dtype int64, int32 or bool, has ",
+      dtype_name(attention_mask.scalar_type()));
+  for (const auto* other : {&token_type_ids, &attention_mask}) {
+    check_device("remove_padding", input_ids, "an argument", *other);
+    FT_CHECK(shape_of(*other) == shape_of(input_ids),
+             "remove_padding: shapes differ: ", shape_of(input_ids), " and ", shape_of(*other));
+  }
+  const OnDeviceOf device(input_ids);
+  const Launch launch = device.launch();
+  const int batch = narrow_int(input_ids.size(0), "batch");
+  const int seqlen = narrow_int(input_ids.size(1), "seqlen");
+  const Tensor ids = packed(input_ids), types = packed(token_type_ids),
+               mask = packed(attention_mask);
+  Tensor cu_seqlens = empty_like_rows(ids, {int64_t{batch} + 1}, ScalarType::Int);
+  cuda::PaddingSummary summary{0, 0, -1, -1};
+  const auto ok = [&](cudaError_t status) {
+    check_status(status, "remove_padding", "batch ", batch, ", seqlen ", seqlen);
+  };
+  if (batch > 0 && seqlen > 0) {
+    const Tensor on_device = bytes_like(ids, sizeof(summary));
+    auto* counted = static_cast<cuda::PaddingSummary*>(on_device.data_ptr());
+    ok(cuda::padding_count(pointer(mask), int_type_of(mask), batch, seqlen,
+                           static_cast<int32_t*>(cu_seqlens.data_ptr()), counted, launch));
+    ok(cudaMemcpyAsync(&summary, counted, sizeof(summary), cudaMemcpyDeviceToHost, launch.stream));
+    ok(cudaStreamSynchronize(launch.stream));
+  } else {
+    ok(cudaMemsetAsync(cu_seqlens.data_ptr(), 0, sizeof(int32_t) * (size_t(batch) + 1),
+                       launch.stream));
+    if (batch > 0) summary.empty_row = 0;
+  }
+  FT_CHECK(summary.empty_row < 0 || seqlen == 0, "attention_mask: row ", summary.empty_row,
+           " has no token");
+  FT_CHECK(summary.late_row < 0, "attention_mask: row ", summary.late_row,
+           " has tokens but its column 0 is masked; the heads read column 0");
+  const int64_t total = summary.total;
+  Tensor packed_ids = empty_like_rows(ids, {total});
+  Tensor packed_types = empty_like_rows(ids, {total});
+  Tensor position_ids = empty_like_rows(ids, {total}, ScalarType::Int);
+  Tensor token_indices = empty_like_rows(ids, {total}, ScalarType::Long);
+  if (total > 0)
+    ok(cuda::padding_gather(pointer(ids), pointer(types), int_type_of(ids), pointer(mask),
+                            int_type_of(mask), batch, seqlen, int32_pointer(cu_seqlens),
+                            packed_ids.data_ptr(), packed_types.data_ptr(),
+                            static_cast<int32_t*>(position_ids.data_ptr()),
+                            static_cast<int64_t*>(token_indices.data_ptr()), launch));
+  return {packed_ids, packed_types, position_ids, token_indices, cu_seqlens, summary.max_seqlen};
+}
+
+Tensor restore_padding(Tensor packed_rows, Tensor token_indices, int64_t batch, int64_t seqlen,
+                       double fill) {
+  FT_CHECK_FLOAT(packed_rows);
+  FT_CHECK(packed_rows.dim() >= 1, "packed must have at least one dimension");
+  FT_CHECK_DIM(token_indices, 1);
+  FT_CHECK_DTYPE(token_indices, ScalarType::Long);
+  FT_CHECK_SIZE(token_indices, 0, packed_rows.size(0));
+  check_device("restore_padding", packed_rows, "token_indices", token_indices);
+  const OnDeviceOf device(packed_rows);
+  std::vector<int64_t> size{batch, seqlen};
+  int64_t width = 1;
+  for (int64_t axis = 1; axis < packed_rows.dim(); ++axis) {
+    size.push_back(packed_rows.size(axis));
+    width *= packed_rows.size(axis);
+  }
+  const Tensor rows = packed(packed_rows), indices = packed(token_indices);
+  Tensor out = empty_like_rows(rows, size);
+  if (out.numel() > 0)
+    check_status(
+        cuda::restore_padding(pointer(rows), static_cast<const int64_t*>(pointer(indices)),
+                              narrow_int(rows.size(0), "tokens"), narrow_int(batch, "batch"),
+                              narrow_int(seqlen, "seqlen"), width, dtype_of(rows),
+                              static_cast<float>(fill), out.data_ptr(), device.launch()),
+        "restore_padding", "packed ", shape_of(rows), ", batch ", batch, ", seqlen ", seqlen);
+  return out;
+}
+
+Tensor embedding_layer_norm(Tensor input_ids, Tensor token_type_ids,
+                            std::optional<Tensor> position_ids, Tensor cu_seqlens, Tensor word,
+                            Tensor position, Tensor token_type, Tensor gamma, Tensor beta,
+                            double eps) {
+  const char* op = "embedding_layer_norm";
+  FT_CHECK_FLOAT(word);
+  FT_CHECK_DIM(word, 2);
+  FT_CHECK_DIM(input_ids, 1);
+  FT_CHECK_IDS(input_ids);
+  FT_CHECK(token_type_ids.scalar_type() == input_ids.scalar_type() && token_type_ids.dim() == 1 &&
+               token_type_ids.size(0) == input_ids.size(0),
+           "token_type_ids must have input_ids' dtype and shape");
+  check_cu_seqlens(op, word, cu_seqlens);
+  check_device(op, word, "input_ids", input_ids);
+  check_device(op, word, "token_type_ids", token_type_ids);
+  const int64_t hidden = word.size(1), tokens = input_ids.size(0);
+  for (const auto* table : {&position, &token_type}) {
+    check_device(op, word, "an embedding table", *table);
+    FT_CHECK(
+        table->dim() == 2 && table->size(1) == hidden && table->scalar_type() == word.scalar_type(),
+        op, ": an embedding table must be [*, ", hidden, "] of word's dtype, is ",
+        shape_of(*table));
+  }
+  check_vector(op, "gamma", word, gamma, hidden);
+  check_vector(op, "beta", word, beta, hidden);
+  if (position_ids) {
+    check_device(op, word, "position_ids", *position_ids);
+    FT_CHECK_DTYPE(*position_ids, ScalarType::Int);
+    FT_CHECK_SIZE(*position_ids, 0, tokens);
+  }
+  const OnDeviceOf device(word);
+  const Tensor ids = packed(input_ids), types = packed(token_type_ids), cu = packed(cu_seqlens);
+  const Tensor w = packed(word), p = packed(position), t = packed(token_type), g = packed(gamma),
+               b = packed(beta);
+  const std::optional<Tensor> positions = packed(position_ids);
+  Tensor out = empty_like_rows(w, {tokens, hidden});
+  if (tokens > 0)
+    check_status(cuda::embedding_layer_norm(
+                     pointer(ids), pointer(types), int_type_of(ids),
+                     static_cast<const int32_t*>(pointer(positions)), int32_pointer(cu),
+                     narrow_int(cu.size(0) - 1, "batch"), narrow_int(tokens, "tokens"),
+                     narrow_int(hidden, "hidden"), pointer(w), narrow_int(w.size(0), "vocab"),
+                     pointer(p), narrow_int(p.size(0), "positions"), pointer(t),
+                     narrow_int(t.size(0), "types"), pointer(g), pointer(b),
+                     static_cast<float>(eps), dtype_of(w), out.data_ptr(), device.launch()),
+                 op, "tokens ", tokens, ", hidden ", hidden, ", ", dtype_name(w.scalar_type()));
+  return out;
+}
+
+// [n, k] of a weight that prepare_weight returned for one layer.
+std::pair<int64_t, int64_t> weight_size(const Tensor& weight) {
+  FT_CHECK(weight.dim() == 2 || (weight.dim() == 3 && weight.size(0) == 1),
+           "weight must be [n, k] or [1, n, k], is ", shape_of(weight));
+  return {weight.size(weight.dim() - 2), weight.size(weight.dim() - 1)};
+}
+
+Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias,
+              std::optional<Tensor> residual, bool gelu) {
+  FT_CHECK_FLOAT(input);
+  FT_CHECK_DIM(input, 2);
+  FT_CHECK_DTYPE(weight, input.scalar_type());
+  check_device("linear", input, "weight", weight);
+  const auto [n, k] = weight_size(weight);
+  FT_CHECK_SIZE(input, 1, k);
+  if (bias) check_vector("linear", "bias", input, *bias, n);
+  if (residual) {
+    check_device("linear", input, "residual", *residual);
+    FT_CHECK_DTYPE(*residual, input.scalar_type());
+    FT_CHECK(residual->dim() == 2 && residual->size(0) == input.size(0) && residual->size(1) == n,
+             "residual must be [", input.size(0), ", ", n, "], is ", shape_of(*residual));
+  }
+  FT_CHECK(!(gelu && residual), "linear: gelu and residual exclude each other");
+  const OnDeviceOf device(input);
+  const Tensor x = packed(input), w = packed(weight);
+  const std::optional<Tensor> b = packed(bias), r = packed(residual);
+  Tensor out = empty_like_rows(x, {x.size(0), n});
+  if (x.size(0) == 0) return out;
+  const Tensor workspace = bytes_like(x, cuda::gemm_workspace_bytes());
+  const cuda::Gemm gemm{pointer(x),         pointer(w),         pointer(b),
+                        pointer(r),         out.data_ptr(),     narrow_int(x.size(0), "rows"),
+                        narrow_int(n, "n"), narrow_int(k, "k"), gelu,
+                        dtype_of(x)};
+  check_status(cuda::linear(gemm, workspace.data_ptr(), device.launch()), "linear", "input ",
+               shape_of(x), ", weight ", shape_of(w), ", ", dtype_name(x.scalar_type()));
+  return out;
+}
+
+Tensor varlen_attention(Tensor qkv, Tensor cu_seqlens, int64_t max_seqlen, int64_t num_heads) {
+  FT_CHECK_FLOAT(qkv);
+  FT_CHECK_DIM(qkv, 2);
+  check_cu_seqlens("varlen_attention", qkv, cu_seqlens);
+  FT_CHECK(num_heads > 0 && qkv.size(1) % (3 * num_heads) == 0, "qkv ", shape_of(qkv),
+           " does not hold q, k and v of ", num_heads, " heads");
+  const OnDeviceOf device(qkv);
+  const Tensor x = packed(qkv), cu = packed(cu_seqlens);
+  const int64_t tokens = x.size(0), hidden = x.size(1) / 3;
+  Tensor out = empty_like_rows(x, {tokens, hidden});
+  const int batch = narrow_int(cu.size(0) - 1, "batch");
+  if (tokens == 0 || batch == 0) return out;
+  const cuda::AttentionShape shape{batch,
+                                   narrow_int(tokens, "tokens"),
+                                   narrow_int(max_seqlen, "max_seqlen"),
+                                   narrow_int(num_heads, "num_heads"),
+                                   narrow_int(hidden / num_heads, "head_dim"),
+                                   dtype_of(x)};
+  const Tensor plan = bytes_like(x, cuda::attention_plan_bytes(shape));
+  const Launch launch = device.launch();
+  cudaError_t status = cuda::attention_plan(shape, int32_pointer(cu), plan.data_ptr(), launch);
+  if (status == cudaSuccess)
+    status = cuda::varlen_attention(shape, pointer(x), plan.data_ptr(), out.data_ptr(), launch);
+  check_status(status, "varlen_attention", "qkv ", shape_of(x), ", batch ", batch, ", max_seqlen ",
+               max_seqlen, ", ", num_heads, " heads of ", shape.head_dim, ", ",
+               dtype_name(x.scalar_type()));
+  return out;
+}
+
+Tensor residual_layer_norm(Tensor input, std::optional<Tensor> bias, Tensor residual, Tensor gamma,
+                           Tensor beta, double eps) {
+  const char* op = "residual_layer_norm";
+  FT_CHECK_FLOAT(input);
+  FT_CHECK_DIM(input, 2);
+  FT_CHECK_DTYPE(residual, input.scalar_type());
+  check_device(op, input, "residual", residual);
+  FT_CHECK(shape_of(residual) == shape_of(input), "residual must have input's shape ",
+           shape_of(input), ", is ", shape_of(residual));
+  if (bias) check_vector(op, "bias", input, *bias, input.size(1));
+  check_vector(op, "gamma", input, gamma, input.size(1));
+  check_vector(op, "beta", input, beta, input.size(1));
+  const OnDeviceOf device(input);
+  const Tensor x = packed(input), r = packed(residual), g = packed(gamma), b = packed(beta);
+  const std::optional<Tensor> add = packed(bias);
+  Tensor out = empty_like_rows(x, {x.size(0), x.size(1)});
+  if (out.numel() > 0)
+    check_status(
+        cuda::residual_layer_norm(pointer(x), pointer(add), pointer(r), pointer(g), pointer(b),
+                                  static_cast<float>(eps), narrow_int(x.size(0), "rows"),
+                                  narrow_int(x.size(1), "hidden"), dtype_of(x), out.data_ptr(),
+                                  nullptr, device.launch()),
+        op, "input ", shape_of(x), ", ", dtype_name(x.scalar_type()));
+  return out;
+}
+
+Tensor bias_gelu(Tensor input, std::optional<Tensor> bias) {
+  FT_CHECK_FLOAT(input);
+  FT_CHECK_DIM(input, 2);
+  if (bias) check_vector("bias_gelu", "bias", input, *bias, input.size(1));
+  const OnDeviceOf device(input);
+  const Tensor x = packed(input);
+  const std::optional<Tensor> b = packed(bias);
+  Tensor out = empty_like_rows(x, {x.size(0), x.size(1)});
+  if (out.numel() > 0)
+    check_status(cuda::bias_gelu(pointer(x), pointer(b), narrow_int(x.size(0), "rows"),
+                                 narrow_int(x.size(1), "width"), dtype_of(x), out.data_ptr(),
+                                 nullptr, device.launch()),
+                 "bias_gelu", "input ", shape_of(x), ", ", dtype_name(x.scalar_type()));
+  return out;
+}
+
+Tensor encoder(Tensor input_ids, Tensor token_type_ids, std::optional<Tensor> position_ids,
+               Tensor cu_seqlens, int64_t max_seqlen, Tensor word, Tensor position,
+               Tensor token_type, Tensor emb_gamma, Tensor emb_beta, Tensor qkv_weight,
+               Tensor qkv_bias, Tensor out_weight, Tensor out_bias, Tensor ln1_gamma,
+               Tensor ln1_beta, Tensor up_weight, Tensor up_bias, Tensor down_weight,
+               Tensor down_bias, Tensor ln2_gamma, Tensor ln2_beta, int64_t num_heads, double eps) {
+  FT_CHECK_FLOAT(word);
+  FT_CHECK_DIM(word, 2);
+  FT_CHECK_DIM(input_ids, 1);
+  FT_CHECK_IDS(input_ids);
+  FT_CHECK(token_type_ids.scalar_type() == input_ids.scalar_type() && token_type_ids.dim() == 1 &&
+               token_type_ids.size(0) == input_ids.size(0),
+           "token_type_ids must have input_ids' dtype and shape");
+  FT_CHECK_DIM(up_weight, 3);
+  check_cu_seqlens("encoder", word, cu_seqlens);
+  const int64_t layers = up_weight.size(0), hidden = word.size(1), wide = up_weight.size(1);
+  FT_CHECK(num_heads > 0 && hidden % num_heads == 0, "hidden ", hidden, " is not a multiple of ",
+           num_heads, " heads");
+  const auto parameter = [&](const Tensor& tensor, const char* name, std::vector<int64_t> size) {
+    check_device("encoder", word, name, tensor);
+    bool right = tensor.dim() == static_cast<int64_t>(size.size()) && tensor.is_contiguous() &&
+                 tensor.scalar_type() == word.scalar_type();
+    for (size_t axis = 0; right && axis < size.size(); ++axis)
+      right = size[axis] < 0 || tensor.size(static_cast<int64_t>(axis)) == size[axis];
+    if (right) return;
+    std::string wanted;
+    for (const int64_t s : size) wanted += (wanted.empty() ? "" : ", ") + std::to_string(s);
+    fail("encoder: ", name, " must be contiguous [", wanted, "] ", dtype_name(word.scalar_type()),
+         ", is ", shape_of(tensor), " ", dtype_name(tensor.scalar_type()));
+  };
+  parameter(word, "word", {-1, hidden});
+  parameter(position, "position", {-1, hidden});
+  parameter(token_type, "token_type", {-1, hidden});
+  parameter(emb_gamma, "emb_gamma", {hidden});
+  parameter(emb_beta, "emb_beta", {hidden});
+  parameter(qkv_weight, "qkv_weight", {layers, 3 * hidden, hidden});
+  parameter(qkv_bias, "qkv_bias", {layers, 3 * hidden});
+  parameter(out_weight, "out_weight", {layers, hidden, hidden});
+  parameter(out_bias, "out_bias", {layers, hidden});
+  parameter(ln1_gamma, "ln1_gamma", {layers, hidden});
+  parameter(ln1_beta, "ln1_beta", {layers, hidden});
+  parameter(up_weight, "up_weight", {layers, wide, hidden});
+  parameter(up_bias, "up_bias", {layers, wide});
+  parameter(down_weight, "down_weight", {layers, hidden, wide});
+  parameter(down_bias, "down_bias", {layers, hidden});
+  parameter(ln2_gamma, "ln2_gamma", {layers, hidden});
+  parameter(ln2_beta, "ln2_beta", {layers, hidden});
+  check_device("encoder", word, "input_ids", input_ids);
+  check_device("encoder", word, "token_type_ids", token_type_ids);
+  if (position_ids) {
+    check_device("encoder", word, "position_ids", *position_ids);
+    FT_CHECK_DTYPE(*position_ids, ScalarType::Int);
+    FT_CHECK_SIZE(*position_ids, 0, input_ids.size(0));
+  }
+  const OnDeviceOf device(word);
+  const Tensor ids = packed(input_ids), types = packed(token_type_ids), cu = packed(cu_seqlens);
+  const std::optional<Tensor> positions = packed(position_ids);
+  cuda::EncoderShape shape;
+  shape.tokens = narrow_int(ids.size(0), "tokens");
+  shape.batch = narrow_int(cu.size(0) - 1, "batch");
+  shape.max_seqlen = narrow_int(max_seqlen, "max_seqlen");
+  shape.hidden = narrow_int(hidden, "hidden");
+  shape.intermediate = narrow_int(wide, "intermediate");
+  shape.layers = narrow_int(layers, "layers");
+  shape.num_heads = narrow_int(num_heads, "num_heads");
+  shape.vocab = narrow_int(word.size(0), "vocab");
+  shape.positions = narrow_int(position.size(0), "positions");
+  shape.types = narrow_int(token_type.size(0), "types");
+  shape.eps = static_cast<float>(eps);
+  shape.dtype = dtype_of(word);
+  Tensor out = empty_like_rows(word, {ids.size(0), hidden});
+  if (shape.tokens == 0 || shape.batch == 0) return out;
+  const cuda::EncoderInputs inputs{pointer(ids), pointer(types), int_type_of(ids),
+                                   static_cast<const int32_t*>(pointer(positions)),
+                                   int32_pointer(cu)};
+  const cuda::EncoderWeights weights{pointer(word),      pointer(position),    pointer(token_type),
+                                     pointer(emb_gamma), pointer(emb_beta),    pointer(qkv_weight),
+                                     pointer(qkv_bias),  pointer(out_weight),  pointer(out_bias),
+                                     pointer(ln1_gamma), pointer(ln1_beta),    pointer(up_weight),
+                                     pointer(up_bias),   pointer(down_weight), pointer(down_bias),
+                                     pointer(ln2_gamma), pointer(ln2_beta)};
+  const Tensor workspace = bytes_like(word, cuda::encoder_workspace_bytes(shape));
+  check_status(cuda::encoder(shape, inputs, weights, workspace.data_ptr(), out.data_ptr(),
+                             device.launch().stream),
+               "encoder", "tokens ", shape.tokens, ", batch ", shape.batch, ", max_seqlen ",
+               max_seqlen, ", hidden ", hidden, ", intermediate ", wide, ", ", num_heads,
+               " heads, ", dtype_name(word.scalar_type()));
+  return out;
+}
+
+// Measures one linear layer's candidates; a JSON list, best first: [{"plan", "us"}].
+std::string tune_gemm(Tensor weight, int64_t rows, bool gelu, bool residual, double norm_eps,
+                      int64_t repeats) {
+  FT_CHECK_FLOAT(weight);
+  FT_CHECK(repeats > 0, "repeats must be positive");
+  const auto [n, k] = weight_size(weight);
+  const OnDeviceOf device(weight);
+  const Tensor w = packed(weight);
+  const int m = cuda::gemm_row_class(narrow_int(rows, "rows"));
+  const Tensor x = empty_like_rows(w, {m, k}), y = empty_like_rows(w, {m, n}),
+               r = empty_like_rows(w, {m, n}), scratch = empty_like_rows(w, {m, n}),
+               vectors = empty_like_rows(w, {3, n}),
+               workspace = bytes_like(w, cuda::gemm_workspace_bytes());
+  // Random values: multiplying zeros draws less power and runs faster than real data.
+  for (const Tensor* t : {&x, &r, &vectors}) {
+    std::array<StableIValue, 4> stack{
+        torch::stable::detail::from(*t), torch::stable::detail::from(0.0),
+        torch::stable::detail::from(1.0), torch::stable::detail::from(std::nullopt)};
+    FT_CHECK(torch_call_dispatcher("aten::normal_", "", stack.data(), TORCH_ABI_VERSION) == 0,
+             "tune_gemm: filling random inputs failed");
+    torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  const auto row = [&](int i) {
+    return static_cast<const char*>(vectors.data_ptr()) + size_t(i) * n * vectors.element_size();
+  };
+  const cuda::Gemm gemm{pointer(x),
+                        pointer(w),
+                        row(0),
+                        residual ? pointer(r) : nullptr,
+                        y.data_ptr(),
+                        m,
+                        narrow_int(n, "n"),
+                        narrow_int(k, "k"),
+                        gelu,
+                        dtype_of(w)};
+  const cuda::GemmNorm norm{row(1), row(2), static_cast<float>(norm_eps), nullptr};
+  std::vector<cuda::GemmCandidate> found;
+  check_status(cuda::time_gemm_candidates(gemm, norm_eps > 0 ? &norm : nullptr, scratch.data_ptr(),
+                                          workspace.data_ptr(), device.launch(),
+                                          narrow_int(repeats, "repeats"), &found),
+               "tune_gemm", "rows ", m, ", weight ", shape_of(w));
+  std::string json = "[";
+  for (const auto& candidate : found)
+    json += (json.size() > 1 ? ", " : "") + ("{\"plan\": \"" + candidate.plan) +
+            "\", \"us\": " + std::to_string(candidate.microseconds) + "}";
+  return json + "]";
+}
+
+// Makes a measured plan the choice for its shape class on `device`.
+void load_gemm_plan(int64_t device, std::string dtype, int64_t rows, int64_t n, int64_t k,
+                    bool gelu, bool residual, bool norm, std::string plan) {
+  cuda::GemmKey key{cuda::gemm_row_class(narrow_int(rows, "rows")),
+                    narrow_int(n, "n"),
+                    narrow_int(k, "k"),
+                    DType::kFloat32,
+                    gelu,
+                    residual,
+                    norm};
+  if (dtype == "float16")
+    key.dtype = DType::kFloat16;
+  else if (dtype == "bfloat16")
+    key.dtype = DType::kBFloat16;
+  else
+    FT_CHECK(dtype == "float32", "load_gemm_plan: unknown dtype ", dtype);
+  const torch::stable::accelerator::DeviceGuard guard(narrow_int(device, "device"));
+  cudaError_t status = cudaSetDevice(static_cast<int>(device));
+  if (status == cudaSuccess) status = cuda::load_gemm_plan(key, plan);
+  check_status(status, "load_gemm_plan", "rows ", rows, ", n ", n, ", k ", k);
+}
+
+// The row class a plan for `rows` serves.
+int64_t gemm_row_class(int64_t rows) { return cuda::gemm_row_class(narrow_int(rows, "rows")); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastertransformer, m) {
+  m.def(
+      "tune_gemm(Tensor weight, int rows, bool gelu, bool residual, float norm_eps, int repeats) "
+      "-> "
+      "str");
+  m.def(
+      "load_gemm_plan(int device, str dtype, int rows, int n, int k, bool gelu, bool residual, "
+      "bool norm, str plan) -> ()");
+  m.def("gemm_row_class(int rows) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CompositeExplicitAutograd, m) {
+  m.impl("load_gemm_plan", TORCH_BOX(&load_gemm_plan));
+  m.impl("gemm_row_class", TORCH_BOX(&gemm_row_class));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CUDA, m) {
+  m.impl("prepare_weight", TORCH_BOX(&prepare_weight));
+  m.impl("remove_padding", TORCH_BOX(&remove_padding));
+  m.impl("restore_padding", TORCH_BOX(&restore_padding));
+  m.impl("embedding_layer_norm", TORCH_BOX(&embedding_layer_norm));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
+  m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));
+  m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
+  m.impl("encoder", TORCH_BOX(&encoder));
+  m.impl("tune_gemm", TORCH_BOX(&tune_gemm));
+}
+
+}  // namespace ft
