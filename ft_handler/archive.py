@@ -117,6 +117,11 @@ def contents(directory: Path, library: Path | None = None) -> tuple[Path, list[P
         raise ConfigError(f"{settings} must hold a mapping")
     config = HandlerConfig.from_model_dir(directory, loaded)
     info = read_info(directory / config.model_file)
+    if info.model_type != "thsext":
+        raise ModelError(
+            f"{directory / config.model_file} is a plain TorchScript model (model_type "
+            f"{info.model_type}), for comparisons; the handler serves thsext"
+        )
     required = [config.tokenizer_file]
     if info.mode == SEQUENCE_CLASSIFICATION:
         required.append(LABELS_FILE)

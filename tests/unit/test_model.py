@@ -1,0 +1,323 @@
+"""The traced module against transformers' own, and what its file says of itself."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_support import (
+    POSITIONS,
+    fused,
+    hf_logits,
+    info_of,
+    packed_of,
+    ragged,
+    random_bert,
+)
+
+from ft_handler import load_model
+from ft_handler.errors import ModelError
+from ft_handler.model import (
+    METADATA_FILE,
+    MODES,
+    PAD_LOGIT,
+    QUESTION_ANSWERING,
+    SEQUENCE_CLASSIFICATION,
+    ModelInfo,
+    read_info,
+    save_model,
+)
+
+# A refusal inside TorchScript is a torch.jit.Error, one inside an op a RuntimeError.
+REFUSED = (RuntimeError, torch.jit.Error)
+LENGTHS = [[1], [POSITIONS], [1, 64, 3], [5, 5, 5, 5], [2, 17, 63, 33, 1, 9, 40]]
+# hidden, heads: head sizes 32, 64, 16, 20, 6, 128, and one head alone
+SHAPES = [(64, 2), (128, 2), (64, 4), (60, 3), (30, 5), (128, 1), (24, 4)]
+
+
+def worst(found: Any, wanted: Any, mask: torch.Tensor, mode: str) -> float:
+    """Largest difference; for spans over kept tokens."""
+    kept = mask.bool() if mode == QUESTION_ANSWERING else slice(None)
+    return max(float((a - b)[kept].abs().max()) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("hidden", "heads"), SHAPES)
+def test_fp32_agrees_with_transformers(mode: str, hidden: int, heads: int) -> None:
+    bert = random_bert(mode, hidden_size=hidden, num_attention_heads=heads, intermediate_size=72)
+    module = fused(bert, mode)
+    for lengths in LENGTHS:
+        batch = ragged(lengths)
+        wanted = hf_logits(bert, *batch)
+        padded = module(*batch)
+        assert all(part.dtype == torch.float32 for part in padded)
+        assert worst(padded, wanted, batch[1], mode) < 1e-4
+        packed = module.packed(*packed_of(*batch))
+        kept = batch[1].bool()
+        for part, whole in zip(packed, padded, strict=True):
+            rows = whole[kept] if mode == QUESTION_ANSWERING else whole
+            torch.testing.assert_close(part, rows, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_at_most_twice_as_much_as_transformers(
+    mode: str, dtype: torch.dtype
+) -> None:
+    settings = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+    bert = random_bert(mode, **settings, num_hidden_layers=3, initializer_range=0.05)
+    module = fused(bert, mode, dtype)
+    half = copy.deepcopy(bert).to(dtype)
+    ours = theirs = 0.0
+    for lengths in LENGTHS:
+        batch = ragged(lengths)
+        wanted = hf_logits(bert, *batch)
+        ours = max(ours, worst(module(*batch), wanted, batch[1], mode))
+        theirs = max(theirs, worst(hf_logits(half, *batch), wanted, batch[1], mode))
+    assert 0 < ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masks_with_holes(mode: str) -> None:
+    bert = random_bert(mode)
+    ids, mask, types = ragged([20, 13, 20], 20)
+    mask[0, [3, 4, 11]] = 0
+    mask[2, 1:19:2] = 0
+    found = fused(bert, mode)(ids, mask, types)
+    assert worst(found, hf_logits(bert, ids, mask, types), mask, mode) < 1e-4
+
+
+def test_pads_answer_minus_ten_thousand() -> None:
+    bert = random_bert(QUESTION_ANSWERING)
+    ids, mask, types = ragged([7, 3], 9)
+    for part in fused(bert, QUESTION_ANSWERING)(ids, mask, types):
+        assert bool((part[mask == 0] == PAD_LOGIT).all())
+        assert bool((part[mask == 1] > PAD_LOGIT / 2).all())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_other_integer_types(mode: str, dtype: torch.dtype) -> None:
+    module = fused(random_bert(mode), mode)
+    ids, mask, types = ragged([4, 11])
+    wanted = module(ids, mask, types)
+    found = (
+        module(ids.int(), mask.int(), types.int())
+        if dtype == torch.int32
+        else module(ids, mask.bool(), types)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_batches(mode: str) -> None:
+    module = fused(random_bert(mode, num_labels=3), mode)
+    none = torch.empty(0, 5, dtype=torch.int64)
+    padded = module(none, none, none)
+    nothing = torch.empty(0, dtype=torch.int64)
+    packed = module.packed(nothing, nothing, torch.zeros(1, dtype=torch.int32), 0)
+    if mode == SEQUENCE_CLASSIFICATION:
+        assert [tuple(p.shape) for p in (*padded, *packed)] == [(0, 3), (0, 3)]
+    else:
+        assert [tuple(p.shape) for p in padded] == [(0, 5), (0, 5)]
+        assert [tuple(p.shape) for p in packed] == [(0,), (0,)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_alone_and_among_others(mode: str) -> None:
+    module = fused(random_bert(mode), mode)
+    ids, mask, types = ragged([6, 40, 1, 23])
+    together = module(ids, mask, types)
+    for i, n in enumerate(mask.sum(1).tolist()):
+        alone = module(ids[i : i + 1, :n], mask[i : i + 1, :n], types[i : i + 1, :n])
+        for a, b in zip(alone, together, strict=True):
+            row = b[i : i + 1, :n] if mode == QUESTION_ANSWERING else b[i : i + 1]
+            torch.testing.assert_close(a, row, rtol=0, atol=1e-5)
+
+
+def test_token_types_matter() -> None:
+    module = fused(random_bert(SEQUENCE_CLASSIFICATION), SEQUENCE_CLASSIFICATION)
+    ids, mask, types = ragged([12])
+    assert not torch.allclose(module(ids, mask, types)[0], module(ids, mask, 1 - types)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_wrong_inputs_are_refused_in_words(mode: str) -> None:
+    module = fused(random_bert(mode), mode)
+    ids, mask, types = ragged([4, 11])
+    too_long = torch.ones(1, POSITIONS + 1, dtype=torch.int64)
+    cases: list[tuple[Any, str]] = [
+        ((ids[0], mask[0], types[0]), "input_ids must be"),
+        ((ids, mask[:, :5], types), "attention_mask is"),
+        ((ids, mask, types[:1]), "token_type_ids is"),
+        ((too_long, too_long, too_long), f"over the model's {POSITIONS} positions"),
+        ((ids, mask * 0, types), "attention_mask"),
+    ]
+    for arguments, words in cases:
+        with pytest.raises(REFUSED, match=words):
+            module(*arguments)
+    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(REFUSED, match="over the model's"):
+        module.packed(ids[0, :4], types[0, :4], cu_seqlens, POSITIONS + 1)
+    with pytest.raises(REFUSED, match=r"must be \[tokens\]"):
+        module.packed(ids, types, cu_seqlens, 4)
+
+
+# -- preparing, saving, loading ------------------------------------------------------------------
+
+
+def saved(module: Any) -> bytes:
+    """The module as a file's bytes."""
+    buffer = io.BytesIO()
+    torch.jit.save(module, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_prepared_weights_are_never_saved(mode: str) -> None:
+    module = fused(random_bert(mode), mode)
+    size = len(saved(module))
+    batch = ragged([4, 11])
+    before = module(*batch)
+    module.prepare()
+    again = saved(module)
+    assert len(again) <= size + 1024
+    loaded = torch.jit.load(io.BytesIO(again))
+    assert not loaded.encoder.gemm.ready
+    for a, b in zip(loaded(*batch), before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_released_weights_cannot_be_saved_or_moved() -> None:
+    module = fused(random_bert(SEQUENCE_CLASSIFICATION), SEQUENCE_CLASSIFICATION)
+    batch = ragged([4, 11])
+    before = module(*batch)[0]
+    module.release_raw()
+    assert module.encoder.gemm.raw_qkv.numel() == 0
+    assert torch.equal(module(*batch)[0], before)
+    with pytest.raises(REFUSED, match="cannot be saved"):
+        saved(module)
+    module.to(torch.bfloat16)
+    with pytest.raises(REFUSED, match="cannot move"):
+        module(*batch)
+
+
+def test_weights_are_prepared_again_for_another_type() -> None:
+    bert = random_bert(SEQUENCE_CLASSIFICATION)
+    module = fused(bert, SEQUENCE_CLASSIFICATION)
+    batch = ragged([4, 11])
+    before = module(*batch)[0]
+    module.encoder.to(torch.bfloat16)
+    torch.testing.assert_close(module(*batch)[0], before, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_file_round_trip(mode: str, tmp_path: Path) -> None:
+    bert = random_bert(mode)
+    module, info = fused(bert, mode), info_of(bert, mode)
+    path = tmp_path / "traced_model.pt"
+    save_model(module, info, path)
+    assert read_info(path) == info
+    loaded = load_model(path)
+    assert loaded.info == info
+    assert loaded.packed
+    batch = ragged([4, 11])
+    direct = torch.jit.load(str(path), map_location="cpu")
+    for a, b, c in zip(module(*batch), loaded.module(*batch), direct(*batch), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_half_file_answers_on_the_cpu(tmp_path: Path) -> None:
+    bert = random_bert(QUESTION_ANSWERING)
+    path = tmp_path / "traced_model.pt"
+    info = info_of(bert, QUESTION_ANSWERING, data_type="fp16")
+    save_model(fused(bert, QUESTION_ANSWERING, torch.float16), info, path)
+    loaded = load_model(path)
+    assert loaded.module.encoder.word.dtype == torch.float16
+    assert loaded.module.qa_weight.dtype == torch.float32
+    ids, mask, types = ragged([4, 11])
+    wanted = hf_logits(bert, ids, mask, types)
+    assert worst(loaded.module(ids, mask, types), wanted, mask, QUESTION_ANSWERING) < 0.02
+
+
+def rewrite(path: Path, text: str | None) -> None:
+    """Replace the metadata inside a traced file, or drop it."""
+    with zipfile.ZipFile(path) as old:
+        parts = [(i, old.read(i)) for i in old.infolist()]
+    with zipfile.ZipFile(path, "w") as new:
+        for item, content in parts:
+            if item.filename.endswith("extra/" + METADATA_FILE):
+                if text is None:
+                    continue
+                content = text.encode()
+            new.writestr(item.filename, content)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format_version": 99}, "format version 99"),
+        ({"mode": "translation"}, "unknown mode"),
+        ({"data_type": "int3"}, "unknown data_type"),
+        ({"model_type": "onnx"}, "unknown model_type"),
+        ({"hidden_size": "64"}, "hidden_size must be a whole number"),
+        ({"labels": {"0": "a", "2": "b"}}, "without gaps"),
+        ({"labels": ["a", "b"]}, "labels must map"),
+        ({"colour": 1}, "unknown fields colour"),
+        ({"vocab_size": None}, "lacks vocab_size"),
+        ({"vocab_size": 5}, "vocab_size 5, the weights say 211"),
+        ({"num_layers": 7}, "num_layers 7"),
+        ({"data_type": "bf16"}, "data_type"),
+        ({"mode": QUESTION_ANSWERING}, "mode"),
+        ({"num_labels": 3}, "num_labels 3"),
+        ({"labels": {"0": "a"}}, "names 1 labels for 2 outputs"),
+    ],
+)
+def test_contradictions_are_refused_in_words(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    bert = random_bert(SEQUENCE_CLASSIFICATION)
+    path = tmp_path / "traced_model.pt"
+    info = info_of(bert, SEQUENCE_CLASSIFICATION)
+    save_model(fused(bert, SEQUENCE_CLASSIFICATION), info, path)
+    raw = json.loads(info.to_json())
+    for name, value in changes.items():
+        if value is None:
+            del raw[name]
+        else:
+            raw[name] = value
+    rewrite(path, json.dumps(raw))
+    with pytest.raises(ModelError, match=words):
+        load_model(path)
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "traced_model.pt"
+    with pytest.raises(ModelError, match="no such file"):
+        load_model(path)
+    path.write_bytes(b"not a zip file")
+    with pytest.raises(ModelError, match="not a TorchScript file"):
+        load_model(path)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(path))
+    with pytest.raises(ModelError, match=f"carries no {METADATA_FILE}"):
+        load_model(path)
+    bert = random_bert(SEQUENCE_CLASSIFICATION)
+    save_model(fused(bert, SEQUENCE_CLASSIFICATION), info_of(bert, SEQUENCE_CLASSIFICATION), path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ModelError, match="cut short"):
+        load_model(path)
+
+
+def test_metadata_must_be_an_object() -> None:
+    with pytest.raises(ModelError, match="not JSON"):
+        ModelInfo.from_json("{")
+    with pytest.raises(ModelError, match="not a JSON object"):
+        ModelInfo.from_json("[]")
