@@ -94,7 +94,7 @@ def test_mistakes_are_named(tmp_path, section, older, named):
 
 def test_a_broken_older_file_is_named(tmp_path):
     (tmp_path / "setup_config.json").write_text("{")
-    with pytest.raises(ConfigError, match="setup_config.json is not JSON"):
+    with pytest.raises(ConfigError, match=r"setup_config\.json is not JSON"):
         HandlerConfig.from_model_dir(tmp_path, None)
 
 

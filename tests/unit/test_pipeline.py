@@ -1,4 +1,4 @@
-"""The chained stages on a deterministic engine: right answers, alone refusals, failures isolated."""
+"""The chained stages on a deterministic engine: answers, refusals alone, failures isolated."""
 
 from __future__ import annotations
 

@@ -1,0 +1,154 @@
+"""The TorchServe side: loading an archive's folder, answers through the context, metrics."""
+
+from __future__ import annotations
+
+import gc
+import json
+import warnings
+
+import pytest
+from fakes import FakeContext, FakeEngine, model_info
+
+from ft_handler import handler as handler_module
+from ft_handler.errors import ConfigError, EngineLost
+from ft_handler.handler import FtHandler, choose_device, read_labels
+from ft_handler.metrics import METRICS
+from ft_handler.model import LoadedModel
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torchserve():
+    """Import TorchServe once: it leaves a file open, which is no failure of ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("ts.metrics.metric_type_enum")
+        gc.collect()
+
+
+@pytest.fixture
+def archive(tiny_tokenizer, tmp_path, monkeypatch):
+    """An extracted archive whose engine is a fake."""
+    for name in ("tokenizer.json", "vocab.txt"):
+        (tmp_path / name).write_bytes((tiny_tokenizer / name).read_bytes())
+    (tmp_path / "traced_model.pt").write_bytes(b"")
+    engine = FakeEngine()
+    monkeypatch.setattr(
+        handler_module, "load_model", lambda path, device, library: LoadedModel(None, model_info())
+    )
+    monkeypatch.setattr(handler_module, "engine_for", lambda model, device, **_: engine)
+    return tmp_path
+
+
+def ready(archive, section=None):
+    context = FakeContext(str(archive), {"handler": section or {}}, batch_size=8)
+    handler = FtHandler()
+    handler.initialize(context)
+    return handler, context
+
+
+def test_a_batch_gets_its_bodies_and_statuses(archive):
+    handler, context = ready(archive)
+    bodies = handler.handle(
+        [{"body": "a film"}, {"body": bytearray(b"")}, {"body": ["a"]}], context
+    )
+    assert [type(b) for b in bodies] == [bytes] * 3
+    assert context.statuses == {1: 400}
+    assert context.content_types == dict.fromkeys(range(3), "application/json")
+    assert json.loads(bodies[0])["label"] in ("negative", "neutral", "positive")
+    assert json.loads(bodies[1])["code"] == 400
+    assert len(json.loads(bodies[2])) == 1
+
+
+def test_labels_come_from_the_archive(archive):
+    names = {"0": "bad", "1": "so so", "2": "good"}
+    (archive / "index_to_name.json").write_text(json.dumps(names))
+    handler, context = ready(archive)
+    (body,) = handler.handle([{"body": {"text": "a", "top_k": None}}], context)
+    assert {a["label"] for a in json.loads(body)} == set(names.values())
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"0": "a"}', '{"0": 1, "1": 2, "2": 3}', '{"a": "b"}', '{"1": "a"}']
+)
+def test_labels_that_do_not_fit_stop_the_worker(archive, text):
+    (archive / "index_to_name.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"index_to_name\.json"):
+        ready(archive)
+
+
+def test_labels_of_question_answering_are_not_read(tmp_path):
+    assert read_labels(tmp_path, model_info("question_answering")) is None
+
+
+def test_mistakes_stop_the_worker_and_are_logged(archive, caplog):
+    with pytest.raises(ConfigError, match="max_lenght"):
+        ready(archive, {"max_lenght": 5})
+    assert "cannot serve fake" in caplog.text
+    assert "max_lenght" in caplog.text
+    (archive / "traced_model.pt").unlink()
+    with pytest.raises(ConfigError, match=r"traced_model\.pt"):
+        ready(archive)
+
+
+def test_metrics_are_emitted_once_a_batch(archive):
+    handler, context = ready(archive)
+    assert context.emitted == []
+    handler.handle([{"body": "a film"}, {"body": "film"}, {"body": bytearray()}], context)
+    emitted = {name: (value, unit, kind) for name, value, unit, kind in context.emitted}
+    assert len(emitted) == len(context.emitted)
+    assert emitted["ft_requests_total"] == (3, "count", "counter")
+    assert emitted["ft_tokens_total"][0] == 4 + 3
+    assert emitted["ft_padding_avoided_total"][0] == 1
+    assert emitted["ft_refused_total"][0] == 1
+    assert "ft_failed_total" not in emitted
+    assert emitted["ft_compute_seconds"][1:] == ("s", "histogram")
+    assert emitted.keys() <= {m.name for m in METRICS}
+
+
+def test_metrics_can_be_switched_off(archive):
+    handler, context = ready(archive, {"metrics": False})
+    handler.handle([{"body": "a film"}], context)
+    assert context.emitted == []
+
+
+def test_a_lost_device_ends_the_worker(archive, monkeypatch):
+    handler, context = ready(archive)
+
+    def lost(data):
+        raise EngineLost("gone")
+
+    monkeypatch.setattr(handler._pipeline, "run", lost)
+    with pytest.raises(SystemExit):
+        handler.handle([{"body": "a"}], context)
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert choose_device("auto", 0).type == "cpu"
+    with pytest.raises(ConfigError, match="device"):
+        choose_device("cuda", 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert str(choose_device("auto", 1)) == "cuda:1"
+    assert choose_device("auto", None).type == "cpu"
+    assert choose_device("cpu", 1).type == "cpu"
+    assert str(choose_device("cuda", None)) == "cuda:0"
+
+
+def test_the_entry_point_initialises_then_answers(archive):
+    from ft_handler.entry import handle
+
+    context = FakeContext(str(archive), None)
+    assert handle(None, context) is None
+    (body,) = handle([{"body": "a film"}], context)
+    assert "label" in json.loads(body)
+
+
+def test_entry_offers_torchserve_a_function_and_no_class():
+    import inspect
+
+    from ft_handler import entry
+
+    classes = inspect.getmembers(
+        entry, lambda m: inspect.isclass(m) and m.__module__ == entry.__name__
+    )
+    assert classes == []

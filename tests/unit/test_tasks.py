@@ -1,0 +1,276 @@
+"""Postprocessing against small, slow definitions of the same thing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fakes import token_logits
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ft_handler.codec import ALL_LABELS
+from ft_handler.tasks import (
+    Classification,
+    QuestionAnswering,
+    best_spans,
+    default_function,
+    sigmoid,
+    softmax,
+)
+from ft_handler.tokenization import QuestionEncoder, load_tokenizer
+from ft_handler.types import (
+    ClassificationParams,
+    Encoding,
+    QuestionInput,
+    QuestionParams,
+    TextInput,
+)
+
+LABELS = {0: "negative", 1: "neutral", 2: "positive"}
+LOGITS = np.array([[0.0, 1.0, 2.0], [3.0, -1.0, 0.5]], np.float32)
+
+
+def classify(params, logits=LOGITS, labels=LABELS, problem_type=None, truncated=()):
+    inputs = [TextInput("a", None, p) for p in params]
+    encodings = [Encoding([[1]], [1], i in truncated) for i in range(len(params))]
+    return Classification(labels, problem_type).predict(inputs, encodings, logits)
+
+
+def test_the_best_label_as_an_object():
+    first, second = classify([ClassificationParams(None, None, True)] * 2)
+    e = np.exp([0.0, 1.0, 2.0])
+    assert first == {"label": "positive", "score": pytest.approx(e[2] / e.sum())}
+    assert second["label"] == "negative"
+    assert type(first["score"]) is float
+
+
+def test_top_k_is_a_sorted_list_and_each_request_keeps_its_own():
+    params = [ClassificationParams(2, None, True), ClassificationParams(ALL_LABELS, "none", True)]
+    first, second = classify(params)
+    assert [a["label"] for a in first] == ["positive", "neutral"]
+    assert second == [
+        {"label": "negative", "score": 3.0},
+        {"label": "positive", "score": 0.5},
+        {"label": "neutral", "score": -1.0},
+    ]
+    (many, _) = classify([ClassificationParams(99, None, True)] * 2)
+    assert len(many) == 3
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels", "function"),
+    [
+        (None, 1, "sigmoid"),
+        (None, 2, "softmax"),
+        ("regression", 1, "none"),
+        ("regression", 3, "none"),
+        ("multi_label_classification", 3, "sigmoid"),
+        ("single_label_classification", 3, "softmax"),
+    ],
+)
+def test_the_default_function_is_the_models(problem_type, labels, function):
+    assert default_function(problem_type, labels) == function
+
+
+def test_regression_and_multi_label_scores():
+    params = [ClassificationParams(None, None, True)] * 2
+    (first, _) = classify(params, LOGITS[:, :1] - 0.5, {0: "stars"}, "regression")
+    assert first == {"label": "stars", "score": -0.5}
+    (first, _) = classify(params, LOGITS, LABELS, "multi_label_classification")
+    assert first == {"label": "positive", "score": pytest.approx(1 / (1 + np.exp(-2.0)))}
+
+
+def test_truncation_is_flagged_in_every_form():
+    params = [ClassificationParams(None, None, True), ClassificationParams(2, None, True)]
+    first, second = classify(params, truncated={0, 1})
+    assert first["truncated"] is True
+    assert all(a["truncated"] is True for a in second)
+    assert "truncated" not in classify(params)[0]
+
+
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=5))
+def test_functions_survive_extreme_logits(row):
+    logits = np.array([row], np.float32)
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        assert softmax(logits).sum() == pytest.approx(1, abs=1e-5)
+        scores = sigmoid(logits)
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert scores == pytest.approx(1 / (1 + np.exp(-np.clip(logits.astype(float), -99, 99))))
+
+
+# -- question answering --------------------------------------------------------------------------
+
+
+def all_spans(start, end, max_answer_len):
+    """Every span of one window: start, end [1 + n] with `[CLS]` first; {(first, last): score}."""
+    p, q = (np.exp(x.astype(float) - x.max()) for x in (start, end))
+    p, q = p / p.sum(), q / q.sum()
+    n = len(start) - 1
+    spans = {
+        (i, j): p[1 + i] * q[1 + j] for i in range(n) for j in range(i, min(n, i + max_answer_len))
+    }
+    return spans, p[0] * q[0]
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    st.integers(1, 20),
+    st.integers(1, 30),
+    st.integers(0, 2**32 - 1),
+)
+def test_best_spans_are_the_best_of_all_spans(counts, max_answer_len, wanted, seed):
+    rng = np.random.default_rng(seed)
+    pieces, cls, begins, at = [], [], [], 0
+    for n in counts:
+        question = int(rng.integers(0, 4))
+        cls.append(at)
+        begins.append(at + 1 + question)
+        size = 1 + question + n + 1
+        pieces.append((3 * rng.standard_normal((2, size))).astype(np.float32))
+        at += size
+    start, end = np.concatenate(pieces, axis=1)
+    null, scores, firsts, lasts = best_spans(
+        start, end, np.array(cls), np.array(begins), np.array(counts), max_answer_len, wanted
+    )
+    for w, n in enumerate(counts):
+        keep = [cls[w], *range(begins[w], begins[w] + n)]
+        spans, at_cls = all_spans(start[keep], end[keep], max_answer_len)
+        assert null[w] == pytest.approx(at_cls, rel=1e-4)
+        found = [
+            (s, (i, j)) for s, i, j in zip(scores[w], firsts[w], lasts[w], strict=True) if s >= 0
+        ]
+        best = sorted(spans.values(), reverse=True)[:wanted]
+        assert [s for s, _ in found] == pytest.approx(best, rel=1e-4)
+        for score, span in found:
+            assert spans[span] == pytest.approx(score, rel=1e-4)
+        assert len({span for _, span in found}) == len(found)
+
+
+def test_underflowing_logits_still_give_a_span():
+    start = np.array([0, -1000, -1000, -1000], np.float32)
+    null, scores, firsts, _ = best_spans(
+        start, start, np.array([0]), np.array([1]), np.array([2]), 15, 12
+    )
+    assert null[0] == 1
+    assert [s for s in scores[0] if s >= 0] == [0, 0, 0]
+    assert set(firsts[0][:3]) <= {0, 1}
+
+
+CONTEXT = (
+    "The old bridge was built by an engineer. The captain sailed on the river; the Old Bridge "
+    "of the city was opened last year, and a painter wrote of it."
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    return load_tokenizer(tiny_tokenizer)
+
+
+def params(**changes):
+    values = {
+        "top_k": 1, "doc_stride": 4, "max_answer_len": 15, "max_seq_len": 24,
+        "max_question_len": 64, "handle_impossible_answer": False, "align_to_words": True,
+    }  # fmt: skip
+    return QuestionParams(**{**values, **changes})
+
+
+def answer(tokenizer, items):
+    encodings = QuestionEncoder(tokenizer, 128).encode(items)
+    pieces = [
+        token_logits(np.array(ids), np.arange(len(ids)) >= split)
+        for e in encodings
+        for ids, split in zip(e.sequences, e.splits, strict=True)
+    ]
+    start, end = (np.concatenate(side) for side in zip(*pieces, strict=True))
+    return QuestionAnswering().predict(items, encodings, start, end)
+
+
+def by_definition(tokenizer, item):
+    """The answers of one question, from the definition, span by span."""
+    p = item.params
+    (encoding,) = QuestionEncoder(tokenizer, 128).encode([item])
+    windows = encoding.windows
+    wanted = 2 * p.top_k + 10 if p.align_to_words else p.top_k
+    found: list[list] = []
+    null = 1e6
+    for ids, split, (begin, stop) in zip(
+        encoding.sequences, encoding.splits, windows.spans, strict=True
+    ):
+        start, end = token_logits(np.array(ids), np.arange(len(ids)) >= split)
+        keep = [0, *range(windows.first, windows.first + stop - begin)]
+        spans, at_cls = all_spans(start[keep], end[keep], p.max_answer_len)
+        null = min(null, at_cls)
+        for (i, j), score in sorted(spans.items(), key=lambda s: -s[1])[:wanted]:
+            a, b = windows.context.offsets[begin + i][0], windows.context.offsets[begin + j][1]
+            if p.align_to_words:
+                while a > 0 and item.context[a - 1].isalnum() and item.context[a].isalnum():
+                    a -= 1
+                while (
+                    b < len(item.context)
+                    and item.context[b].isalnum()
+                    and item.context[b - 1].isalnum()
+                ):
+                    b += 1
+            text = item.context[a:b]
+            same = [f for f in found if f[3].lower() == text.lower()]
+            if same:
+                same[0][0] += score
+            else:
+                found.append([score, a, b, text])
+    if p.handle_impossible_answer:
+        found.append([null, 0, 0, ""])
+    found.sort(key=lambda f: -f[0])
+    return found[: p.top_k]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"top_k": 5},
+        {"top_k": 5, "align_to_words": False},
+        {"top_k": 3, "max_answer_len": 2},
+        {"top_k": 40, "handle_impossible_answer": True},
+        {"max_seq_len": 128, "doc_stride": None, "top_k": 4},
+    ],
+)
+def test_answers_follow_the_definition(tokenizer, changes):
+    items = [
+        QuestionInput(q, c, params(**changes))
+        for q, c in (("who built it", CONTEXT), ("when", CONTEXT[:40]), ("what", "a bridge"))
+    ]
+    for item, got in zip(items, answer(tokenizer, items), strict=True):
+        answers = got if isinstance(got, list) else [got]
+        assert isinstance(got, list) == (item.params.top_k > 1)
+        want = by_definition(tokenizer, item)
+        assert [a["score"] for a in answers] == pytest.approx([w[0] for w in want], rel=1e-4)
+        for a, (_, begin, stop, text) in zip(answers, want, strict=True):
+            assert (a["start"], a["end"], a["answer"]) == (begin, stop, text)
+            if text:
+                assert item.context[a["start"] : a["end"]] == a["answer"]
+
+
+def test_requests_of_different_parameters_do_not_disturb_each_other(tokenizer):
+    items = [
+        QuestionInput("who", CONTEXT, params()),
+        QuestionInput("who", CONTEXT, params(top_k=3)),
+        QuestionInput("who", CONTEXT, params(handle_impossible_answer=True, max_seq_len=40)),
+        QuestionInput("who", CONTEXT, params()),
+    ]
+    together = answer(tokenizer, items)
+    for item, got in zip(items, together, strict=True):
+        assert answer(tokenizer, [item]) == [got]
+
+
+def test_equal_answers_of_overlapping_windows_are_one(tokenizer):
+    item = QuestionInput("who", CONTEXT, params(top_k=50, max_answer_len=1))
+    (answers,) = answer(tokenizer, [item])
+    texts = [a["answer"].lower() for a in answers]
+    assert len(texts) == len(set(texts))
+    assert "bridge" in texts
+
+
+def test_a_cut_question_is_flagged(tokenizer):
+    item = QuestionInput("who " * 30, CONTEXT, params(max_question_len=3))
+    assert answer(tokenizer, [item])[0]["truncated"] is True

@@ -1,0 +1,206 @@
+"""Truncation and windows against the tokenizers library's own, flags, and lower-casing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from ft_handler.errors import ConfigError, UnusableRequest
+from ft_handler.tokenization import (
+    QuestionEncoder,
+    TextEncoder,
+    load_tokenizer,
+    longest_first,
+    window_spans,
+)
+from ft_handler.types import ClassificationParams, QuestionInput, QuestionParams, TextInput
+
+CUT = ClassificationParams(None, None, True)
+KEEP = ClassificationParams(None, None, False)
+WORDS = ["the", "film", "was", "a", "good", "story", "unbuilt", "of", "an", "oldest", "bridge", "."]
+TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer) -> Tokenizer:
+    return load_tokenizer(tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def own(tiny_tokenizer) -> Tokenizer:
+    """Another instance, to be told to truncate by itself."""
+    return Tokenizer.from_file(str(tiny_tokenizer / "tokenizer.json"))
+
+
+def question(text="who built it", context="an engineer built the bridge", **changes):
+    values = {
+        "top_k": 1, "doc_stride": None, "max_answer_len": 15, "max_seq_len": 32,
+        "max_question_len": 8, "handle_impossible_answer": False, "align_to_words": True,
+    }  # fmt: skip
+    return QuestionInput(text, context, QuestionParams(**{**values, **changes}))
+
+
+def test_a_text_by_eye(tokenizer):
+    (encoding,) = TextEncoder(tokenizer, 128).encode([TextInput("A Good film!", None, CUT)])
+    tokens = [tokenizer.id_to_token(i) for i in encoding.sequences[0]]
+    assert tokens == ["[CLS]", "a", "good", "film", "!", "[SEP]"]
+    assert encoding.splits == [6]
+    assert encoding.truncated is False
+
+
+def test_a_pair_by_eye(tokenizer):
+    (encoding,) = TextEncoder(tokenizer, 128).encode([TextInput("a film", "the plot", CUT)])
+    assert encoding.splits == [4]
+    assert len(encoding.sequences[0]) == 7
+
+
+@given(TEXTS, st.integers(4, 20))
+def test_texts_are_cut_as_the_library_cuts_them(tokenizer, own, text, limit):
+    own.enable_truncation(limit)
+    (encoding,) = TextEncoder(tokenizer, limit).encode([TextInput(text, None, CUT)])
+    assert encoding.sequences == [own.encode(text).ids]
+    assert encoding.truncated == bool(own.encode(text).overflowing)
+
+
+@given(TEXTS, TEXTS, st.integers(5, 24))
+def test_pairs_are_cut_as_the_library_cuts_them(tokenizer, own, first, second, limit):
+    own.enable_truncation(limit, strategy="longest_first")
+    theirs = own.encode(first, second)
+    (encoding,) = TextEncoder(tokenizer, limit).encode([TextInput(first, second, CUT)])
+    assert encoding.sequences == [theirs.ids]
+    ones = [0] * encoding.splits[0] + [1] * (len(theirs.ids) - encoding.splits[0])
+    assert ones == theirs.type_ids
+    assert encoding.truncated == (len(tokenizer.encode(first, second).ids) > limit)
+
+
+@given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 60))
+def test_longest_first_keeps_as_much_as_fits(first, second, room):
+    a, b = longest_first(first, second, room)
+    assert 0 <= a <= first
+    assert 0 <= b <= second
+    assert a + b == min(first + second, room)
+
+
+def test_over_the_limit_without_truncation_is_refused_alone(tokenizer):
+    encoder = TextEncoder(tokenizer, 6)
+    long = "a film of the old city"
+    out = encoder.encode(
+        [TextInput("a film", None, KEEP), TextInput(long, None, KEEP), TextInput("a", long, KEEP)]
+    )
+    assert out[0].truncated is False
+    assert isinstance(out[1], UnusableRequest)
+    assert isinstance(out[2], UnusableRequest)
+    assert "8 tokens" in str(out[1])
+
+
+def test_a_limit_without_room_is_a_configuration_error(tokenizer):
+    with pytest.raises(ConfigError, match="max_length"):
+        TextEncoder(tokenizer, 3)
+
+
+@given(TEXTS, st.integers(8, 24), st.integers(0, 3))
+def test_windows_are_the_librarys_overflowing_parts(tokenizer, own, context, size, overlap):
+    own.enable_truncation(size, stride=overlap, strategy="only_second")
+    first = own.encode("who", context)
+    theirs = [first, *first.overflowing]
+    item = question("who", context, max_seq_len=size, doc_stride=overlap)
+    (encoding,) = QuestionEncoder(tokenizer, 128).encode([item])
+    assert encoding.sequences == [e.ids for e in theirs]
+    for split, window, e in zip(encoding.splits, encoding.windows.spans, theirs, strict=True):
+        assert e.type_ids == [0] * split + [1] * (len(e.ids) - split)
+        at = e.sequence_ids.index(1)
+        assert at == encoding.windows.first
+        token = encoding.windows.context.token_to_chars(window[0])
+        assert token == e.offsets[at]
+
+
+@given(st.integers(0, 300), st.integers(1, 50), st.integers(0, 49))
+def test_windows_cover_every_token(tokens, room, overlap):
+    overlap = min(overlap, room - 1)
+    spans = window_spans(tokens, room, overlap)
+    assert spans[0][0] == 0
+    assert spans[-1][1] == tokens
+    assert all(b - a <= room for a, b in spans)
+    for (_, end), (begin, _) in pairwise(spans):
+        assert end - begin == overlap
+
+
+def test_long_questions_are_cut_and_flagged(tokenizer):
+    long = " ".join(["who"] * 20)
+    (encoding,) = QuestionEncoder(tokenizer, 128).encode([question(long)])
+    assert encoding.truncated is True
+    assert encoding.windows.first == 1 + 8 + 1
+
+
+def test_the_default_overlap_follows_the_window(tokenizer):
+    context = " ".join(WORDS * 4)
+    (encoding,) = QuestionEncoder(tokenizer, 128).encode([question("who", context, max_seq_len=24)])
+    (_, end), (begin, _) = encoding.windows.spans[:2]
+    assert end - begin == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"max_seq_len": 129}, "129.*128"),
+        ({"max_seq_len": 5}, "max_seq_len"),
+        ({"doc_stride": 30}, "doc_stride"),
+        ({"max_question_len": 40, "text": "who " * 40}, "max_question_len"),
+        ({"context": "\u200b"}, "context"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(tokenizer, changes, named):
+    (error,) = QuestionEncoder(tokenizer, 128).encode([question(**changes)])
+    assert isinstance(error, UnusableRequest)
+    with pytest.raises(UnusableRequest, match=named):
+        raise error
+
+
+def test_offsets_are_characters_of_the_clients_text(tokenizer):
+    context = "\U0001f600 Café au lait — the old bridge"
+    (encoding,) = QuestionEncoder(tokenizer, 128).encode([question(context=context)])
+    words = encoding.windows.context.word_ids
+    begin, end = encoding.windows.context.word_to_chars(words[-1])
+    assert context[begin:end] == "bridge"
+
+
+def test_truncation_and_padding_of_the_file_are_ignored(tiny_tokenizer, tmp_path):
+    data = json.loads((tiny_tokenizer / "tokenizer.json").read_text())
+    data["truncation"] = {
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    data["padding"] = {
+        "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]",
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert len(load_tokenizer(tmp_path).encode("a film of the city").ids) == 7
+
+
+@pytest.mark.parametrize("lower", [True, False, None])
+def test_lower_casing_follows_the_setting_then_the_file(tiny_tokenizer, lower):
+    tokens = load_tokenizer(tiny_tokenizer, do_lower_case=lower).encode("Film").tokens
+    assert ("film" in tokens) == (lower is not False)
+
+
+def test_a_vocabulary_alone_is_enough(tiny_tokenizer, tmp_path, tokenizer):
+    shutil.copy(tiny_tokenizer / "vocab.txt", tmp_path)
+    legacy = load_tokenizer(tmp_path)
+    for text in ("A film, sailed!", "[SEP] x", "naïve"):
+        assert legacy.encode(text).ids == tokenizer.encode(text).ids
+        assert legacy.encode(text, "a").type_ids == tokenizer.encode(text, "a").type_ids
+    assert "film" not in load_tokenizer(tmp_path, do_lower_case=False).encode("Film").tokens
+
+
+def test_missing_and_broken_tokenizers_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json and .*vocab\.txt"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is not a tokenizer"):
+        load_tokenizer(tmp_path)
