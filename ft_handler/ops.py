@@ -181,20 +181,8 @@ def _prepare_weight_fake(weight: Tensor) -> Tensor:
     return weight.new_empty(size, dtype=torch.uint8)
 
 
-@_fake("remove_padding")
-def _remove_padding_fake(
-    input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.SymInt]:
-    context = torch.library.get_ctx()
-    total = context.new_dynamic_size()
-    return (
-        input_ids.new_empty(total),
-        token_type_ids.new_empty(total),
-        input_ids.new_empty(total, dtype=torch.int32),
-        input_ids.new_empty(total, dtype=torch.int64),
-        input_ids.new_empty(input_ids.shape[0] + 1, dtype=torch.int32),
-        context.new_dynamic_size(),
-    )
+# remove_padding has none: it returns the longest length as a plain integer, which no symbolic
+# trace can hold. It runs once, before the part worth compiling.
 
 
 @_fake("restore_padding")

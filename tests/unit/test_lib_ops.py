@@ -1,0 +1,137 @@
+"""Schemas, fake kernels and wrappers of the ops, by torch's own checker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ft_handler import ops, reference
+
+TOKENS, HIDDEN, HEADS, INNER, LAYERS = 7, 24, 2, 40, 2
+CU_SEQLENS = torch.tensor([0, 3, 7], dtype=torch.int32)
+
+
+def normal(*shape: int) -> Tensor:
+    """Small random numbers."""
+    return torch.randn(*shape) * 0.3
+
+
+def padded() -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, types and a ragged mask: three `[2,5]`."""
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 1, 1]])
+    return torch.randint(0, 30, (2, 5)), torch.randint(0, 2, (2, 5)), mask
+
+
+def ids() -> tuple[Tensor, Tensor]:
+    """Packed ids and types."""
+    return torch.randint(0, 30, (TOKENS,)), torch.randint(0, 2, (TOKENS,))
+
+
+def tables() -> list[Tensor]:
+    """Embedding tables and their norm."""
+    return [
+        normal(30, HIDDEN),
+        normal(8, HIDDEN),
+        normal(2, HIDDEN),
+        normal(HIDDEN),
+        normal(HIDDEN),
+    ]
+
+
+def layers(prepare: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Stacked weights of the layers, in the encoder's order."""
+    wide, narrow = (LAYERS, 3 * HIDDEN, HIDDEN), (LAYERS, HIDDEN, HIDDEN)
+    up, down = (LAYERS, INNER, HIDDEN), (LAYERS, HIDDEN, INNER)
+    return [
+        prepare(normal(*wide)), normal(LAYERS, 3 * HIDDEN),
+        prepare(normal(*narrow)), normal(LAYERS, HIDDEN),
+        normal(LAYERS, HIDDEN), normal(LAYERS, HIDDEN),
+        prepare(normal(*up)), normal(LAYERS, INNER),
+        prepare(normal(*down)), normal(LAYERS, HIDDEN),
+        normal(LAYERS, HIDDEN), normal(LAYERS, HIDDEN),
+    ]  # fmt: skip
+
+
+def arguments(name: str, prepare: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """Arguments of one call of each op."""
+    cases: dict[str, Callable[[], tuple[Any, ...]]] = {
+        "prepare_weight": lambda: (normal(LAYERS, INNER, HIDDEN),),
+        "remove_padding": padded,
+        "restore_padding": lambda: (normal(3, 4), torch.tensor([0, 2, 7]), 2, 5, -1.0),
+        "embedding_layer_norm": lambda: (*ids(), None, CU_SEQLENS, *tables(), 1e-12),
+        "linear": lambda: (
+            normal(TOKENS, HIDDEN),
+            prepare(normal(INNER, HIDDEN)),
+            normal(INNER),
+            normal(TOKENS, INNER),
+            False,
+        ),
+        "varlen_attention": lambda: (normal(TOKENS, 3 * HIDDEN), CU_SEQLENS, 4, HEADS),
+        "residual_layer_norm": lambda: (
+            normal(TOKENS, HIDDEN),
+            normal(HIDDEN),
+            normal(TOKENS, HIDDEN),
+            normal(HIDDEN),
+            normal(HIDDEN),
+            1e-12,
+        ),
+        "bias_gelu": lambda: (normal(TOKENS, INNER), normal(INNER)),
+        "encoder": lambda: (
+            *ids(), None, CU_SEQLENS, 4, *tables(), *layers(prepare), HEADS, 1e-12,
+        ),
+    }  # fmt: skip
+    torch.manual_seed(1)
+    return cases[name]()
+
+
+NAMES = (
+    "prepare_weight",
+    "remove_padding",
+    "restore_padding",
+    "embedding_layer_norm",
+    "linear",
+    "varlen_attention",
+    "residual_layer_norm",
+    "bias_gelu",
+    "encoder",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str) -> None:
+    op = getattr(torch.ops.fastertransformer, name).default
+    checks = ["test_schema", "test_autograd_registration"]
+    if name != "remove_padding":  # it returns an integer, which cannot be traced
+        checks += ["test_faketensor", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(op, arguments(name, ops.prepare_weight), test_utils=checks)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "prepare_weight"])
+def test_wrappers_agree_with_their_twins(name: str) -> None:
+    found = getattr(ops, name)(*arguments(name, ops.prepare_weight))
+    wanted = getattr(reference, name)(*arguments(name, reference.prepare_weight))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_library_registers_nothing_without_a_twin() -> None:
+    schemas = torch._C._jit_get_all_schemas()
+    registered = {s.name for s in schemas if s.name.startswith("fastertransformer::")}
+    assert registered - {"fastertransformer::build_info"} >= {
+        f"fastertransformer::{n}" for n in NAMES
+    }
+    for name in NAMES:
+        assert callable(getattr(reference, name))
+        assert callable(getattr(ops, name))
+
+
+def test_linear_without_bias_and_residual_compiles() -> None:
+    weight = ops.prepare_weight(normal(INNER, HIDDEN))
+    op = torch.ops.fastertransformer.linear.default
+    utilities = ("test_schema", "test_faketensor")
+    for bias, residual in ((None, None), (None, normal(TOKENS, INNER))):
+        arguments = (normal(TOKENS, HIDDEN), weight, bias, residual, True)
+        torch.library.opcheck(op, arguments, test_utils=utilities)
