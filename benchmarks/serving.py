@@ -161,13 +161,15 @@ def archive(name: str, handler: Path, files: list[Path], settings: str, store: P
     yaml = store.parent / f"{name}.yaml"
     yaml.write_text(settings)
     command = [
-        sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name,
-        "--version", "1.0", "--handler", str(handler), "--export-path", str(store), "--force",
+        sys.executable, "-W", "ignore", "-m", "model_archiver.model_packaging",
+        "--model-name", name, "--version", "1.0", "--handler", str(handler), "--export-path", str(store), "--force",
         "--config-file", str(yaml),
     ]  # fmt: skip
     if files:
         command += ["--extra-files", ",".join(map(str, files))]
-    environment = {**os.environ, "TMPDIR": str(store.parent)}
+    scratch = store.parent / "archiver"  # the archiver deletes $TMPDIR/NAME
+    scratch.mkdir(exist_ok=True)
+    environment = {**os.environ, "TMPDIR": str(scratch)}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
 
 
@@ -291,9 +293,11 @@ def measure(
                         load = (url, system["bodies"], system["kind"], connections)
                         if turn == 0:
                             run(*load, arguments.warm_up)
+                            drain(server, name, system)
                         before = own_metrics(server)
                         figures = run(*load, arguments.seconds)
                         after = own_metrics(server)
+                        drain(server, name, system)
                         figures["handler"] = {
                             key.partition(":")[2]: round(value - before.get(key, 0), 4)
                             for key, value in after.items()
@@ -333,6 +337,15 @@ def scale(server: Server, name: str, workers: int) -> None:
     """Exactly `workers` workers, and wait for them."""
     url = f"{server.management}/models/{name}?min_worker={workers}&max_worker={max(workers, 1)}"
     server.request(f"{url}&synchronous=true", b"", "PUT", timeout=300)
+
+
+def drain(server: Server, name: str, system: dict[str, Any]) -> None:
+    """Wait until the queue is empty: one more request comes out after all that were cut off."""
+    body = system["bodies"].read_bytes().split(b"\n", 1)[0]
+    call = urllib.request.Request(
+        f"{server.inference}/predictions/{name}", body, {"Content-Type": system["kind"]}
+    )
+    urllib.request.urlopen(call, timeout=300).read()
 
 
 def print_ratios(rows: list[dict[str, Any]]) -> None:
