@@ -162,8 +162,8 @@ def archive(name: str, handler: Path, files: list[Path], settings: str, store: P
     yaml.write_text(settings)
     command = [
         sys.executable, "-W", "ignore", "-m", "model_archiver.model_packaging",
-        "--model-name", name, "--version", "1.0", "--handler", str(handler), "--export-path", str(store), "--force",
-        "--config-file", str(yaml),
+        "--model-name", name, "--version", "1.0", "--handler", str(handler),
+        "--export-path", str(store), "--force", "--config-file", str(yaml),
     ]  # fmt: skip
     if files:
         command += ["--extra-files", ",".join(map(str, files))]
