@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from ft_handler.errors import EnvironmentProblem, ModelError
 
 LABELS_FILE = "labels.json"
+UNSAFE_PICKLE = "its pickled file holds more than tensors, and nothing else is ever unpickled"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -87,7 +89,10 @@ def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if pickled.is_file():
         import torch
 
-        state = torch.load(pickled, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(pickled, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ModelError(f"{path}: {UNSAFE_PICKLE}") from error
         return {k: tuple(v.shape) for k, v in state.items()}
     raise ModelError(f"{path}: no adapter_model.safetensors and no adapter_model.bin")
 
@@ -105,13 +110,13 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
         warnings.simplefilter("always")
         try:
             wrapped = PeftModel.from_pretrained(model, str(adapter.path))
+            merged: nn.Module = wrapped.merge_and_unload()
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             first = str(error).strip().splitlines()[0]
             raise ModelError(f"{adapter.path}: does not fit the model: {first}") from error
     complaints = [str(w.message) for w in caught if "adapter keys" in str(w.message)]
     if complaints:
         raise ModelError(f"{adapter.path}: does not fit the model: {complaints[0][:300]}")
-    merged: nn.Module = wrapped.merge_and_unload()
     state = merged.state_dict()
     for name, shape in adapter.replaced.items():
         if name not in state:

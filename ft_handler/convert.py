@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import pickle
 import re
 import urllib.error
 import urllib.request
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ft_handler.adapters import Adapter, merge_adapter, read_adapter
+from ft_handler.adapters import UNSAFE_PICKLE, Adapter, merge_adapter, read_adapter
 from ft_handler.errors import EnvironmentProblem, ModelError
 from ft_handler.model import MODES, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
 
@@ -268,6 +269,8 @@ def load_checkpoint(
     if mode not in MODES:
         raise ModelError(f"mode {mode!r} is not one of {', '.join(MODES)}")
     transformers = import_transformers()
+    from safetensors import SafetensorError
+
     source = resolve(model_name_or_path, cache_dir)
     origin = model_name_or_path
     config_source = resolve(config_name, cache_dir) if config_name else source
@@ -292,7 +295,9 @@ def load_checkpoint(
                 weights_only=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except pickle.UnpicklingError as error:
+            raise ModelError(f"{origin}: {UNSAFE_PICKLE}") from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{origin}: {first_line(error)}") from error
     _check_report(report, row, mode, brought, origin)
     model = model.float().eval()
