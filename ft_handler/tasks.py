@@ -104,6 +104,10 @@ def _mark_truncated(prediction: Prediction) -> None:
         answer["truncated"] = True
 
 
+#: Of a single answer: twelve spans left out change its score by 1e-5 of it at most.
+_LEAST_SHARE = 1e-6
+
+
 class QuestionAnswering:
     """Start and end logits of every window to answers, as transformers 4.57's pipeline has them.
 
@@ -173,6 +177,7 @@ class QuestionAnswering:
             answers = _answers(
                 windows,
                 params.align_to_words,
+                _LEAST_SHARE if params.top_k == 1 else 0.0,
                 scores[window:until],
                 firsts[window:until],
                 lasts[window:until],
@@ -270,40 +275,31 @@ def _sliding_max(values: Floats, width: int) -> Floats:
 def _answers(
     windows: QuestionWindows,
     align_to_words: bool,
+    least: float,
     scores: list[list[float]],
     firsts: list[list[int]],
     lasts: list[list[int]],
 ) -> list[dict[str, Any]]:
-    """Spans as text, equal texts merged, in the order they were found."""
-    context, text = windows.context, windows.text
+    """Spans as text, equal texts merged, in the order they were found.
+
+    least  spans with less than this share of their window's best score are left out
+    """
+    span, text = windows.context.span, windows.text
     answers: dict[str, dict[str, Any]] = {}
     for w, (base, _) in enumerate(windows.spans):
+        floor = scores[w][0] * least
         for score, first, last in zip(scores[w], firsts[w], lasts[w], strict=True):
-            if score < 0:  # past the window's end, as are all that follow
+            # Sorted: what follows is smaller still, or past the window's end (negative).
+            if score < floor or score < 0:
                 break
-            begin = _characters(context, base + first, align_to_words)[0]
-            stop = _characters(context, base + last, align_to_words)[1]
+            begin, stop = span(base + first, align_to_words)
+            if last != first:
+                stop = span(base + last, align_to_words)[1]
             answer = text[begin:stop]
-            known = answers.get(answer.lower())
+            key = answer.lower()
+            known = answers.get(key)
             if known is not None:
                 known["score"] += score
             else:
-                answers[answer.lower()] = {
-                    "score": score,
-                    "start": begin,
-                    "end": stop,
-                    "answer": answer,
-                }
+                answers[key] = {"score": score, "start": begin, "end": stop, "answer": answer}
     return list(answers.values())
-
-
-def _characters(context: Any, token: int, align_to_words: bool) -> tuple[int, int]:
-    """The characters [begin, end) of a context token, or of the word it belongs to."""
-    if align_to_words:
-        word = context.token_to_word(token)
-        if word is not None:
-            chars: tuple[int, int] | None = context.word_to_chars(word)
-            if chars is not None:
-                return chars
-    span: tuple[int, int] = context.token_to_chars(token)
-    return span

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding as TokenizersEncoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +80,25 @@ class Request:
     outputs: tuple[str, ...] | None = None
 
 
+class TokenMap(Protocol):
+    """Where the tokens of a text came from."""
+
+    def span(self, token: int, whole_word: bool) -> tuple[int, int]:
+        """The characters [begin, end) of a token, or of the word it belongs to."""
+
+
 @dataclass(slots=True)
 class QuestionWindows:
     """What the windows of one question mean.
 
     text      the client's own context
-    context   its whole encoding, without special tokens
+    context   from the context's tokens back to `text`
     first     where the context's tokens begin in every window: after `[CLS] question [SEP]`
     spans     the context's tokens [begin, end) in each window
     """
 
     text: str
-    context: TokenizersEncoding
+    context: TokenMap
     first: int
     spans: list[tuple[int, int]]
 

@@ -8,10 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from tiny import write_tiny_bert, write_tokenizer
+
+# A busy machine is no failure: examples have no deadline.
+hypothesis.settings.register_profile("repository", deadline=None)
+hypothesis.settings.load_profile("repository")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -202,7 +202,8 @@ def by_definition(tokenizer, item):
         spans, at_cls = all_spans(start[keep], end[keep], p.max_answer_len)
         null = min(null, at_cls)
         for (i, j), score in sorted(spans.items(), key=lambda s: -s[1])[:wanted]:
-            a, b = windows.context.offsets[begin + i][0], windows.context.offsets[begin + j][1]
+            a = windows.context.span(begin + i, False)[0]
+            b = windows.context.span(begin + j, False)[1]
             if p.align_to_words:
                 while a > 0 and item.context[a - 1].isalnum() and item.context[a].isalnum():
                     a -= 1

@@ -10,13 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import Metaspace
 
 from ft_handler.errors import ConfigError, UnusableRequest
 from ft_handler.tokenization import (
     QuestionEncoder,
+    RememberedChunks,
     TextEncoder,
+    WholeTexts,
     load_tokenizer,
     longest_first,
+    reader_of,
     window_spans,
 )
 from ft_handler.types import ClassificationParams, QuestionInput, QuestionParams, TextInput
@@ -116,8 +120,7 @@ def test_windows_are_the_librarys_overflowing_parts(tokenizer, own, context, siz
         assert e.type_ids == [0] * split + [1] * (len(e.ids) - split)
         at = e.sequence_ids.index(1)
         assert at == encoding.windows.first
-        token = encoding.windows.context.token_to_chars(window[0])
-        assert token == e.offsets[at]
+        assert encoding.windows.context.span(window[0], False) == e.offsets[at]
 
 
 @given(st.integers(0, 300), st.integers(1, 50), st.integers(0, 49))
@@ -165,9 +168,46 @@ def test_windows_that_cannot_be_are_refused(tokenizer, changes, named):
 def test_offsets_are_characters_of_the_clients_text(tokenizer):
     context = "\U0001f600 Café au lait — the old bridge"
     (encoding,) = QuestionEncoder(tokenizer, 128).encode([question(context=context)])
-    words = encoding.windows.context.word_ids
-    begin, end = encoding.windows.context.word_to_chars(words[-1])
+    last = encoding.windows.spans[-1][1] - 1
+    begin, end = encoding.windows.context.span(last, True)
     assert context[begin:end] == "bridge"
+
+
+ODD_CHARACTERS = st.sampled_from("aBé1 .,-'\u0301\u4e2d\u3000\n\tßΣ\u200b\U0001f600")
+ODD_WORDS = st.sampled_from([*WORDS, "[SEP]", "[MASK]x", "", "don't", "a" * 101, "é" * 60])
+ODD_TEXTS = (
+    st.text(ODD_CHARACTERS | st.characters(exclude_categories=["Cs"]), max_size=40)
+    | st.lists(ODD_WORDS).map(" ".join)
+)  # fmt: skip
+
+
+@given(st.lists(ODD_TEXTS, max_size=5), st.integers(1, 60))
+def test_remembered_chunks_read_as_the_library_reads(tokenizer, texts, capacity):
+    assert RememberedChunks.fits(tokenizer)
+    memory, whole = RememberedChunks(tokenizer, capacity), WholeTexts(tokenizer)
+    for n in (1, 2, 5, 5):
+        assert memory.ids(texts[:n]) == whole.ids(texts[:n])
+        assert len(memory._ids) <= max(capacity, len({*" ".join(texts).split(" ")}))
+    for reader in (memory, whole):
+        found, origins = reader.located(texts)
+        assert found == whole.ids(texts)
+        for text, ids, origin in zip(texts, found, origins, strict=True):
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+            for token in range(len(ids)):
+                assert origin.span(token, False) == encoding.offsets[token]
+                word = encoding.token_to_word(token)
+                if word is not None:
+                    assert origin.span(token, True) == encoding.word_to_chars(word)
+
+
+def test_chunks_are_not_remembered_where_words_may_span_blanks(tokenizer):
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.pre_tokenizer = Metaspace()
+    assert not RememberedChunks.fits(other)
+    assert isinstance(reader_of(other), WholeTexts)
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.add_tokens(["old bridge"])
+    assert not RememberedChunks.fits(other)
 
 
 def test_truncation_and_padding_of_the_file_are_ignored(tiny_tokenizer, tmp_path):
