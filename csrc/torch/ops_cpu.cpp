@@ -359,7 +359,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias,
   Tensor out = empty({tokens, n}, whole.scalar_type());
   if (tokens == 0) return out;
   const cpu::Threads threads = torch_threads();
-  const Tensor space = workspace(cpu::linear_workspace(tokens, n, input.size(1), threads));
+  const Tensor space = workspace(cpu::linear_workspace(tokens, n, threads));
   cpu::linear(op, tokens, out.mutable_data_ptr(), space.mutable_data_ptr(), threads);
   return out;
 }

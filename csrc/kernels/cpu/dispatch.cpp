@@ -159,17 +159,16 @@ const void* layer_of(const void* blob, int64_t layer) {
 void run_gemm(const Gemm& g, int64_t tokens, const Scratch& scratch, const Threads& threads) {
   const Kernels& k = kernels();
   const int64_t panels = ceil_div(g.n, k.nr);
-  const int64_t blocks = std::max<int64_t>(1, ceil_div(tokens, kRowBlock));
-  // Wide tasks reuse their rows most; about 24 a thread keep the threads level.
-  const int64_t across =
-      std::clamp(ceil_div(24 * threads.count, blocks), ceil_div(g.n, kPanelColumns),
-                 std::max(ceil_div(g.n, kPanelColumns), ceil_div(g.n, 64)));
-  const int64_t width = ceil_div(panels, across);
-  const int64_t rows = std::max<int64_t>(1, ceil_div(ceil_div(tokens, blocks), k.mr)) * k.mr;
-  const int64_t columns = ceil_div(panels, width);
-  for_tasks(threads, ceil_div(tokens, rows) * columns, [&](int64_t task, int worker) {
-    const int64_t m0 = task / columns * rows, p0 = task % columns * width;
-    k.gemm(g, m0, std::min(tokens, m0 + rows), p0, std::min(panels, p0 + width),
+  const int64_t blocks = ceil_div(tokens, kRowBlock);
+  // Wide tasks reuse their rows most; about 8 a thread, and as many for each, level the threads.
+  const int64_t least = ceil_div(g.n, kPanelColumns);
+  int64_t across =
+      std::clamp(ceil_div(8 * threads.count, blocks), least, std::max(least, ceil_div(g.n, 64)));
+  while (across < panels && blocks * across % threads.count != 0) ++across;
+  const int64_t rows = ceil_div(ceil_div(tokens, blocks), k.mr) * k.mr;
+  for_tasks(threads, ceil_div(tokens, rows) * across, [&](int64_t task, int worker) {
+    const int64_t m0 = task / across * rows, part = task % across;
+    k.gemm(g, m0, std::min(tokens, m0 + rows), panels * part / across, panels * (part + 1) / across,
            scratch.of(worker));
   });
 }
@@ -278,8 +277,8 @@ void embedding_layer_norm(const Embeddings& e, int64_t tokens, int64_t hidden, D
   embedding_plan(e, tokens, hidden, out_dtype, out, arena, true, threads);
 }
 
-int64_t linear_workspace(int64_t tokens, int64_t n, int64_t k, const Threads& threads) {
-  return aligned(tokens * leading(k) * 4) + aligned(n * 4) + aligned(tokens * n * 4) +
+int64_t linear_workspace(int64_t tokens, int64_t n, const Threads& threads) {
+  return aligned(n * 4) + aligned(tokens * n * 4) +
          threads.count * (aligned(kernels().gemm_scratch()) + 2 * kAlign);
 }
 
@@ -292,21 +291,9 @@ void linear(const Linear& op, int64_t tokens, void* out, void* workspace, const 
   g.b = layer_of(op.blob, op.layer);
   g.n = h.n;
   g.k = h.k;
-  const DType wanted = isa.input_type(h.dtype);
-  if (op.input.dtype == wanted) {
-    g.a = op.input.data;
-    g.lda = h.k;
-  } else {
-    g.lda = leading(h.k);
-    char* a = arena.take<char>(tokens * g.lda * size_of(wanted));
-    for_rows(threads, tokens, kRowsPerTask, [&](int64_t m0, int64_t m1, int) {
-      for (int64_t m = m0; m < m1; ++m) {
-        isa.convert(static_cast<const char*>(op.input.data) + m * h.k * size_of(op.input.dtype),
-                    op.input.dtype, a + m * g.lda * size_of(wanted), wanted, h.k);
-      }
-    });
-    g.a = a;
-  }
+  g.a = op.input.data;
+  g.a_type = op.input.dtype;
+  g.lda = h.k;
   g.bias = as_float(op.bias, h.n, arena, true);
   g.residual = as_float(op.residual, tokens * h.n, arena, true);
   g.ldr = h.n;
@@ -419,6 +406,7 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
     const BlobHeader& b = header(blob);
     Gemm g{};
     g.a = a;
+    g.a_type = f32;
     g.lda = lda;
     g.b = layer_of(blob, layer);
     g.weight_type = b.dtype;

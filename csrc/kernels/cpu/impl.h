@@ -5,6 +5,7 @@
 // inline function of the standard library: the linker keeps one copy of those, possibly compiled
 // for instructions that the running processor lacks.
 #include <cstring>
+#include <utility>
 
 #include "kernels/cpu/isa.h"
 
@@ -48,6 +49,31 @@ inline float max_of(Vec v) {
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
   return m;
+}
+
+template <int kStep, int... kLane>
+inline void swap_blocks(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  const Vec low =
+      __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+#else
+  const Vec low =
+      __builtin_shuffle(a, b, IVec{(kLane & kStep ? kLanes + kLane - kStep : kLane)...});
+  b = __builtin_shuffle(a, b, IVec{(kLane & kStep ? kLanes + kLane : kLane + kStep)...});
+#endif
+  a = low;
+}
+
+// Transposes a square of kLanes x kLanes, swapping blocks of 1, 2, 4, ... (Eklundh's method).
+template <int kStep = 1>
+inline void transpose(Vec (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(i & kStep)) {
+      swap_blocks<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>{});
+    }
+  }
+  if constexpr (kStep * 2 < kLanes) transpose<kStep * 2>(rows);
 }
 
 // ---- half types --------------------------------------------------------------------------------
@@ -187,19 +213,19 @@ void convert(const void* input, DType from, void* out, DType to, int64_t count) 
 
 // ---- exp and erf -------------------------------------------------------------------------------
 
-// e^x for x <= 0, relative error 2e-7; below -87 it stays at e^-87, which no sum notices.
-inline Vec exp_negative(Vec x) {
-  x = vmax(x, splat(-87.0f));
+// 2^x for x <= 0, relative error 2e-7; below -126 it stays at 2^-126, which no sum notices.
+inline Vec exp2_negative(Vec x) {
+  x = vmax(x, splat(-126.0f));
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-  const Vec shifted = x * 1.44269504f + 12582912.0f;
-  const Vec n = shifted - 12582912.0f;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  Vec p = splat(1.0f / 720);
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
+  const Vec shifted = x + 12582912.0f;
+  const Vec r = x - (shifted - 12582912.0f);
+  // Taylor's series of e^(r ln 2), |r| <= 1/2.
+  Vec p = splat(1.5403530e-4f);
+  p = p * r + 1.3333558e-3f;
+  p = p * r + 9.6181291e-3f;
+  p = p * r + 5.5504109e-2f;
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
   p = p * r + 1.0f;
   const IVec exponent = reinterpret_cast<IVec>(shifted) << 23;
   return reinterpret_cast<Vec>(reinterpret_cast<IVec>(p) + exponent);
@@ -307,7 +333,9 @@ void run_tile(int64_t rows, int vectors, const float* a, int64_t lda, const floa
   tile_of_rows<kMr>(rows, vectors, a, lda, b, depth, c, ldc, first);
 }
 
-constexpr int64_t kGemmScratch = kDepth * kNr + kRowBlock * kPanelColumns;  // floats
+// Rows of the copied block lie a little apart, off the powers of two.
+constexpr int64_t kCopyLd = kDepth + 16;
+constexpr int64_t kGemmScratch = kDepth * kNr + kRowBlock * (kCopyLd + kPanelColumns);  // floats
 
 int64_t gemm_scratch() { return kGemmScratch * 4; }
 
@@ -339,18 +367,23 @@ inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m,
 }
 
 void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* scratch) {
-  float* expanded = static_cast<float*>(scratch);
-  float* sums = expanded + kDepth * kNr;  // [kRowBlock, lds]
-  const int64_t lds = (p1 - p0) * kNr;
-  const float* a = static_cast<const float*>(g.a);
+  float* expanded = static_cast<float*>(scratch);  // [kDepth, kNr]
+  float* block = expanded + kDepth * kNr;          // [kRowBlock, kCopyLd]
+  float* sums = block + kRowBlock * kCopyLd;       // [kRowBlock, lds]
+  const int64_t lds = (p1 - p0) * kNr, rows = m1 - m0;
+  const int64_t element = size_of(g.weight_type);
   // Depth outermost: the block of rows at one depth stays in the second-level cache for all panels.
+  // It is copied, so that a tile's rows share pages instead of lying a page or more apart.
   for (int64_t k0 = 0; k0 < g.k; k0 += kDepth) {
     const int64_t depth = smaller(kDepth, g.k - k0);
+    for (int64_t m = 0; m < rows; ++m) {
+      convert(static_cast<const char*>(g.a) + ((m0 + m) * g.lda + k0) * size_of(g.a_type), g.a_type,
+              block + m * kCopyLd, DType::kFloat32, depth);
+    }
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t columns = smaller(kNr, g.n - p * kNr);
       const int vectors = static_cast<int>(ceil_div(columns, kLanes));
-      const char* packed =
-          static_cast<const char*>(g.b) + (p * g.k + k0) * kNr * size_of(g.weight_type);
+      const char* packed = static_cast<const char*>(g.b) + (p * g.k + k0) * kNr * element;
       const float* panel = expanded;
       if (g.weight_type == DType::kFloat32) {
         panel = reinterpret_cast<const float*>(packed);
@@ -358,20 +391,18 @@ void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* s
         convert(packed, g.weight_type, expanded, DType::kFloat32, depth * kNr);
       }
       // Fetch the next panel's part, a piece at each tile.
-      const char* next = packed + (p + 1 < p1 ? g.k : kDepth) * kNr * size_of(g.weight_type);
-      const int64_t piece =
-          ceil_div(depth * kNr * size_of(g.weight_type) * kMr, (m1 - m0) * 64) * 64;
-      for (int64_t m = m0; m < m1; m += kMr) {
-        for (int64_t line = 0; line < piece; line += 64) __builtin_prefetch(next + line, 0, 2);
+      const char* next = packed + g.k * kNr * element;
+      const int64_t piece = ceil_div(depth * kNr * element * kMr, rows * 64) * 64;
+      for (int64_t m = 0; m < rows; m += kMr) {
+        for (int64_t line = 0; line < piece; line += 64) __builtin_prefetch(next + line);
         next += piece;
-        run_tile(smaller(kMr, m1 - m), vectors, a + m * g.lda + k0, g.lda, panel, depth,
-                 sums + (m - m0) * lds + (p - p0) * kNr, lds, k0 == 0);
+        run_tile(smaller(kMr, rows - m), vectors, block + m * kCopyLd, kCopyLd, panel, depth,
+                 sums + m * lds + (p - p0) * kNr, lds, k0 == 0);
       }
     }
   }
   with_type(g.out_type, [&](auto target) {
-    finish_tile<decltype(target)>(g, sums, lds, m0, m1 - m0, p0 * kNr,
-                                  smaller(lds, g.n - p0 * kNr));
+    finish_tile<decltype(target)>(g, sums, lds, m0, rows, p0 * kNr, smaller(lds, g.n - p0 * kNr));
   });
 }
 
@@ -389,6 +420,58 @@ int64_t attention_scratch(int64_t longest, int64_t head_dim) {
   return (keys + values + scores + rows + kQueryRows) * 4;
 }
 
+// `count` elements from i on, zeros after them.
+template <typename Type>
+inline Vec up_to(const void* p, int64_t i, int64_t count) {
+  return count >= kLanes ? Type::at(p, i) : partial_at<Type>(p, i, larger(count, 0));
+}
+
+// Keys [length, d] into panels [length / kNr][d][kNr], values into [d / kNr][length][kNr], both in
+// float32 and with zeros in the panels' last columns.
+template <typename Source>
+void pack_keys_values(const Attention& t, float* keys, float* values) {
+  using Element = typename Source::Element;
+  const Element* k = static_cast<const Element*>(t.k);
+  const Element* v = static_cast<const Element*>(t.v);
+  const int64_t d = t.head_dim, length = t.length;
+  for (int64_t j = 0; j < padded_length(length); j += kLanes) {
+    float* panel = keys + j / kNr * kNr * d + j % kNr;
+    for (int64_t i = 0; i < d; i += kLanes) {
+      Vec square[kLanes];
+      for (int64_t e = 0; e < kLanes; ++e) {
+        square[e] = j + e < length ? up_to<Source>(k + (j + e) * t.ld, i, d - i) : Vec{};
+      }
+      transpose(square);
+      for (int64_t e = 0; e < smaller(kLanes, d - i); ++e) store(panel + (i + e) * kNr, square[e]);
+    }
+  }
+  for (int64_t i = 0; i < padded_length(d); i += kLanes) {
+    float* column = values + i / kNr * length * kNr + i % kNr;
+    for (int64_t j = 0; j < length; ++j) {
+      store(column + j * kNr, i < d ? up_to<Source>(v + j * t.ld, i, d - i) : Vec{});
+    }
+  }
+}
+
+// row = exp2(scale (row - its largest)), the largest and the sum over `length` elements; what lies
+// between and the next whole vector is overwritten. Returns the sum.
+inline float softmax_row(float* row, int64_t length, float scale) {
+  if (const int64_t left = length % kLanes) {
+    float* last = row + length - left;
+    for (int64_t e = left; e < kLanes; ++e) last[e] = -1e30f;  // exp2 makes it vanish
+  }
+  Vec highest = load(row);
+  for (int64_t j = kLanes; j < length; j += kLanes) highest = vmax(highest, load(row + j));
+  const float top = max_of(highest);
+  Vec total = {};
+  for (int64_t j = 0; j < length; j += kLanes) {
+    const Vec e = exp2_negative((load(row + j) - top) * scale);
+    store(row + j, e);
+    total += e;
+  }
+  return sum_of(total);
+}
+
 // softmax(scale q k^T) v. Keys are transposed into panels and values gathered into panels once per
 // call, then both products run on the GEMM's tile.
 void attention(const Attention& t, void* scratch) {
@@ -397,68 +480,32 @@ void attention(const Attention& t, void* scratch) {
   float* values = keys + width * d;                    // [d / kNr][length][kNr]
   float* scores = values + length * padded_length(d);  // [kQueryRows][width]
   float* result = scores + kQueryRows * width;         // [kQueryRows][kNr]
-  float* queries = result + kQueryRows * kNr;          // [kQueryRows][d]
-  float* inverse = queries + kQueryRows * d;           // [kQueryRows]
-  with_type(t.type, [&](auto source) {
-    using Source = decltype(source);
-    using Element = typename Source::Element;
-    const Element* k = static_cast<const Element*>(t.k);
-    const Element* v = static_cast<const Element*>(t.v);
-    for (int64_t j = 0; j < width; ++j) {
-      float* column = keys + (j / kNr) * kNr * d + j % kNr;
-      if (j >= length) {
-        for (int64_t i = 0; i < d; ++i) column[i * kNr] = 0;
-        continue;
-      }
-      for (int64_t i = 0; i < d; i += kLanes) {
-        const int64_t count = smaller(kLanes, d - i);
-        const Vec x = partial_at<Source>(k + j * t.ld, i, count);
-        for (int64_t e = 0; e < count; ++e) column[(i + e) * kNr] = x[e];
-      }
-    }
-    for (int64_t j = 0; j < length; ++j) {
-      for (int64_t i = 0; i < padded_length(d); i += kLanes) {
-        const int64_t count = larger(0, smaller(kLanes, d - i));
-        const Vec x = partial_at<Source>(v + j * t.ld, count ? i : 0, count);
-        store(values + (i / kNr * length + j) * kNr + i % kNr, x);
-      }
-    }
-  });
+  float* copies = result + kQueryRows * kNr;           // [kQueryRows][d]
+  float* inverse = copies + kQueryRows * d;            // [kQueryRows]
+  with_type(t.type, [&](auto source) { pack_keys_values<decltype(source)>(t, keys, values); });
   for (int64_t r0 = t.row0; r0 < t.row1; r0 += kQueryRows) {
     const int64_t rows = smaller(kQueryRows, t.row1 - r0);
-    for (int64_t i = 0; i < rows; ++i) {
-      convert(static_cast<const char*>(t.q) + (r0 + i) * t.ld * size_of(t.type), t.type,
-              queries + i * d, DType::kFloat32, d);
+    const float* queries = static_cast<const float*>(t.q) + r0 * t.ld;
+    int64_t ldq = t.ld;
+    if (t.type != DType::kFloat32) {
+      for (int64_t i = 0; i < rows; ++i) {
+        convert(static_cast<const char*>(t.q) + (r0 + i) * t.ld * size_of(t.type), t.type,
+                copies + i * d, DType::kFloat32, d);
+      }
+      queries = copies;
+      ldq = d;
     }
     for (int64_t j = 0; j < width; j += kNr) {
       const int vectors = static_cast<int>(ceil_div(smaller(kNr, length - j), kLanes));
       for (int64_t i = 0; i < rows; i += kMr) {
-        run_tile(smaller(kMr, rows - i), vectors, queries + i * d, d, keys + j * d, d,
+        run_tile(smaller(kMr, rows - i), vectors, queries + i * ldq, ldq, keys + j * d, d,
                  scores + i * width + j, width, true);
       }
     }
+    // Powers of two instead of e: one multiplication fewer for each score.
+    const float scale = t.scale * 1.44269504f;
     for (int64_t i = 0; i < rows; ++i) {
-      float* row = scores + i * width;
-      Vec highest = splat(row[0]);
-      int64_t j = 0;
-      for (; j + kLanes <= length; j += kLanes) highest = vmax(highest, load(row + j));
-      float top = max_of(highest);
-      for (int64_t e = j; e < length; ++e) top = row[e] > top ? row[e] : top;
-      Vec total = {};
-      for (j = 0; j + kLanes <= length; j += kLanes) {
-        const Vec e = exp_negative((load(row + j) - top) * t.scale);
-        store(row + j, e);
-        total += e;
-      }
-      float sum = sum_of(total);
-      if (j < length) {
-        const Vec e = exp_negative((partial_at<F32>(row, j, length - j) - top) * t.scale);
-        for (int64_t x = 0; j + x < length; ++x) {
-          row[j + x] = e[x];
-          sum += e[x];
-        }
-      }
-      inverse[i] = 1.0f / sum;
+      inverse[i] = 1.0f / softmax_row(scores + i * width, length, scale);
     }
     for (int64_t n0 = 0; n0 < d; n0 += kNr) {
       const int64_t columns = smaller(kNr, d - n0);

@@ -8,7 +8,8 @@ namespace ft::cpu {
 // out[m, n] = act(sum_k a[m, k] w[n, k] + bias[n]) + residual[m, n], over rows [m0, m1) and weight
 // panels [p0, p1).
 struct Gemm {
-  const void* a;  // [M, lda] of Kernels::input_type(weight_type)
+  const void* a;  // [M, lda]
+  DType a_type;
   int64_t lda;
   const void* b;  // packed panels of one layer
   DType weight_type;
@@ -82,7 +83,7 @@ struct Kernels {
 };
 
 // The largest GEMM task: rows (a multiple of every mr) and columns (of every nr).
-inline constexpr int64_t kRowBlock = 96;
+inline constexpr int64_t kRowBlock = 144;
 inline constexpr int64_t kPanelColumns = 768;
 
 extern const Kernels kPortable, kAvx2, kAvx512;

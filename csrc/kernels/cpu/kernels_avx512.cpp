@@ -3,7 +3,7 @@
 #define FT_LANES 16
 #define FT_MR 8
 #define FT_NV 3
-#define FT_DEPTH 256
+#define FT_DEPTH 192
 #include "kernels/cpu/impl.h"
 
 namespace ft::cpu {

@@ -3,7 +3,7 @@
 #define FT_LANES 4
 #define FT_MR 4
 #define FT_NV 2
-#define FT_DEPTH 256
+#define FT_DEPTH 192
 #include "kernels/cpu/impl.h"
 
 namespace ft::cpu {
