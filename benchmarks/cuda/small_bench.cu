@@ -5,6 +5,7 @@
 //     csrc/kernels/cuda/small_*_sm90.cu -o small_check
 //   ./small_check          checks every tile and split on small shapes (also under
 //   compute-sanitizer)
+//   ./small_check profile TOKENS  two layers of a BERT-base, for a profiler
 //   ./small_check latency  what a link of a chain costs: plain, programmatic, and a grid barrier
 //
 // Built as a shared library it also serves small_bench.py, which times whole models.
@@ -442,6 +443,12 @@ int main(int argc, char** argv) {
   if (mode == "latency") {
     latency();
     return 0;
+  }
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  if (mode == "profile") {  // a BERT-base's first layers, once, to be run under a profiler
+    const int tokens = std::stoi(argv[2]);
+    Model<__half> model({DType::kFloat16, tokens, 0, tokens, 768, 3072, 12, 2}, {tokens}, 1);
+    return model.run(nullptr, {}, nullptr) < 0;
   }
   const int plans = argc > 1 ? std::stoi(mode) : 60;
   int failures = 0;

@@ -204,21 +204,35 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-__device__ __forceinline__ float4 load_from_rank(uint32_t address, int rank) {
-  uint32_t remote;
-  float4 v;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(remote)
-               : "memory");
+// Zeros when the rank is not there; a predicate rather than a branch keeps the loads together.
+__device__ __forceinline__ float4 load_from_rank(uint32_t address, int rank, bool there) {
+  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      ".reg .b32 remote;\n"
+      "setp.ne.b32 p, %6, 0;\n"
+      "@p mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "@p ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [remote];\n"
+      "}"
+      : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+      : "r"(address), "r"(rank), "r"(static_cast<int>(there))
+      : "memory");
   return v;
 }
 
-__device__ __forceinline__ float warp_sum(float v) {
+// The sum over each group of kLanes neighbouring lanes, in every one of them.
+template <int kLanes>
+__device__ __forceinline__ float lane_sum(float v) {
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+  for (int step = kLanes / 2; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
   return v;
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 template <typename T>
@@ -252,57 +266,71 @@ __device__ __forceinline__ int swizzled(int row, int unit) {
 
 // ---- pieces ------------------------------------------------------------------------------------
 
-// rows [first, last) of `out` = (mean, 1 / deviation), from the moments of the row's column tiles.
+// rows [first, last) of `out` = (mean, 1 / deviation), from the moments of the row's column tiles;
+// kLanes neighbouring threads share a row.
+template <int kThreads, int kLanes>
 __device__ __forceinline__ void combine_moments(const float2* moments, int parts, int part_width,
                                                 int width, float eps, int first, int last,
-                                                int token0, int tokens, int warp, int warps,
-                                                float2* out) {
-  constexpr int kBatch = 4;  // loads in flight
-  const int lane = threadIdx.x % 32;
-  const float count = lane < parts ? min(part_width, width - lane * part_width) : 0;
+                                                int token0, int tokens, float2* out) {
+  constexpr int kEach = kMaxParts / kLanes;
+  const int lane = threadIdx.x % kLanes;
   const float inverse_width = 1.f / width;
-  for (int row = first + warp; row < last; row += kBatch * warps) {
-    float2 part[kBatch];
+#pragma unroll 1
+  for (int base = first; base < last; base += kThreads / kLanes) {
+    const int row = base + threadIdx.x / kLanes;
+    const bool inside = row < last && token0 + row < tokens;
+    const float2* const from = moments + static_cast<size_t>(token0 + row) * parts;
+    float2 part[kEach];
+    float count[kEach], sum = 0.f, squares = 0.f;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int r = row + i * warps;
-      part[i] = make_float2(0.f, 0.f);
-      if (r < last && token0 + r < tokens && lane < parts) {
-        part[i] = __ldcg(moments + static_cast<size_t>(token0 + r) * parts + lane);
-      }
+    for (int i = 0; i < kEach; ++i) {
+      const int j = i * kLanes + lane;
+      const bool has = inside && j < parts;
+      part[i] = has ? __ldcg(from + j) : make_float2(0.f, 0.f);
+      count[i] = has ? min(part_width, width - j * part_width) : 0;
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int r = row + i * warps;
-      if (r >= last) break;
-      const float mean = warp_sum(count * part[i].x) * inverse_width;
+    for (int i = 0; i < kEach; ++i) sum += count[i] * part[i].x;
+    const float mean = lane_sum<kLanes>(sum) * inverse_width;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
       const float d = part[i].x - mean;
-      const float squares = warp_sum(part[i].y + count * d * d);
-      if (lane == 0) out[r] = make_float2(mean, rsqrtf(squares * inverse_width + eps));
+      squares += part[i].y + count[i] * d * d;
+    }
+    squares = lane_sum<kLanes>(squares);
+    if (lane == 0 && row < last) {
+      out[row] = make_float2(mean, rsqrtf(squares * inverse_width + eps));
     }
   }
 }
 
-// Normalises 8 columns in place: x = (x - mean) * rstd * gamma + beta.
+// Scale and shift of eight neighbouring columns.
 template <typename T>
-__device__ __forceinline__ void normalise8(void* x, const void* gamma, const void* beta,
-                                           float2 moments) {
-  uint4 v = *static_cast<uint4*>(x);
-  const uint4 g = *static_cast<const uint4*>(gamma);
-  const uint4 b = *static_cast<const uint4*>(beta);
-  uint32_t* vs = reinterpret_cast<uint32_t*>(&v);
-  const uint32_t* gs = reinterpret_cast<const uint32_t*>(&g);
-  const uint32_t* bs = reinterpret_cast<const uint32_t*>(&b);
+struct Affine8 {
+  float2 scale[4], shift[4];
+
+  __device__ __forceinline__ Affine8(const void* gamma, const void* beta) {
+    const uint4 g = *static_cast<const uint4*>(gamma), b = *static_cast<const uint4*>(beta);
+    const uint32_t gs[4] = {g.x, g.y, g.z, g.w}, bs[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 value = Pair<T>::unpack(vs[i]);
-    const float2 scale = Pair<T>::unpack(gs[i]);
-    const float2 shift = Pair<T>::unpack(bs[i]);
-    vs[i] = Pair<T>::pack((value.x - moments.x) * moments.y * scale.x + shift.x,
-                          (value.y - moments.x) * moments.y * scale.y + shift.y);
+    for (int i = 0; i < 4; ++i) {
+      scale[i] = Pair<T>::unpack(gs[i]);
+      shift[i] = Pair<T>::unpack(bs[i]);
+    }
   }
-  *static_cast<uint4*>(x) = v;
-}
+
+  // x = (x - mean) * rstd * gamma + beta
+  __device__ __forceinline__ uint4 operator()(uint4 x, float2 moments) const {
+    uint32_t v[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 value = Pair<T>::unpack(v[i]);
+      v[i] = Pair<T>::pack((value.x - moments.x) * moments.y * scale[i].x + shift[i].x,
+                           (value.y - moments.x) * moments.y * scale[i].y + shift[i].y);
+    }
+    return make_uint4(v[0], v[1], v[2], v[3]);
+  }
+};
 
 // The sequence bounds of rows [token0, token0 + rows), as tokens; padding rows get (0, 0).
 __device__ __forceinline__ void find_bounds(const int* sequences, int batch, int token0, int rows,
@@ -335,12 +363,30 @@ __device__ __forceinline__ int2 key_range(const int2* bounds, const int* sequenc
   return make_int2(first, min(bounds[used - 1].y, first + capacity));
 }
 
-// Copies `rows` rows of one 64-column chunk, zeros beyond `valid`.
+// Copies rows [0, valid) of a tile's 64-column chunk. What lies in the other rows is never used:
+// neither rows of tokens nor columns of a product depend on their neighbours.
+template <typename T, int kRows, int kThreads>
+__device__ __forceinline__ void copy_tile(uint32_t to, const T* from, int stride, int valid) {
+  constexpr int kStep = kThreads / 8;
+  static_assert(kStep % 8 == 0);
+  const int row = threadIdx.x / 8, unit = threadIdx.x % 8;
+  to += swizzled(row, unit);
+  from += static_cast<size_t>(row) * stride + unit * 8;
+#pragma unroll
+  for (int i = 0; i < (kRows + kStep - 1) / kStep; ++i) {
+    if (row + i * kStep < valid) copy16(to + i * kStep * kChunkBytes, from, true);
+    from += static_cast<size_t>(kStep) * stride;
+  }
+}
+
+// Copies `valid` rows and fills up to `rows` with zeros.
 template <typename T>
-__device__ __forceinline__ void copy_chunk(uint32_t to, const T* from, size_t stride, int rows,
-                                           int valid) {
-  for (int v = threadIdx.x; v < rows * 8; v += blockDim.x) {
-    const int row = v / 8, unit = v % 8;
+__device__ __forceinline__ void copy_rows(uint32_t to, const T* from, size_t stride, int rows,
+                                          int valid) {
+  const int step = blockDim.x / 8;
+  const int unit = threadIdx.x % 8;
+#pragma unroll 2
+  for (int row = threadIdx.x / 8; row < rows; row += step) {
     const bool in = row < valid;
     copy16(to + swizzled(row, unit), from + (in ? row * stride : 0) + unit * 8, in);
   }
@@ -406,7 +452,7 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
       const float base = top == -INFINITY ? 0.f : top;
-      scale[i] = exp2f(maximum[i] - base);
+      scale[i] = power_of_two(maximum[i] - base);
       maximum[i] = top;
       sum[i] *= scale[i];
 #pragma unroll
@@ -414,7 +460,7 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& s = score[j][2 * i + e];
-          s = exp2f(s - base);
+          s = power_of_two(s - base);
           sum[i] += s;
         }
       }
@@ -486,7 +532,8 @@ template <typename T, int kKind, int kRows, int kColumns, int kWarpsM, int kWarp
 __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
     small_gemm_kernel(const __grid_constant__ GemmParams p) {
   constexpr int kThreads = 32 * kWarpsM * kWarpsN;
-  constexpr int kWarps = kWarpsM * kWarpsN;
+  // Threads that share a row when moments are combined: enough for one pass over most tiles.
+  constexpr int kLanes = kThreads / kRows >= 8 ? 8 : kThreads / kRows >= 4 ? 4 : 2;
   constexpr int kMi = kRows / kWarpsM / 16, kNi = kColumns / kWarpsN / 8;
   constexpr int kPitch = kColumns + 8;  // floats; 8 or 24 mod 32 keeps the stores off one bank
   constexpr bool kEndsBranch = kKind == kResidual || kKind == kAttention;
@@ -515,9 +562,11 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
   dependents_may_start();
 
   // What no predecessor writes.
+
+#pragma unroll 1
   for (int s = 0; s < filled; ++s) {
-    copy_chunk<T>(base + at.weight + s * kColumns * kChunkBytes, weight + s * kChunk, p.k, kColumns,
-                  columns);
+    copy_tile<T, kColumns, kThreads>(base + at.weight + s * kColumns * kChunkBytes,
+                                     weight + s * kChunk, p.k, columns);
   }
   for (int v = tid; v < columns / 8; v += kThreads) {
     copy16(base + at.bias + v * 16, static_cast<const T*>(p.bias) + column0 + v * 8, true);
@@ -551,20 +600,23 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
     const T* const all_keys = static_cast<const T*>(p.input) +
                               static_cast<size_t>(range.x) * 3 * p.k + p.k + chunk0 * kChunk;
     const int count = range.y - range.x;
+
+#pragma unroll 1
     for (int c = 0; c < chunks; ++c) {
-      copy_chunk<T>(base + at.input + c * kRows * kChunkBytes, input + c * kChunk, 3 * p.k, kRows,
-                    rows);
-      copy_chunk<T>(keys + c * key_stride, all_keys + c * kChunk, 3 * p.k, round_up(count, 32),
-                    count);
-      copy_chunk<T>(values + c * key_stride, all_keys + p.k + c * kChunk, 3 * p.k,
-                    round_up(count, 32), count);
+      copy_tile<T, kRows, kThreads>(base + at.input + c * kRows * kChunkBytes, input + c * kChunk,
+                                    3 * p.k, rows);
+      copy_rows<T>(keys + c * key_stride, all_keys + c * kChunk, 3 * p.k, round_up(count, 32),
+                   count);
+      copy_rows<T>(values + c * key_stride, all_keys + p.k + c * kChunk, 3 * p.k,
+                   round_up(count, 32), count);
     }
     commit();
     ++committed;
   } else {
+#pragma unroll 1
     for (int s = 0; s < filled; ++s) {
-      copy_chunk<T>(base + at.input + s * kRows * kChunkBytes, input + s * kChunk, p.k, kRows,
-                    rows);
+      copy_tile<T, kRows, kThreads>(base + at.input + s * kRows * kChunkBytes, input + s * kChunk,
+                                    p.k, rows);
       commit();
       ++committed;
     }
@@ -582,8 +634,9 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
     commit();  // waited for by the first full wait, at the latest before the epilogue
   }
   if (p.moments != nullptr) {
-    combine_moments(p.moments, p.parts, p.part_width, p.width, p.eps, kEndsBranch ? first : 0,
-                    kEndsBranch ? last : kRows, token0, p.tokens, warp, kWarps, deviation);
+    combine_moments<kThreads, kLanes>(p.moments, p.parts, p.part_width, p.width, p.eps,
+                                      kEndsBranch ? first : 0, kEndsBranch ? last : kRows, token0,
+                                      p.tokens, deviation);
   }
   if constexpr (kKind == kAttention) {
     wait_copies<0>();
@@ -609,11 +662,18 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
       if constexpr (!kEndsBranch) {
         if (p.moments != nullptr) {
           // Each thread normalises what it copied, so its own wait is enough.
-          for (int v = tid; v < kRows * 8; v += kThreads) {
-            const int row = v / 8, unit = v % 8;
-            const int column = (c * 8 + unit) * 16;
-            normalise8<T>(shared + at.input + stage * kRows * kChunkBytes + swizzled(row, unit),
-                          shared + at.gamma + column, shared + at.beta + column, deviation[row]);
+          const int row0 = tid / 8, unit = tid % 8;
+          const Affine8<T> affine(shared + at.gamma + (c * 8 + unit) * 16,
+                                  shared + at.beta + (c * 8 + unit) * 16);
+          unsigned char* const chunk =
+              shared + at.input + stage * kRows * kChunkBytes + swizzled(row0, unit);
+#pragma unroll
+          for (int i = 0; i < (kRows * 8 + kThreads - 1) / kThreads; ++i) {
+            const int row = row0 + i * (kThreads / 8);
+            if (kRows * 8 % kThreads == 0 || row < kRows) {
+              uint4* const x = reinterpret_cast<uint4*>(chunk + i * (kThreads / 8) * kChunkBytes);
+              *x = affine(*x, deviation[row]);
+            }
           }
         }
       }
@@ -621,10 +681,10 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
       const int next = c - 1 + p.stages;  // into the stage that chunk c - 1 left
       if (c > 0 && next < chunks) {
         const int free = stage == 0 ? p.stages - 1 : stage - 1;
-        copy_chunk<T>(base + at.weight + free * kColumns * kChunkBytes, weight + next * kChunk, p.k,
-                      kColumns, columns);
-        copy_chunk<T>(base + at.input + free * kRows * kChunkBytes, input + next * kChunk, p.k,
-                      kRows, rows);
+        copy_tile<T, kColumns, kThreads>(base + at.weight + free * kColumns * kChunkBytes,
+                                         weight + next * kChunk, p.k, columns);
+        copy_tile<T, kRows, kThreads>(base + at.input + free * kRows * kChunkBytes,
+                                      input + next * kChunk, p.k, rows);
         commit();
         ++committed;
       }
@@ -681,32 +741,29 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
     __syncthreads();
   }
 
-  constexpr int kSteps = (kColumns + 127) / 128;
-  for (int row = first + warp; row < min(last, rows); row += kWarps) {
+  // 16 lanes a row, four columns each.
+  constexpr int kSteps = (kColumns + 63) / 64;
+  const int lane16 = tid % 16, end = min(last, rows);
+#pragma unroll 1
+  for (int row0 = first; row0 < end; row0 += kThreads / 16) {
+    const int row = row0 + tid / 16;
     float value[kSteps][4];
     float total = 0.f;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int column = step * 128 + lane * 4;
-      if (column >= columns) continue;
+      const int column = step * 64 + lane16 * 4;
+      if (row >= end || column >= columns) continue;
       const uint32_t address = base + at.weight + (row * kPitch + column) * 4;
       float4 part[kMaxSplit];
 #pragma unroll
-      for (int s = 0; s < kMaxSplit; ++s) {
-        if (s < p.split) {
-          part[s] = p.split > 1 ? load_from_rank(address, s)
-                                : *reinterpret_cast<float4*>(partial + row * kPitch + column);
-        }
-      }
+      for (int s = 0; s < kMaxSplit; ++s) part[s] = load_from_rank(address, s, s < p.split);
       float4 v = part[0];
 #pragma unroll
       for (int s = 1; s < kMaxSplit; ++s) {
-        if (s < p.split) {
-          v.x += part[s].x;
-          v.y += part[s].y;
-          v.z += part[s].z;
-          v.w += part[s].w;
-        }
+        v.x += part[s].x;
+        v.y += part[s].y;
+        v.z += part[s].z;
+        v.w += part[s].w;
       }
       const uint2 bias = *reinterpret_cast<const uint2*>(shared + at.bias + column * 2);
       const float2 bias0 = Pair<T>::unpack(bias.x), bias1 = Pair<T>::unpack(bias.y);
@@ -753,19 +810,19 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
       }
     }
     if constexpr (kEndsBranch) {
-      const float mean = warp_sum(total) / columns;
+      const float mean = lane_sum<16>(total) / columns;
       float squares = 0.f;
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        if (step * 128 + lane * 4 >= columns) continue;
+        if (row >= end || step * 64 + lane16 * 4 >= columns) continue;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float d = value[step][e] - mean;
           squares += d * d;
         }
       }
-      squares = warp_sum(squares);
-      if (lane == 0) {
+      squares = lane_sum<16>(squares);
+      if (lane16 == 0 && row < end) {
         p.moments_out[static_cast<size_t>(token0 + row) * gridDim.y + blockIdx.y] =
             make_float2(mean, squares);
       }
@@ -802,9 +859,9 @@ __global__ void __launch_bounds__(128)
   const T* const qkv = static_cast<const T*>(p.qkv) + blockIdx.x * kChunk;
 
   wait_for_predecessors();
-  copy_chunk<T>(queries, qkv + token0 * stride, stride, kRows, rows);
-  copy_chunk<T>(keys, qkv + range.x * stride + p.hidden, stride, round_up(count, 32), count);
-  copy_chunk<T>(values, qkv + range.x * stride + 2 * p.hidden, stride, round_up(count, 32), count);
+  copy_tile<T, kRows, 128>(queries, qkv + token0 * stride, 3 * p.hidden, rows);
+  copy_rows<T>(keys, qkv + range.x * stride + p.hidden, stride, round_up(count, 32), count);
+  copy_rows<T>(values, qkv + range.x * stride + 2 * p.hidden, stride, round_up(count, 32), count);
   commit();
   wait_copies<0>();
   __syncthreads();
@@ -828,17 +885,17 @@ __global__ void __launch_bounds__(128) small_norm_kernel(const __grid_constant__
   const int token0 = blockIdx.x * 4, token = token0 + warp;
   dependents_may_start();
   wait_for_predecessors();
-  combine_moments(p.moments, p.parts, p.part_width, p.width, p.eps, warp, warp + 1, token0,
-                  p.tokens, 0, 1, deviation);
+  combine_moments<128, 32>(p.moments, p.parts, p.part_width, p.width, p.eps, 0, 4, token0, p.tokens,
+                           deviation);
   __syncwarp();
   if (token >= p.tokens) return;
   const T* const input = static_cast<const T*>(p.input) + static_cast<size_t>(token) * p.width;
   T* const output = static_cast<T*>(p.output) + static_cast<size_t>(token) * p.width;
   for (int column = lane * 8; column < p.width; column += 256) {
-    uint4 v = __ldcg(reinterpret_cast<const uint4*>(input + column));
-    normalise8<T>(&v, static_cast<const T*>(p.gamma) + column,
-                  static_cast<const T*>(p.beta) + column, deviation[warp]);
-    *reinterpret_cast<uint4*>(output + column) = v;
+    const uint4 v = __ldcg(reinterpret_cast<const uint4*>(input + column));
+    const Affine8<T> affine(static_cast<const T*>(p.gamma) + column,
+                            static_cast<const T*>(p.beta) + column);
+    *reinterpret_cast<uint4*>(output + column) = affine(v, deviation[warp]);
   }
 }
 
