@@ -349,6 +349,31 @@ def test_a_package_stands_in_for_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "installed package some_package" in str(found.note)
 
 
+def test_the_hubs_cache_is_enough(
+    tiny_classification: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    stored = tmp_path / "models--someone--tiny"
+    shutil.copytree(tiny_classification, stored / "snapshots" / commit)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(convert, "hub_answers", lambda _: False)
+    found = convert.load_checkpoint(
+        SEQUENCE_CLASSIFICATION, "someone/tiny", cache_dir=str(tmp_path)
+    )
+    assert same(found, load(tiny_classification))
+    assert found.notes == ("someone/tiny: read from the hub's cache",)
+
+
+def test_a_hub_that_is_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(convert, "hub_answers", lambda _: pytest.fail("asked the hub"))
+    with pytest.raises(ModelError, match=r"switched off \(HF_HUB_OFFLINE\)"):
+        convert.resolve("someone/tiny", str(tmp_path))
+
+
 def test_a_hub_that_is_not_there() -> None:
     assert not convert.hub_answers("http://127.0.0.1:9/nothing")
 
