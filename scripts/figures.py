@@ -1,0 +1,143 @@
+"""Writes the README's figures from the newest files in benchmarks/results/.
+
+    python scripts/figures.py
+
+Reads {cpu,*}-encoder-*.json and *-serving-*.json as benchmarks/encoder.py and serving.py write them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def newest(pattern: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest result by the date in its provenance."""
+    found = [(path, json.loads(path.read_text())) for path in RESULTS.glob(pattern)]
+    return max(found, key=lambda item: item[1]["provenance"]["date"], default=None)
+
+
+def origin(path: Path, data: dict[str, Any]) -> str:
+    """One line: where the table comes from."""
+    p = data["provenance"]
+    device = p.get("gpu") or f"{p['cpu']}, {p['threads']} threads"
+    link = path.relative_to(ROOT).as_posix()
+    return f"{device}; torch {p['versions']['torch']}; {p['date'][:10]} ([{path.name}]({link}))"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def cpu_encoder(path: Path, data: dict[str, Any]) -> str:
+    """System by precision: milliseconds and the ratio to HF eager fp32."""
+    row = data["rows"][0]
+    ms = row["ms"]
+    precisions = [p for p in ("fp32", "bf16", "int8") if any(n.endswith("_" + p) for n in ms)]
+    base = ms.get("hf_fp32")
+    body = []
+    for system in dict.fromkeys(name.rpartition("_")[0] for name in ms):
+        cells = [f"**{system}**" if system == "ours" else system]
+        for precision in precisions:
+            value = ms.get(f"{system}_{precision}")
+            faster = f" ({base / value:.2f}x)" if value and base else ""
+            cells.append(f"{value:,.0f} ms{faster}" if value else "")
+        body.append(cells)
+    text = (
+        f"**Encoder on a CPU**: {row['workload']}, {row['tokens']:,} tokens ({row['padded']:,} "
+        f"padded), medians, in brackets the speed-up over Hugging Face eager fp32. "
+        f"{origin(path, data)}.\n\n"
+    )
+    return text + table(["system", *precisions], body)
+
+
+def gpu_encoder(path: Path, data: dict[str, Any]) -> str:
+    """Workload by column: milliseconds, ours last, with its two ratios."""
+    rows = data["rows"]
+    columns = [c for c in dict.fromkeys(c for r in rows for c in r["ms"]) if "ours" not in c]
+    body = []
+    for row in rows:
+        ms = row["ms"]
+        ours = ms["ours"]
+        best = min(v for c, v in ms.items() if not c.startswith(("ours", "gemms")))
+        cells = [row["workload"], f"{row['tokens']:,}"]
+        cells += [f"{ms[c]:.3f}" if c in ms else "" for c in columns]
+        floor = ms.get("gemms_graph")
+        ratio = f"{ours / floor:.2f}" if floor else ""
+        body.append([*cells, f"**{ours:.3f}**", f"{ours / best:.2f}", ratio])
+    head = ["workload", "tokens", *columns, "ours", "ours / best other", "ours / GEMMs"]
+    return f"**Encoder on a GPU**, milliseconds. {origin(path, data)}.\n\n" + table(head, body)
+
+
+def serving(path: Path, data: dict[str, Any]) -> str:
+    """Requests a second and latencies, ours beside the published behaviour."""
+    p = data["provenance"]
+    body = []
+    cases: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in data["rows"]:
+        key = (row["mix"], row["workers"], row["connections"])
+        cases.setdefault(key, {})[row["system"]] = row
+    for (mix, workers, connections), systems in cases.items():
+        cells = [mix, str(workers), str(connections)]
+        for name in ("published", "ours", "constant"):
+            row = systems.get(name)
+            cells.append(
+                f"{row['requests_per_s']:,.0f}, {row['p50_ms']:,.0f}/{row['p99_ms']:,.0f}"
+                if row
+                else ""
+            )
+        ours, other = systems.get("ours"), systems.get("published")
+        both = ours and other and other["requests_per_s"]
+        cells.append(f"**{ours['requests_per_s'] / other['requests_per_s']:.1f}x**" if both else "")
+        body.append(cells)
+    head = [
+        "lengths",
+        "workers",
+        "connections",
+        "published",
+        "ours",
+        "constant",
+        "ours / published",
+    ]
+    text = (
+        f"**Through TorchServe**: {p.get('model')} of random weights, {p.get('precision')}; "
+        f"requests/s, p50/p99 ms. *Published* pads every request to a fixed length, as TorchServe's "
+        f"Hugging Face example does; *constant* answers at once. {origin(path, data)}.\n\n"
+    )
+    return text + table(head, body)
+
+
+def figures() -> str:
+    """Every table there is a result for."""
+    parts = []
+    for pattern, write in (
+        ("h200-encoder-*.json", gpu_encoder),
+        ("h200-serving-*.json", serving),
+        ("cpu-encoder-*.json", cpu_encoder),
+        ("cpu-serving-*.json", serving),
+    ):
+        found = newest(pattern)
+        if found:
+            parts.append(write(*found))
+    return "\n\n".join(parts)
+
+
+def updated(page: str) -> str:
+    """The page with the tables between its two marks."""
+    pattern = r"(<!-- figures: [^\n]*-->\n).*?(<!-- end of figures -->)"
+    page, count = re.subn(pattern, lambda m: f"{m[1]}{figures()}\n{m[2]}", page, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"error: {PAGE} has {count} places for figures, not 1")
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
