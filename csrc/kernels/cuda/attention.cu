@@ -12,9 +12,13 @@ namespace {
 constexpr int kPlanThreads = 1024;
 constexpr int kBuckets = 1024;
 
+bool packs(AttentionKernel kernel) {
+  return kernel == AttentionKernel::kPacked || kernel == AttentionKernel::kPackedSm90;
+}
+
 int64_t tile_bound(const AttentionShape& shape, AttentionKernel kernel, int tile_rows) {
   const int64_t batch = shape.batch, tokens = shape.tokens;
-  if (kernel == AttentionKernel::kPacked) {
+  if (packs(kernel)) {
     // Two neighbouring tiles hold more than tile_rows rows, else they would be one.
     const int64_t by_tokens = 2 * tokens / tile_rows + 1;
     return batch < by_tokens ? batch : by_tokens;
@@ -49,7 +53,7 @@ __device__ int plan_scan(int x, int* scratch, int* total) {
 // every chain element less than 2^k links from the start is marked.
 __global__ void __launch_bounds__(kPlanThreads)
     packed_plan_kernel(const int32_t* cu_seqlens, int batch, int tile_rows, int tokens, int bound,
-                       AttentionPlanHeader* plan) {
+                       AttentionTile* tiles) {
   __shared__ int begin[kPlanThreads + 1];  // first row of each sequence of this round, then the end
   __shared__ int jump[2][kPlanThreads + 1];
   __shared__ bool marked[kPlanThreads + 1];
@@ -57,8 +61,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   __shared__ int scratch[kPlanThreads / 32];
   pdl_launch_dependents();
   pdl_wait();
-  auto* tiles = const_cast<AttentionTile*>(plan_tiles(plan));
-  auto* bounds = const_cast<uint32_t*>(plan_bounds(plan, bound));
+  auto* bounds = const_cast<uint32_t*>(plan_bounds(tiles, bound));
   const int thread = threadIdx.x;
   int done = 0;
   for (int base = 0; base < batch; base += kPlanThreads) {
@@ -114,20 +117,19 @@ __global__ void __launch_bounds__(kPlanThreads)
       }
     }
   }
-  if (thread == 0) plan->tiles = min(done, bound);
+  for (int i = done + thread; i < bound; i += kPlanThreads) tiles[i] = {};
 }
 
 // Cuts every sequence into tiles of query rows and sorts them by length, longest first (a counting
 // sort): the last blocks to start are then the short ones.
 __global__ void __launch_bounds__(kPlanThreads)
     stream_plan_kernel(const int32_t* cu_seqlens, int batch, int tile_rows, int tokens,
-                       int bucket_width, int bound, AttentionPlanHeader* plan) {
+                       int bucket_width, int bound, AttentionTile* tiles) {
   __shared__ int slots[kBuckets];
   __shared__ int scratch[kPlanThreads / 32];
   static_assert(kBuckets == kPlanThreads);
   pdl_launch_dependents();
   pdl_wait();
-  auto* tiles = const_cast<AttentionTile*>(plan_tiles(plan));
   const int thread = threadIdx.x;
   slots[thread] = 0;
   __syncthreads();
@@ -154,7 +156,7 @@ __global__ void __launch_bounds__(kPlanThreads)
                          length};
     }
   }
-  if (thread == 0) plan->tiles = min(total, bound);
+  for (int i = total + thread; i < bound; i += kPlanThreads) tiles[i] = {};
 }
 
 cudaError_t check_shape(const AttentionShape& shape) {
@@ -174,22 +176,28 @@ bool nothing_to_do(const AttentionShape& shape) {
 AttentionChoice choose_attention(const AttentionShape& shape, int arch) {
   AttentionChoice choice{};
   choice.padded_dim = (shape.head_dim + 31) / 32 * 32;
+  const bool short_sequences = shape.max_seqlen <= 64;
   if (shape.dtype == DType::kFloat32 || shape.head_dim % 8 != 0 || arch < 75) {
     choice.kernel = AttentionKernel::kPlain;
     choice.tile_rows = 64;
-  } else if (shape.max_seqlen <= 64 || (shape.max_seqlen <= 128 && shape.head_dim <= 64)) {
+  } else if (short_sequences || (shape.max_seqlen <= 128 && shape.head_dim <= 64)) {
     choice.kernel = AttentionKernel::kPacked;
-    choice.tile_rows = shape.max_seqlen <= 64 ? 64 : 128;
+    choice.tile_rows = short_sequences ? 64 : 128;
   } else {
     choice.kernel = AttentionKernel::kStream;
     choice.tile_rows = shape.head_dim <= 64 ? 128 : 64;
+  }
 #ifdef FT_WITH_SM90
-    if (arch == 90 && (shape.head_dim == 32 || shape.head_dim == 64 || shape.head_dim == 128)) {
+  const int dim = shape.head_dim;
+  if (arch == 90 && choice.kernel != AttentionKernel::kPlain) {
+    if (short_sequences && (dim == 32 || dim == 64)) {
+      choice.kernel = AttentionKernel::kPackedSm90;
+    } else if (!short_sequences && (dim == 32 || dim == 64 || dim == 128)) {
       choice.kernel = AttentionKernel::kSm90;
       choice.tile_rows = 128;
     }
-#endif
   }
+#endif
   choice.bound = static_cast<int>(tile_bound(shape, choice.kernel, choice.tile_rows));
   return choice;
 }
@@ -197,7 +205,7 @@ AttentionChoice choose_attention(const AttentionShape& shape, int arch) {
 size_t attention_plan_bytes(const AttentionShape& shape) {
   // Enough for any kernel's choice, so that the size does not depend on the device.
   const size_t tiles = static_cast<size_t>(shape.tokens) / 32 + shape.batch + 1;
-  const size_t bytes = sizeof(AttentionPlanHeader) + tiles * sizeof(AttentionTile) +
+  const size_t bytes = tiles * sizeof(AttentionTile) +
                        static_cast<size_t>(shape.tokens) * sizeof(uint32_t);
   return (bytes + 255) / 256 * 256;
 }
@@ -207,14 +215,14 @@ cudaError_t attention_plan(const AttentionShape& shape, const int32_t* cu_seqlen
   if (cudaError_t status = check_shape(shape); status != cudaSuccess) return status;
   if (nothing_to_do(shape)) return cudaSuccess;
   const AttentionChoice choice = choose_attention(shape, device_arch());
-  auto* header = static_cast<AttentionPlanHeader*>(plan);
-  if (choice.kernel == AttentionKernel::kPacked) {
+  auto* tiles = static_cast<AttentionTile*>(plan);
+  if (packs(choice.kernel)) {
     return launch_kernel(packed_plan_kernel, 1, kPlanThreads, 0, launch, cu_seqlens, shape.batch,
-                         choice.tile_rows, shape.tokens, choice.bound, header);
+                         choice.tile_rows, shape.tokens, choice.bound, tiles);
   }
   const int bucket_width = shape.max_seqlen / kBuckets + 1;
   return launch_kernel(stream_plan_kernel, 1, kPlanThreads, 0, launch, cu_seqlens, shape.batch,
-                       choice.tile_rows, shape.tokens, bucket_width, choice.bound, header);
+                       choice.tile_rows, shape.tokens, bucket_width, choice.bound, tiles);
 }
 
 cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv, const void* plan,
@@ -225,7 +233,7 @@ cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv, const
   const float scale_log2 = 1.4426950408889634f / sqrtf(static_cast<float>(shape.head_dim));
   const AttentionArguments arguments{qkv,
                                      output,
-                                     static_cast<const AttentionPlanHeader*>(plan),
+                                     static_cast<const AttentionTile*>(plan),
                                      shape.num_heads,
                                      shape.head_dim,
                                      choice.bound,
@@ -234,6 +242,7 @@ cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv, const
   switch (choice.kernel) {
     case AttentionKernel::kPlain:
       return attention_plain(choice, arguments, shape.dtype, launch);
+    case AttentionKernel::kPackedSm90:
     case AttentionKernel::kSm90:
 #ifdef FT_WITH_SM90
       return attention_sm90(choice, arguments, shape.dtype, launch);

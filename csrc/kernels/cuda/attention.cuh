@@ -8,22 +8,21 @@
 
 namespace ft::cuda {
 
-// One tile of work for one head. kPacked: `rows` packed rows from `begin`, whole sequences, keys and
+// One tile of work for one head. Packed: `rows` packed rows from `begin`, whole sequences, keys and
 // queries alike. Otherwise: query rows [begin, begin + rows) over the keys [kv_begin, kv_begin + kv_len).
-struct AttentionTile {
+struct alignas(16) AttentionTile {
   int begin, rows, kv_begin, kv_len;
 };
 
-// The plan in device memory: this header, `bound` tiles, and (kPacked) per packed row the first and the
-// one-past-last key of its sequence, relative to the tile, in the low and high half of a word.
-struct alignas(16) AttentionPlanHeader {
-  int tiles;
-};
+// The plan in device memory: `bound` tiles, those past the last with no rows; then, where tiles are packed,
+// per packed row the first and the one-past-last key of its sequence, relative to the tile, in the low and
+// high half of a word.
 
 enum class AttentionKernel {
   kPacked,  // short sequences, several to a tile, keys resident: mma.sync
   kStream,  // any length, keys stream through two buffers: mma.sync
-  kSm90,    // the same with wgmma and bulk tensor copies
+  kPackedSm90,  // as kPacked, with wgmma and bulk tensor copies
+  kSm90,        // as kStream, with wgmma and bulk tensor copies
   kPlain,   // fused multiply-adds: fp32, odd head sizes, sm_70
 };
 
@@ -39,7 +38,7 @@ AttentionChoice choose_attention(const AttentionShape& shape, int arch);
 struct AttentionArguments {
   const void* qkv;
   void* output;
-  const AttentionPlanHeader* plan;
+  const AttentionTile* plan;
   int num_heads;
   int head_dim;
   int bound;
@@ -47,11 +46,8 @@ struct AttentionArguments {
   float scale_log2;  // log2(e) / sqrt(head_dim): softmax runs on powers of two
 };
 
-__host__ __device__ inline const AttentionTile* plan_tiles(const AttentionPlanHeader* plan) {
-  return reinterpret_cast<const AttentionTile*>(plan + 1);
-}
-__host__ __device__ inline const uint32_t* plan_bounds(const AttentionPlanHeader* plan, int bound) {
-  return reinterpret_cast<const uint32_t*>(plan_tiles(plan) + bound);
+__host__ __device__ inline const uint32_t* plan_bounds(const AttentionTile* plan, int bound) {
+  return reinterpret_cast<const uint32_t*>(plan + bound);
 }
 
 cudaError_t attention_plain(const AttentionChoice& choice, const AttentionArguments& arguments,

@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(2 * kRows)
   pdl_launch_dependents();
   const int head = blockIdx.x % arguments.num_heads, index = blockIdx.x / arguments.num_heads;
   pdl_wait();
-  if (index >= arguments.plan->tiles) return;
-  const AttentionTile tile = plan_tiles(arguments.plan)[index];
+  const AttentionTile tile = arguments.plan[index];
+  if (tile.rows == 0) return;
   const int head_dim = arguments.head_dim;
   const int64_t hidden = static_cast<int64_t>(arguments.num_heads) * head_dim;
   const T* from = static_cast<const T*>(arguments.qkv) + tile.begin * 3 * hidden + head * head_dim;
@@ -216,8 +216,8 @@ __global__ void __launch_bounds__(2 * kRows)
   pdl_launch_dependents();
   const int head = blockIdx.x % arguments.num_heads, index = blockIdx.x / arguments.num_heads;
   pdl_wait();
-  if (index >= arguments.plan->tiles) return;
-  const AttentionTile tile = plan_tiles(arguments.plan)[index];
+  const AttentionTile tile = arguments.plan[index];
+  if (tile.rows == 0) return;
   const int head_dim = arguments.head_dim;
   const int64_t hidden = static_cast<int64_t>(arguments.num_heads) * head_dim;
   const T* qkv = static_cast<const T*>(arguments.qkv) + head * head_dim;

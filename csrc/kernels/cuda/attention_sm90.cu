@@ -83,14 +83,14 @@ __device__ __forceinline__ uint32_t count_up(uint32_t counter) {
   return before;
 }
 
-// Matrix descriptor without its address: rows of `kLine` bytes, swizzled over their whole length, groups
-// of 8 rows apart. It serves keys (contiguous along the product's inner dimension) and, with the
-// transposed flag, values.
+// Matrix descriptor of a tile: rows of `kLine` bytes, swizzled over their whole length, groups of 8 rows
+// apart. It serves keys (contiguous along the product's inner dimension) and, with the transposed flag,
+// values. Offsets into the tile are added to the low word.
 template <int kLine>
-__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+__device__ __forceinline__ uint64_t descriptor(uint32_t tile, int offset) {
   constexpr uint64_t kSwizzle = kLine == 128 ? 1 : 2;
-  constexpr uint64_t kFixed = kSwizzle << 62 | static_cast<uint64_t>(8 * kLine / 16) << 32 | 1ull << 16;
-  return kFixed | (address & 0x3ffff) >> 4;
+  constexpr uint64_t kHigh = (kSwizzle << 30 | 8 * kLine / 16) << 32;
+  return kHigh | ((tile >> 4) + (1u << 16) + static_cast<uint32_t>(offset >> 4));
 }
 
 __device__ __forceinline__ void wgmma_fence() {
@@ -99,53 +99,92 @@ __device__ __forceinline__ void wgmma_fence() {
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+// Waits until at most `kPending` committed groups of this warpgroup are still in flight.
+template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// A barrier over the first `threads` threads to come, those of one warpgroup or of the block.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 #define FT_ACC4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 
-// c[64 x 64] (+)= a[64 x 16] b[16 x 64]
-#define FT_WGMMA_64(type, trans)                                                                  \
+// c[64 x 64] (+)= a[64 x 16] b[16 x 64], both in shared memory, b as rows of its columns.
+#define FT_WGMMA_KEYS(type)                                                                       \
+  asm volatile(                                                                                   \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                 \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                        \
+      "%32, %33, p, 1, 1, 0, 0;\n}\n"                                                             \
+      : FT_ACC4(c, 0), FT_ACC4(c, 1), FT_ACC4(c, 2), FT_ACC4(c, 3), FT_ACC4(c, 4), FT_ACC4(c, 5), \
+        FT_ACC4(c, 6), FT_ACC4(c, 7)                                                              \
+      : "l"(a), "l"(b), "r"(accumulate))
+
+// The same with a in registers.
+#define FT_WGMMA_KEYS_REGISTERS(type)                                                             \
   asm volatile(                                                                                   \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                \
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                 \
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                        \
-      "{%32, %33, %34, %35}, %36, p, 1, 1, " trans ";\n}\n"                                       \
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"                                               \
+      : FT_ACC4(c, 0), FT_ACC4(c, 1), FT_ACC4(c, 2), FT_ACC4(c, 3), FT_ACC4(c, 4), FT_ACC4(c, 5), \
+        FT_ACC4(c, 6), FT_ACC4(c, 7)                                                              \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+
+// c[64 x 64] (+)= a[64 x 16] b[16 x 64], a in registers, b as its rows.
+#define FT_WGMMA_VALUES_64(type)                                                                  \
+  asm volatile(                                                                                   \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                                \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                 \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "   \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                        \
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"                                               \
       : FT_ACC4(c, 0), FT_ACC4(c, 1), FT_ACC4(c, 2), FT_ACC4(c, 3), FT_ACC4(c, 4), FT_ACC4(c, 5), \
         FT_ACC4(c, 6), FT_ACC4(c, 7)                                                              \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
 
 // c[64 x 32] (+)= a[64 x 16] b[16 x 32]
-#define FT_WGMMA_32(type, trans)                                                                \
-  asm volatile(                                                                                 \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"                                              \
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                               \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "               \
-      "{%16, %17, %18, %19}, %20, p, 1, 1, " trans ";\n}\n"                                     \
-      : FT_ACC4(c, 0), FT_ACC4(c, 1), FT_ACC4(c, 2), FT_ACC4(c, 3)                              \
+#define FT_WGMMA_VALUES_32(type)                                                  \
+  asm volatile(                                                                   \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"                                \
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                 \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
+      "{%16, %17, %18, %19}, %20, p, 1, 1, 1;\n}\n"                               \
+      : FT_ACC4(c, 0), FT_ACC4(c, 1), FT_ACC4(c, 2), FT_ACC4(c, 3)                \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
 
-// a times 64 keys, whose rows are the columns of the product.
+template <typename T>
+__device__ __forceinline__ void multiply_keys(float (&c)[8][4], uint64_t a, uint64_t b,
+                                              int accumulate) {
+  if constexpr (std::is_same_v<T, __half>) {
+    FT_WGMMA_KEYS("f16");
+  } else {
+    FT_WGMMA_KEYS("bf16");
+  }
+}
+
 template <typename T>
 __device__ __forceinline__ void multiply_keys(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b,
                                               int accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    FT_WGMMA_64("f16", "0");
+    FT_WGMMA_KEYS_REGISTERS("f16");
   } else {
-    FT_WGMMA_64("bf16", "0");
+    FT_WGMMA_KEYS_REGISTERS("bf16");
   }
 }
 
-// a times 16 rows of values.
 template <typename T>
 __device__ __forceinline__ void multiply_values(float (&c)[8][4], const uint32_t (&a)[4],
                                                 uint64_t b, int accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    FT_WGMMA_64("f16", "1");
+    FT_WGMMA_VALUES_64("f16");
   } else {
-    FT_WGMMA_64("bf16", "1");
+    FT_WGMMA_VALUES_64("bf16");
   }
 }
 
@@ -153,14 +192,16 @@ template <typename T>
 __device__ __forceinline__ void multiply_values(float (&c)[4][4], const uint32_t (&a)[4],
                                                 uint64_t b, int accumulate) {
   if constexpr (std::is_same_v<T, __half>) {
-    FT_WGMMA_32("f16", "1");
+    FT_WGMMA_VALUES_32("f16");
   } else {
-    FT_WGMMA_32("bf16", "1");
+    FT_WGMMA_VALUES_32("bf16");
   }
 }
 
-#undef FT_WGMMA_64
-#undef FT_WGMMA_32
+#undef FT_WGMMA_KEYS
+#undef FT_WGMMA_KEYS_REGISTERS
+#undef FT_WGMMA_VALUES_64
+#undef FT_WGMMA_VALUES_32
 #undef FT_ACC4
 
 // Byte offset of 16-byte piece `piece` of row `row` in a swizzled tile.
@@ -168,6 +209,136 @@ template <int kLine>
 __device__ __forceinline__ int swizzled(int row, int piece) {
   const int turn = kLine == 128 ? row & 7 : row >> 1 & 3;
   return row * kLine + ((piece ^ turn) << 4);
+}
+
+// scores = queries keys^T of one tile each.
+template <typename T, int kDim>
+__device__ __forceinline__ void issue_scores(float (&scores)[8][4], uint32_t query_tile,
+                                             uint32_t key_tile) {
+  using L = Layout<kDim>;
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    const int at = k / 4 * L::kHalfBytes + k % 4 * 32;
+    multiply_keys<T>(scores, descriptor<L::kLine>(query_tile, at),
+                     descriptor<L::kLine>(key_tile, at), k > 0);
+  }
+  wgmma_commit();
+}
+
+// output (+)= probabilities values, over the first `keys` keys of the tile rounded up to 16.
+template <typename T, int kDim, bool kAccumulate>
+__device__ __forceinline__ void issue_values(
+    float (&output)[Layout<kDim>::kHalves][Layout<kDim>::kColumns / 8][4],
+    const uint32_t (&probabilities)[4][4], uint32_t value_tile, int keys) {
+  using L = Layout<kDim>;
+  auto step = [&](int k) {
+#pragma unroll
+    for (int h = 0; h < L::kHalves; ++h) {
+      multiply_values<T>(
+          output[h], probabilities[k],
+          descriptor<L::kLine>(value_tile, h * L::kHalfBytes + 16 * k * L::kLine),
+          kAccumulate || k > 0);
+    }
+  };
+  wgmma_fence();
+  if (keys > kKeys - 16) {
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) step(k);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kKeys / 16 - 1; ++k) {
+      if (16 * k < keys) step(k);
+    }
+  }
+  wgmma_commit();
+}
+
+// Value rows past the end belong to other sequences or to nobody. Their probabilities are zero, but zero
+// times a stray infinity is not: clears those that share the last 16 rows that are multiplied.
+template <int kDim>
+__device__ __forceinline__ void clear_values(uint32_t value_tile, int keys, int threads) {
+  using L = Layout<kDim>;
+  constexpr int kPieces = kDim / 8;
+  for (int i = threadIdx.x; i < (16 - keys % 16) * kPieces; i += threads) {
+    const int row = keys + i / kPieces, piece = i % kPieces;
+    const uint32_t at = value_tile + piece / 8 * L::kHalfBytes + swizzled<L::kLine>(row, piece % 8);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  named_barrier(1, threads);
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// exp2(scores * scale - shift) in place, added to the rows' sums.
+__device__ __forceinline__ void exponentials(float (&scores)[8][4], float scale, float shift0,
+                                             float shift1, float& sum0, float& sum1) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      scores[n][i] = exp2_approx(scores[n][i] * scale - shift0);
+      scores[n][2 + i] = exp2_approx(scores[n][2 + i] * scale - shift1);
+      sum0 += scores[n][i];
+      sum1 += scores[n][2 + i];
+    }
+  }
+}
+
+// Accumulators of one product as the left operand of the next.
+template <typename T>
+__device__ __forceinline__ void pack_probabilities(uint32_t (&probabilities)[4][4],
+                                                   const float (&scores)[8][4]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    probabilities[n / 2][n % 2 * 2] = pack2<T>(scores[n][0], scores[n][1]);
+    probabilities[n / 2][n % 2 * 2 + 1] = pack2<T>(scores[n][2], scores[n][3]);
+  }
+}
+
+// Divides by the sums and writes this warp's 16 rows, `rows` of them, through its own query rows, so
+// that rows leave in whole 16-byte pieces.
+template <typename T, int kDim>
+__device__ __forceinline__ void write_rows(
+    const float (&output)[Layout<kDim>::kHalves][Layout<kDim>::kColumns / 8][4], float sum0,
+    float sum1, unsigned char* query_tile, T* to, int64_t row_stride, int rows) {
+  using L = Layout<kDim>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  const float scale0 = __fdividef(1.f, sum0), scale1 = __fdividef(1.f, sum1);
+  const int row = 16 * warp + lane / 4;
+#pragma unroll
+  for (int h = 0; h < L::kHalves; ++h) {
+#pragma unroll
+    for (int n = 0; n < L::kColumns / 8; ++n) {
+      unsigned char* at = query_tile + h * L::kHalfBytes + lane % 4 * 4;
+      *reinterpret_cast<uint32_t*>(at + swizzled<L::kLine>(row, n)) =
+          pack2<T>(output[h][n][0] * scale0, output[h][n][1] * scale0);
+      *reinterpret_cast<uint32_t*>(at + swizzled<L::kLine>(row + 8, n)) =
+          pack2<T>(output[h][n][2] * scale1, output[h][n][3] * scale1);
+    }
+  }
+  __syncwarp();
+  constexpr int kPieces = kDim / 8, kRowsAtOnce = 32 / kPieces;
+  const int piece = lane % kPieces;
+  int r = lane / kPieces;
+  to += r * row_stride + 8 * piece;
+#pragma unroll
+  for (int i = 0; i < 16 / kRowsAtOnce; ++i) {
+    if (r < rows) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(
+          query_tile + piece / 8 * L::kHalfBytes + swizzled<L::kLine>(16 * warp + r, piece % 8));
+    }
+    r += kRowsAtOnce;
+    to += kRowsAtOnce * row_stride;
+  }
 }
 
 template <typename T, int kDim>
@@ -195,24 +366,17 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim>::kResident)
   }
   const int head = blockIdx.x % arguments.num_heads, index = blockIdx.x / arguments.num_heads;
   pdl_wait();
-  if (index >= arguments.plan->tiles) return;
-  const AttentionTile tile = plan_tiles(arguments.plan)[index];
+  const AttentionTile tile = arguments.plan[index];
+  if (tile.rows == 0) return;
   __syncthreads();
 
   const int hidden = arguments.num_heads * kDim;
   const int blocks = (tile.kv_len + kKeys - 1) / kKeys;
-  auto request_keys = [&](int block) {
+  auto request = [&](int block, uint32_t barriers, uint32_t tiles, int column) {
     const int stage = block % L::kStages;
-    const uint32_t barrier = key_full + 8 * stage;
+    const uint32_t barrier = barriers + 8 * stage;
     barrier_expect(barrier, L::kTileBytes);
-    copy_tile<kDim>(key_tiles + stage * L::kTileBytes, &map, hidden + head * kDim,
-                    tile.kv_begin + block * kKeys, barrier);
-  };
-  auto request_values = [&](int block) {
-    const int stage = block % L::kStages;
-    const uint32_t barrier = value_full + 8 * stage;
-    barrier_expect(barrier, L::kTileBytes);
-    copy_tile<kDim>(value_tiles + stage * L::kTileBytes, &map, 2 * hidden + head * kDim,
+    copy_tile<kDim>(tiles + stage * L::kTileBytes, &map, column + head * kDim,
                     tile.kv_begin + block * kKeys, barrier);
   };
   const int active_groups = tile.rows > kGroupRows ? 2 : 1;
@@ -223,8 +387,8 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim>::kResident)
       copy_tile<kDim>(base + L::kTileBytes, &map, head * kDim, tile.begin + kGroupRows, query_full);
     }
     for (int block = 0; block < min(blocks, L::kStages); ++block) {
-      request_keys(block);
-      request_values(block);
+      request(block, key_full, key_tiles, hidden);
+      request(block, value_full, value_tiles, 2 * hidden);
     }
   }
   const int group = threadIdx.x / 128;
@@ -245,36 +409,32 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim>::kResident)
   uint32_t probabilities[4][4];
   float max0 = -INFINITY, max1 = -INFINITY, sum0 = 0.f, sum1 = 0.f;
   const float scale = arguments.scale_log2;
-  auto issue_scores = [&](int block) {
-    const int stage = block % L::kStages;
-    barrier_wait(key_full + 8 * stage, block / L::kStages & 1);
-    const uint32_t tile_at = key_tiles + stage * L::kTileBytes;
+  auto start_scores = [&](int stage, int parity) {
+    barrier_wait(key_full + 8 * stage, parity);
+    const uint32_t key_tile = key_tiles + stage * L::kTileBytes;
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
       multiply_keys<T>(scores, query[k],
-                       descriptor<L::kLine>(tile_at + k / 4 * L::kHalfBytes + k % 4 * 32), k > 0);
+                       descriptor<L::kLine>(key_tile, k / 4 * L::kHalfBytes + k % 4 * 32), k > 0);
     }
     wgmma_commit();
   };
-  auto issue_values = [&](uint32_t value_tile, int k) {
-#pragma unroll
-    for (int h = 0; h < L::kHalves; ++h) {
-      multiply_values<T>(
-          output[h], probabilities[k],
-          descriptor<L::kLine>(value_tile + h * L::kHalfBytes + 16 * k * L::kLine), 1);
-    }
+  auto start_values = [&](int stage, int keys) {
+    const uint32_t value_tile = value_tiles + stage * L::kTileBytes;
+    if (keys % 16 != 0) clear_values<kDim>(value_tile, keys, 128 * active_groups);
+    issue_values<T, kDim, true>(output, probabilities, value_tile, keys);
   };
-  issue_scores(0);
-  wgmma_wait();
-  for (int block = 0; block < blocks; ++block) {
-    const int stage = block % L::kStages, left = tile.kv_len - block * kKeys;
-    if (left < kKeys) {
+  // Scores to exponentials. A shift that is too small by up to 2^8 serves as well as the maximum, so
+  // that rescaling is rare; returns whether it is due, by how much in shrink.
+  float shrink0 = 1.f, shrink1 = 1.f;
+  auto soften = [&](int keys) {
+    if (keys < kKeys) {
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (8 * n + lane % 4 * 2 + i >= left) scores[n][i] = scores[n][2 + i] = -INFINITY;
+          if (8 * n + lane % 4 * 2 + i >= keys) scores[n][i] = scores[n][2 + i] = -INFINITY;
         }
       }
     }
@@ -284,106 +444,150 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim>::kResident)
       new0 = fmaxf(new0, fmaxf(scores[n][0], scores[n][1]));
       new1 = fmaxf(new1, fmaxf(scores[n][2], scores[n][3]));
     }
-    new0 = fmaxf(new0, __shfl_xor_sync(0xffffffffu, new0, 1));
-    new1 = fmaxf(new1, __shfl_xor_sync(0xffffffffu, new1, 1));
-    new0 = fmaxf(new0, __shfl_xor_sync(0xffffffffu, new0, 2));
-    new1 = fmaxf(new1, __shfl_xor_sync(0xffffffffu, new1, 2));
-    if (block > 0) {
-      const float shrink0 = exp2_approx((max0 - new0) * scale);
-      const float shrink1 = exp2_approx((max1 - new1) * scale);
+    new0 = quad_max(new0);
+    new1 = quad_max(new1);
+    const bool grown = (new0 - max0) * scale > 8.f || (new1 - max1) * scale > 8.f;
+    const bool rescale = __any_sync(0xffffffffu, grown);
+    if (rescale) {
+      shrink0 = exp2_approx((max0 - new0) * scale);
+      shrink1 = exp2_approx((max1 - new1) * scale);
+      max0 = new0, max1 = new1;
       sum0 *= shrink0, sum1 *= shrink1;
+    }
+    exponentials(scores, scale, max0 * scale, max1 * scale, sum0, sum1);
+    return rescale;
+  };
+  auto rescale_output = [&] {
 #pragma unroll
-      for (int h = 0; h < L::kHalves; ++h) {
+    for (int h = 0; h < L::kHalves; ++h) {
 #pragma unroll
-        for (int n = 0; n < L::kColumns / 8; ++n) {
-          output[h][n][0] *= shrink0, output[h][n][1] *= shrink0;
-          output[h][n][2] *= shrink1, output[h][n][3] *= shrink1;
-        }
+      for (int n = 0; n < L::kColumns / 8; ++n) {
+        output[h][n][0] *= shrink0, output[h][n][1] *= shrink0;
+        output[h][n][2] *= shrink1, output[h][n][3] *= shrink1;
       }
     }
-    max0 = new0, max1 = new1;
-    const float shift0 = max0 * scale, shift1 = max1 * scale;
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        scores[n][i] = exp2_approx(scores[n][i] * scale - shift0);
-        scores[n][2 + i] = exp2_approx(scores[n][2 + i] * scale - shift1);
-        sum0 += scores[n][i];
-        sum1 += scores[n][2 + i];
-      }
-      probabilities[n / 2][n % 2 * 2] = pack2<T>(scores[n][0], scores[n][1]);
-      probabilities[n / 2][n % 2 * 2 + 1] = pack2<T>(scores[n][2], scores[n][3]);
-    }
-    barrier_wait(value_full + 8 * stage, block / L::kStages & 1);
-    const uint32_t value_tile = value_tiles + stage * L::kTileBytes;
-    if (left < kKeys && left % 16 != 0) {
-      // Rows past the sequence's end belong to other sequences or to nobody. Their probabilities are
-      // zero, but zero times a stray infinity is not: clear those that share the last 16 rows.
-      for (int i = threadIdx.x; i < (16 - left % 16) * (2 * kDim / 16); i += 128 * active_groups) {
-        const int row = left + i / (2 * kDim / 16), piece = i % (2 * kDim / 16);
-        const uint32_t at = value_tile + piece / 8 * L::kHalfBytes + swizzled<L::kLine>(row, piece % 8);
-        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
-      }
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      asm volatile("bar.sync 1, %0;" ::"r"(128 * active_groups) : "memory");
-    }
-    wgmma_fence();
-    if (left > kKeys - 16) {
-#pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k) issue_values(value_tile, k);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kKeys / 16 - 1; ++k) {
-        if (16 * k < left) issue_values(value_tile, k);
-      }
-    }
-    wgmma_commit();
-    if (block + 1 < blocks) issue_scores(block + 1);
-    wgmma_wait();
-    if (block + L::kStages < blocks && lane == 0) {
-      // The last warp done with this stage asks for its next contents.
+  };
+
+  start_scores(0, 0);
+  wgmma_wait<0>();
+  soften(min(tile.kv_len, kKeys));
+  pack_probabilities<T>(probabilities, scores);
+  barrier_wait(value_full, 0);
+  // The scores of a block and the values' product of the one before are in flight together; the
+  // exponentials overlap the latter.
+  int stage = 0, parity = 0;  // of the values that are next
+  for (int block = 1; block < blocks; ++block) {
+    const bool wrap = stage == L::kStages - 1;
+    const int key_stage = wrap ? 0 : stage + 1, key_parity = parity ^ (wrap ? 1 : 0);
+    start_scores(key_stage, key_parity);
+    start_values(stage, kKeys);
+    wgmma_wait<1>();
+    const bool rescale = soften(min(tile.kv_len - block * kKeys, kKeys));
+    // This block's values are wanted next. Waiting for them here also keeps the compiler from moving the
+    // wait below above the exponentials: it schedules freely only within a basic block.
+    barrier_wait(value_full + 8 * key_stage, key_parity);
+    wgmma_wait<0>();
+    if (block - 1 + L::kStages < blocks && lane == 0) {
+      // The last warp done with a stage asks for its next contents.
       const uint32_t all = 4 * active_groups;
       if (count_up(released + 4 * stage) % all == all - 1) {
-        request_keys(block + L::kStages);
-        request_values(block + L::kStages);
+        request(block - 1 + L::kStages, key_full, key_tiles, hidden);
+        request(block - 1 + L::kStages, value_full, value_tiles, 2 * hidden);
       }
     }
+    if (rescale) rescale_output();
+    pack_probabilities<T>(probabilities, scores);
+    stage = key_stage, parity = key_parity;
   }
-
-  sum0 += __shfl_xor_sync(0xffffffffu, sum0, 1);
-  sum1 += __shfl_xor_sync(0xffffffffu, sum1, 1);
-  sum0 += __shfl_xor_sync(0xffffffffu, sum0, 2);
-  sum1 += __shfl_xor_sync(0xffffffffu, sum1, 2);
-  const float scale0 = 1.f / sum0, scale1 = 1.f / sum1;
-  // Through this warp's own query rows, so that rows leave in whole 16-byte pieces.
-  __syncwarp();
-  const int row = 16 * warp + lane / 4;
-#pragma unroll
-  for (int h = 0; h < L::kHalves; ++h) {
-#pragma unroll
-    for (int n = 0; n < L::kColumns / 8; ++n) {
-      unsigned char* at = query_tile + h * L::kHalfBytes + lane % 4 * 4;
-      *reinterpret_cast<uint32_t*>(at + swizzled<L::kLine>(row, n)) =
-          pack2<T>(output[h][n][0] * scale0, output[h][n][1] * scale0);
-      *reinterpret_cast<uint32_t*>(at + swizzled<L::kLine>(row + 8, n)) =
-          pack2<T>(output[h][n][2] * scale1, output[h][n][3] * scale1);
-    }
-  }
-  __syncwarp();
-  constexpr int kPieces = 2 * kDim / 16;
+  start_values(stage, tile.kv_len - (blocks - 1) * kKeys);
+  wgmma_wait<0>();
+  // All warps of the group have read their queries: the rows may be written over.
+  named_barrier(2 + group, 128);
   const int first = group * kGroupRows + 16 * warp;
   T* to = static_cast<T*>(arguments.output) +
           static_cast<int64_t>(tile.begin + first) * hidden + head * kDim;
+  write_rows<T, kDim>(output, quad_sum(sum0), quad_sum(sum1), query_tile, to, hidden,
+                      tile.rows - first);
+}
+
+// Sequences of at most 64: whole ones, several to a tile of 64 rows, a warpgroup per tile and head.
+template <typename T, int kDim>
+__global__ void __launch_bounds__(128, 6)
+    sm90_packed_attention_kernel(const __grid_constant__ CUtensorMap map,
+                                 const AttentionArguments arguments) {
+  using L = Layout<kDim>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t query_tile = shared_address(shared);
+  const uint32_t key_tile = query_tile + L::kTileBytes, value_tile = key_tile + L::kTileBytes;
+  const uint32_t scores_ready = value_tile + L::kTileBytes, values_ready = scores_ready + 8;
+  pdl_launch_dependents();
+  if (threadIdx.x == 0) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+    barrier_init(scores_ready, 1);
+    barrier_init(values_ready, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  const int head = blockIdx.x % arguments.num_heads, index = blockIdx.x / arguments.num_heads;
+  const int hidden = arguments.num_heads * kDim;
+  pdl_wait();
+  const AttentionTile tile = arguments.plan[index];
+  if (tile.rows == 0) return;
+  if (threadIdx.x == 0) {
+    barrier_expect(scores_ready, 2 * L::kTileBytes);
+    copy_tile<kDim>(query_tile, &map, head * kDim, tile.begin, scores_ready);
+    copy_tile<kDim>(key_tile, &map, hidden + head * kDim, tile.begin, scores_ready);
+    barrier_expect(values_ready, L::kTileBytes);
+    copy_tile<kDim>(value_tile, &map, 2 * hidden + head * kDim, tile.begin, values_ready);
+  }
+  // One bit per key of the tile: which this thread's two rows see. Rows past the end see none.
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = 16 * warp + lane / 4;
+  const uint32_t* bounds = plan_bounds(arguments.plan, arguments.bound) + tile.begin;
+  auto visible = [&](int r) {
+    const uint32_t bound = r < tile.rows ? bounds[r] : 0;
+    const uint32_t low = bound & 0xffff, length = (bound >> 16) - low;
+    const uint64_t keys = length == 0 ? 0 : ~0ull >> (64 - length) << low;
+    return keys >> (lane % 4 * 2);  // bit 8 n + i is this thread's column i of group n
+  };
+  const uint64_t visible0 = visible(row), visible1 = visible(row + 8);
+  __syncthreads();
+
+  float scores[8][4];
+  barrier_wait(scores_ready, 0);
+  wgmma_fence();
+  issue_scores<T, kDim>(scores, query_tile, key_tile);
+  wgmma_wait<0>();
+  float max0 = -INFINITY, max1 = -INFINITY;
 #pragma unroll
-  for (int i = lane; i < 16 * kPieces; i += 32) {
-    const int r = i / kPieces, piece = i % kPieces;
-    if (first + r < tile.rows) {
-      *reinterpret_cast<uint4*>(to + static_cast<int64_t>(r) * hidden + 8 * piece) =
-          *reinterpret_cast<const uint4*>(query_tile + piece / 8 * L::kHalfBytes +
-                                          swizzled<L::kLine>(16 * warp + r, piece % 8));
+  for (int n = 0; n < 8; ++n) {
+    const auto word0 = static_cast<uint32_t>(visible0 >> (n / 4 * 32));
+    const auto word1 = static_cast<uint32_t>(visible1 >> (n / 4 * 32));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if ((word0 & 1u << (n % 4 * 8 + i)) == 0) scores[n][i] = -INFINITY;
+      if ((word1 & 1u << (n % 4 * 8 + i)) == 0) scores[n][2 + i] = -INFINITY;
+      max0 = fmaxf(max0, scores[n][i]);
+      max1 = fmaxf(max1, scores[n][2 + i]);
     }
   }
+  max0 = quad_max(max0);
+  max1 = quad_max(max1);
+  const float scale = arguments.scale_log2;
+  float sum0 = 0.f, sum1 = 0.f;
+  uint32_t probabilities[4][4];
+  exponentials(scores, scale, max0 == -INFINITY ? 0.f : max0 * scale,
+               max1 == -INFINITY ? 0.f : max1 * scale, sum0, sum1);
+  pack_probabilities<T>(probabilities, scores);
+  float output[L::kHalves][L::kColumns / 8][4];
+  barrier_wait(values_ready, 0);
+  if (tile.rows % 16 != 0) clear_values<kDim>(value_tile, tile.rows, 128);
+  issue_values<T, kDim, false>(output, probabilities, value_tile, tile.rows);
+  wgmma_wait<0>();
+  // All warps have read their queries: the rows may be written over.
+  named_barrier(2, 128);
+  T* to = static_cast<T*>(arguments.output) +
+          static_cast<int64_t>(tile.begin + 16 * warp) * hidden + head * kDim;
+  write_rows<T, kDim>(output, quad_sum(sum0), quad_sum(sum1), shared, to, hidden,
+                      tile.rows - 16 * warp);
 }
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -425,9 +629,15 @@ cudaError_t launch_sm90(const AttentionChoice& choice, const AttentionArguments&
       L::kLine == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
-  return launch_kernel(sm90_attention_kernel<T, kDim>,
-                       static_cast<unsigned>(choice.bound) * arguments.num_heads, kThreads,
-                       L::kSharedBytes, launch, map, arguments);
+  const auto grid = static_cast<unsigned>(choice.bound) * arguments.num_heads;
+  if constexpr (kDim <= 64) {
+    if (choice.kernel == AttentionKernel::kPackedSm90) {
+      return launch_kernel(sm90_packed_attention_kernel<T, kDim>, grid, 128, 3 * L::kTileBytes + 16,
+                           launch, map, arguments);
+    }
+  }
+  return launch_kernel(sm90_attention_kernel<T, kDim>, grid, kThreads, L::kSharedBytes, launch, map,
+                       arguments);
 }
 
 template <typename T>

@@ -46,21 +46,14 @@ cudaError_t linear(const Gemm& gemm, void* workspace, Launch launch);
 cudaError_t linear_layer_norm(const Gemm& gemm, const GemmNorm& norm, void* scratch,
                               void* workspace, Launch launch);
 
-// One way to run a GEMM and what it took.
-struct GemmCandidate {
-  std::string plan;  // opaque; load_gemm_plan takes it back
-  float microseconds = 0.f;
-};
-
 // The first row count at or above `rows` that has a plan of its own: a plan serves (class below,
 // class].
 int gemm_row_class(int rows);
 
-// Times every candidate for gemm's shape class on the current device, best first; `norm` non-null
-// times linear_layer_norm. Synchronises. Bytes written: output, scratch, workspace.
-cudaError_t time_gemm_candidates(const Gemm& gemm, const GemmNorm* norm, void* scratch,
-                                 void* workspace, Launch launch, int repeats,
-                                 std::vector<GemmCandidate>* candidates);
+// Every plan worth timing for gemm's shape class on the current device: our variants, then
+// cuBLASLt's own list, best guess first. Plans are opaque text; load_gemm_plan takes them back.
+cudaError_t gemm_candidates(const Gemm& gemm, const GemmNorm* norm,
+                            std::vector<std::string>* plans);
 
 // What a plan is looked up by besides the device.
 struct GemmKey {

@@ -9,11 +9,17 @@ const void* norm_kernel(int variant, bool bfloat16) {
   };
   switch (variant) {
     case 0:
-      return pick(Norm128x192{});
+      return pick(NormPingPong128x192{});
     case 1:
-      return pick(Norm64x192{});
+      return pick(NormPingPong64x192{});
+    case 2:
+      return pick(NormPingPong64x256{});
+    case 3:
+      return pick(NormTogether128x192{});
+    case 4:
+      return pick(NormTogether128x256{});
     default:
-      return pick(Norm64x256{});
+      return pick(NormPingPong64x128{});
   }
 }
 

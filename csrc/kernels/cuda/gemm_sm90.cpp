@@ -18,8 +18,8 @@
 namespace ft::cuda {
 namespace sm90 {
 
-const void* pingpong_kernel(int variant, bool bfloat16);  // gemm_pingpong_sm90.cu
-const void* norm_kernel(int variant, bool bfloat16);      // gemm_norm_sm90.cu
+const void* linear_kernel(int variant, bool bfloat16);  // gemm_linear_sm90.cu
+const void* norm_kernel(int variant, bool bfloat16);    // gemm_norm_sm90.cu
 
 }  // namespace sm90
 
@@ -29,7 +29,9 @@ struct Variant {
   const char* name;
   const void* (*kernel)(int, bool);
   int index;  // within its file
-  int m, n, cluster, threads, shared_bytes;
+  int m, n;
+  int box_rows;  // of an output box
+  int cluster, sharers, threads, shared_bytes;
   bool norm;
   // Time of a tile over that of its products at the tensor cores' full rate, measured.
   float cost;
@@ -43,7 +45,9 @@ constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), in
           index,
           Config::kM,
           Config::kN,
+          Config::kRows,
           Config::kCluster,
+          Config::kSharers,
           Config::kThreads,
           Config::kSharedBytes,
           Config::kNorm,
@@ -51,12 +55,18 @@ constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), in
 }
 
 constexpr std::array kVariants{
-    variant<sm90::Pingpong128x192>("pingpong 128x192", sm90::pingpong_kernel, 0, 1.0f),
-    variant<sm90::Pingpong128x128>("pingpong 128x128", sm90::pingpong_kernel, 1, 1.15f),
-    variant<sm90::Pingpong64x128>("pingpong 64x128", sm90::pingpong_kernel, 2, 1.7f),
-    variant<sm90::Norm128x192>("norm 128x192", sm90::norm_kernel, 0, 1.0f),
-    variant<sm90::Norm64x192>("norm 64x192", sm90::norm_kernel, 1, 1.4f),
-    variant<sm90::Norm64x256>("norm 64x256", sm90::norm_kernel, 2, 1.3f),
+    variant<sm90::PingPong128x192>("ping-pong 128x192", sm90::linear_kernel, 0, 1.0f),
+    variant<sm90::PingPong128x128>("ping-pong 128x128", sm90::linear_kernel, 1, 1.15f),
+    variant<sm90::PingPong64x128>("ping-pong 64x128", sm90::linear_kernel, 2, 1.7f),
+    variant<sm90::Together128x192>("together 128x192", sm90::linear_kernel, 3, 1.0f),
+    variant<sm90::Together128x128>("together 128x128", sm90::linear_kernel, 4, 1.15f),
+    variant<sm90::Together128x256>("together 128x256", sm90::linear_kernel, 5, 1.1f),
+    variant<sm90::NormPingPong128x192>("norm ping-pong 128x192", sm90::norm_kernel, 0, 1.0f),
+    variant<sm90::NormPingPong64x192>("norm ping-pong 64x192", sm90::norm_kernel, 1, 1.4f),
+    variant<sm90::NormPingPong64x256>("norm ping-pong 64x256", sm90::norm_kernel, 2, 1.3f),
+    variant<sm90::NormTogether128x192>("norm together 128x192", sm90::norm_kernel, 3, 1.0f),
+    variant<sm90::NormTogether128x256>("norm together 128x256", sm90::norm_kernel, 4, 1.0f),
+    variant<sm90::NormPingPong64x128>("norm ping-pong 64x128", sm90::norm_kernel, 5, 1.5f),
 };
 
 constexpr int kBlockK = 64;
@@ -241,17 +251,18 @@ cudaError_t gemm_sm90(int v, const Gemm& gemm, const GemmNorm* norm, Launch laun
     p.eps = norm->eps;
   }
   // The side that is shared is fetched in equal parts by the cluster's blocks.
-  const int input_box = variant.norm ? variant.m / variant.cluster : variant.m;
-  const int weight_box = variant.norm ? variant.n : variant.n / variant.cluster;
+  const int input_box = variant.norm ? variant.m / variant.sharers : variant.m;
+  const int weight_box = variant.norm ? variant.n : variant.n / variant.sharers;
   CUtensorMap input, weight, residual, output;
   cudaError_t status = tensor_map({gemm.input, gemm.rows, gemm.k, input_box, gemm.dtype}, &input);
   if (status == cudaSuccess)
     status = tensor_map({gemm.weight, gemm.n, gemm.k, weight_box, gemm.dtype}, &weight);
   if (status == cudaSuccess)
-    status = tensor_map({gemm.output, gemm.rows, gemm.n, variant.m, gemm.dtype}, &output);
+    status = tensor_map({gemm.output, gemm.rows, gemm.n, variant.box_rows, gemm.dtype}, &output);
   residual = output;
   if (status == cudaSuccess && gemm.residual != nullptr)
-    status = tensor_map({gemm.residual, gemm.rows, gemm.n, variant.m, gemm.dtype}, &residual);
+    status =
+        tensor_map({gemm.residual, gemm.rows, gemm.n, variant.box_rows, gemm.dtype}, &residual);
   if (status != cudaSuccess) return status;
 
   std::array<cudaLaunchAttribute, 2> attributes{};

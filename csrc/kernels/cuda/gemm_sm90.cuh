@@ -3,7 +3,8 @@
 // A block is one producer thread and two consumer warpgroups. The producer keeps a ring of
 // kStages x (kM x 64 of input, kN x 64 of weight) filled by bulk tensor copies; the consumers take
 // whole tiles in turn ("ping-pong"), so that while one runs its epilogue the other keeps the tensor
-// cores busy. Blocks are persistent: tile after tile without a pause in the ring.
+// cores busy, or halves of a tile together, for problems of one tile a block. Blocks are
+// persistent: tile after tile without a pause in the ring.
 //
 // Clusters. Plain variants: kCluster blocks stacked along the rows share each weight tile by
 // multicast. Norm variants: the cluster's blocks stand side by side over the full width n =
@@ -48,9 +49,8 @@ __device__ __forceinline__ uint32_t pack(float x, float y) {
 
 // Two neighbouring elements of a parameter vector.
 template <typename T>
-__device__ __forceinline__ float2 pair_at(const void* vector, int column) {
-  return unpack<T>(
-      __ldg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(vector) + column)));
+__device__ __forceinline__ uint32_t pair_at(const void* vector, int column) {
+  return __ldg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(vector) + column));
 }
 
 // x * Phi(x) = max(x, 0) - |x| * erfc(|x| / sqrt 2) / 2 with erfc after Abramowitz and
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                 const __grid_constant__ CUtensorMap output_map, const GemmParameters p) {
   constexpr int kM = Config::kM, kN = Config::kN, kStages = Config::kStages;
   constexpr int kCluster = Config::kCluster, kChunks = Config::kChunks;
-  constexpr int kBuffers = Config::kBuffers, kParts = kM / 64;
-  constexpr bool kNorm = Config::kNorm;
+  constexpr int kBuffers = Config::kBuffers, kRows = Config::kRows, kParts = kRows / 64;
+  constexpr bool kNorm = Config::kNorm, kTogether = Config::kTogether;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   const auto full = [&](int s) { return base + Config::kBarriersAt + 8 * s; };
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       barrier_init(full(s), 1);
-      barrier_init(empty(s), kCluster);  // one consumer warpgroup of every block that shares it
+      barrier_init(empty(s), kCluster * (kTogether ? 2 : 1));  // warpgroups that read it
     }
     for (int b = 2 * kStages; b < Config::kBarriers; ++b) barrier_init(full(b), 1);
     barrier_init_fence();
@@ -126,9 +126,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       };
       const auto load_input = [&](int tile, int block, int stage) {
         const uint32_t to = base + stage * Config::kStageBytes;
-        if constexpr (kNorm && kCluster > 1) {
-          load_box_multicast(to + rank * (Config::kInputBytes / kCluster), &input_map, block * 64,
-                             row_of(tile) + rank * (kM / kCluster), full(stage), kEveryone);
+        if constexpr (kNorm) {
+          if (rank < Config::kSharers)
+            load_box_multicast(to + rank * (Config::kInputBytes / Config::kSharers), &input_map,
+                               block * 64, row_of(tile) + rank * (kM / Config::kSharers),
+                               full(stage), kEveryone);
         } else {
           load_box(to, &input_map, block * 64, row_of(tile), full(stage));
         }
@@ -181,12 +183,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     uint32_t own = 0;          // tiles of this warpgroup so far
     uint32_t position = 0;     // in the ring, counted without wrapping
     int turn = 0;
+    // Products run strictly in turn: barriers tell odd fills of a stage from even ones, no more, so
+    // neither warpgroup may look at the ring before the other is through with its part.
+    const int my_turn = 3 + consumer, other_turn = 4 - consumer;
+    if (!kTogether && consumer == 1) named_barrier_arrive(other_turn, 256);
     for (int tile = cluster; tile < p.cluster_tiles; tile += clusters, turn ^= 1) {
-      if (turn != consumer) {
+      if (!kTogether && turn != consumer) {
         position += p.k_blocks;
         continue;
       }
-      const int row = row_of(tile), column = column_of(tile);
+      const int row = row_of(tile) + (kTogether ? consumer * kRows : 0), column = column_of(tile);
+      // Vectors come from far away: asked for before the product, put down after it.
+      uint32_t vectors[Config::kVectors] = {};
+      if (thread < kN / 2 && (kNorm || column + 2 * thread < p.n)) {
+        if (p.bias != nullptr) vectors[0] = pair_at<T>(p.bias, column + 2 * thread);
+        if constexpr (kNorm) {
+          vectors[1] = pair_at<T>(p.gamma, column + 2 * thread);
+          vectors[2] = pair_at<T>(p.beta, column + 2 * thread);
+        }
+      }
       const auto load_residual = [&](int chunk, int buffer) {
         barrier_expect(filled(buffer), Config::kChunkBytes);
         load_box(staging + buffer * Config::kChunkBytes, &residual_map, column + chunk * 64, row,
@@ -207,9 +222,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
           barrier_arrive_remote(in_block(empty(s), thread));
         }
       };
+      if constexpr (!kTogether) named_barrier(my_turn, 256);
       for (int block = 0; block < p.k_blocks; ++block) {
         barrier_wait(full(stage), phase);
-        const uint64_t a = operand(base + stage * Config::kStageBytes);
+        const uint64_t a = operand(base + stage * Config::kStageBytes +
+                                   (kTogether ? consumer * Config::kChunkBytes : 0));
         const uint64_t b = operand(base + stage * Config::kStageBytes + Config::kInputBytes);
         wgmma_fence();
 #pragma unroll
@@ -228,6 +245,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
           phase ^= 1;
         }
       }
+      if constexpr (!kTogether) named_barrier_arrive(other_turn, 256);
       wgmma_wait<0>();
       release(previous);
       position += p.k_blocks;
@@ -238,16 +256,22 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+f"(acc[part][i])::"memory");
 
       // ---- the epilogue ----
-      // Column of this lane's first accumulator of the 8-column group.
-      const auto column_at = [&](int chunk, int group) {
-        return column + chunk * 64 + group * 8 + (lane & 3) * 2;
+      const uint32_t vectors_at = base + Config::kVectorsAt + consumer * Config::kVectors * kN * 2;
+      if (thread < kN / 2) {
+#pragma unroll
+        for (int v = 0; v < Config::kVectors; ++v)
+          store_shared(vectors_at + v * kN * 2 + thread * 4, vectors[v]);
+      }
+      named_barrier(1 + consumer, 128);
+      // A vector's elements for this lane's columns of an 8-column group.
+      const auto vector_at = [&](int v, int chunk, int group) {
+        return unpack<T>(
+            load_shared(vectors_at + v * kN * 2 + chunk * 128 + group * 16 + (lane & 3) * 4));
       };
       const auto add_bias = [&](int chunk) {
-        if (p.bias == nullptr) return;
 #pragma unroll
         for (int group = 0; group < 8; ++group) {
-          const int c = column_at(chunk, group);
-          const float2 b = kNorm || c < p.n ? pair_at<T>(p.bias, c) : float2{0.f, 0.f};
+          const float2 b = vector_at(0, chunk, group);
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
             float* x = &acc[part][(chunk * 8 + group) * 4];
@@ -354,9 +378,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             squares[part][half] = over_quad(sum2);
           }
         const int set = own & 1;  // a block may be one tile ahead of its peers, never two
-        const uint32_t stats = base + Config::kStatsAt + (consumer * 2 + set) * kCluster * kM * 8;
+        const uint32_t stats =
+            base + Config::kStatsAt + (consumer * 2 + set) * kCluster * kRows * 8;
         const uint32_t arrived = full(2 * kStages + 2 * kBuffers + consumer * 2 + set);
-        if (leader) barrier_expect(arrived, kCluster * kM * 8);
+        if (leader) barrier_expect(arrived, kCluster * kRows * 8);
 #pragma unroll
         for (int peer = lane & 3; peer < kCluster; peer += 4) {
           const uint32_t there = in_block(stats, peer), there_arrived = in_block(arrived, peer);
@@ -365,7 +390,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int r = part * 64 + warp * 16 + half * 8 + lane / 4;
-              store_remote(there + (rank * kM + r) * 8, there_arrived, mean[part][half],
+              store_remote(there + (rank * kRows + r) * 8, there_arrived, mean[part][half],
                            squares[part][half]);
             }
         }
@@ -380,7 +405,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             float m = 0.f, m2 = 0.f;
 #pragma unroll
             for (int peer = 0; peer < kCluster; ++peer) {
-              each[peer] = from[peer * kM];
+              each[peer] = from[peer * kRows];
               m += each[peer].x;
               m2 += each[peer].y;
             }
@@ -395,8 +420,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll
           for (int group = 0; group < 8; ++group) {
-            const int c = column_at(chunk, group);
-            const float2 gamma = pair_at<T>(p.gamma, c), beta = pair_at<T>(p.beta, c);
+            const float2 gamma = vector_at(1, chunk, group), beta = vector_at(2, chunk, group);
 #pragma unroll
             for (int part = 0; part < kParts; ++part)
 #pragma unroll

@@ -16,33 +16,49 @@ struct GemmParameters {
   bool residual;
 };
 
-template <int kM_, int kN_, int kStages_, int kBuffers_, int kCluster_, bool kNorm_>
+// kTogether: both consumer warpgroups share a tile, half the rows each, which halves the latency of
+// a lone tile; otherwise they take tiles in turn, which hides every epilogue but the last.
+template <int kM_, int kN_, int kStages_, int kBuffers_, int kCluster_, bool kTogether_,
+          bool kNorm_>
 struct GemmConfig {
   static constexpr int kM = kM_, kN = kN_, kStages = kStages_, kCluster = kCluster_;
   static constexpr int kBuffers = kBuffers_;  // chunks in shared memory per warpgroup
-  static constexpr bool kNorm = kNorm_;
+  static constexpr bool kTogether = kTogether_, kNorm = kNorm_;
+  static constexpr int kRows = kTogether ? kM / 2 : kM;  // of a warpgroup's part of the tile
   static constexpr int kThreads = 384;
   static constexpr int kInputBytes = kM * 128;
   static constexpr int kWeightBytes = kN * 128;
   static constexpr int kStageBytes = kInputBytes + kWeightBytes;
   static constexpr int kChunks = kN / 64;  // the output leaves in boxes of 64 columns
-  static constexpr int kChunkBytes = kM * 128;
+  static constexpr int kChunkBytes = kRows * 128;
   static constexpr int kStagingAt = kStages * kStageBytes;
   static constexpr int kStatsAt = kStagingAt + 2 * kBuffers * kChunkBytes;
-  static constexpr int kStatsBytes = kNorm ? 2 * 2 * kCluster * kM * 8 : 0;
-  static constexpr int kBarriersAt = kStatsAt + kStatsBytes;
+  static constexpr int kStatsBytes = kNorm ? 2 * 2 * kCluster * kRows * 8 : 0;
+  static constexpr int kVectorsAt = kStatsAt + kStatsBytes;  // bias, and gamma and beta
+  static constexpr int kVectors = kNorm ? 3 : 1;
+  static constexpr int kBarriersAt = kVectorsAt + 2 * kVectors * kN * 2;
   static constexpr int kBarriers = 2 * kStages + 2 * kBuffers + (kNorm ? 4 : 0);
   static constexpr int kSharedBytes = kBarriersAt + 8 * kBarriers;
-  static_assert(kM % 64 == 0 && kN % 64 == 0 && kM <= 256 && kN <= 256);
+  // Blocks that fetch a part of a shared tile: parts are whole groups of 8 rows, so of a cluster of
+  // six only four do.
+  static constexpr int kSharers = kNorm && kCluster == 6 ? 4 : kCluster;
+  static_assert((kNorm ? kM : kN) % (8 * kSharers) == 0);
+  static_assert(kRows % 64 == 0 && kN % 64 == 0 && kM <= 256 && kN <= 256);
   static_assert(kSharedBytes <= 232448, "more than a block of sm_90 can have");
 };
 
 // The variants that are compiled.
-using Pingpong128x192 = GemmConfig<128, 192, 4, 2, 2, false>;
-using Pingpong128x128 = GemmConfig<128, 128, 5, 2, 2, false>;
-using Pingpong64x128 = GemmConfig<64, 128, 6, 2, 1, false>;
-using Norm128x192 = GemmConfig<128, 192, 3, 2, 4, true>;
-using Norm64x192 = GemmConfig<64, 192, 5, 3, 4, true>;
-using Norm64x256 = GemmConfig<64, 256, 4, 2, 4, true>;
+using PingPong128x192 = GemmConfig<128, 192, 4, 2, 2, false, false>;
+using PingPong128x128 = GemmConfig<128, 128, 5, 2, 2, false, false>;
+using PingPong64x128 = GemmConfig<64, 128, 6, 2, 1, false, false>;
+using Together128x192 = GemmConfig<128, 192, 4, 2, 2, true, false>;
+using Together128x128 = GemmConfig<128, 128, 6, 2, 1, true, false>;
+using Together128x256 = GemmConfig<128, 256, 4, 2, 2, true, false>;
+using NormPingPong128x192 = GemmConfig<128, 192, 3, 2, 4, false, true>;
+using NormPingPong64x192 = GemmConfig<64, 192, 5, 3, 4, false, true>;
+using NormPingPong64x256 = GemmConfig<64, 256, 4, 2, 4, false, true>;
+using NormTogether128x192 = GemmConfig<128, 192, 4, 2, 4, true, true>;
+using NormTogether128x256 = GemmConfig<128, 256, 3, 2, 4, true, true>;
+using NormPingPong64x128 = GemmConfig<64, 128, 6, 2, 6, false, true>;
 
 }  // namespace ft::cuda::sm90

@@ -57,6 +57,7 @@ GemmParams gemm_params(const SmallShape& s, Kind kind, const SmallGemmPlan& plan
   p.k = k;
   p.batch = s.batch;
   p.width = s.hidden;
+  p.parts = kMaxParts;  // until the producer is known
   p.split = plan.split;
   p.stages = plan.stages;
   if (kind == kAttention) {
@@ -83,7 +84,7 @@ bool gemm_plan_fits(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, i
       plan.split > chunks || plan.stages < 1) {
     return false;
   }
-  if (kind == kAttention && plan.stages < ceil_div(chunks, plan.split)) return false;
+  if (kind != kResidual && plan.stages < ceil_div(chunks, plan.split)) return false;
   const bool ends_branch = kind == kAttention || kind == kResidual;
   if (ends_branch && ceil_div(n, kTileTable[plan.tile].columns) > kMaxParts) return false;
   return gemm_shared(s, kind, plan, n, k) <= kSharedLimit;
@@ -132,7 +133,7 @@ bool choose(const SmallShape& s, Kind kind, int n, int k, SmallGemmPlan* best, d
 }
 
 struct Buffers {
-  unsigned char *qkv, *context, *raw1, *raw2, *up;
+  unsigned char *qkv, *context, *raw1, *raw2, *scaled1, *scaled2, *up;
   float2 *moments1, *moments2;
   size_t bytes;
 
@@ -149,6 +150,8 @@ struct Buffers {
     context = take(rows * s.hidden);
     raw1 = take(rows * s.hidden);
     raw2 = take(rows * s.hidden);
+    scaled1 = take(rows * s.hidden);
+    scaled2 = take(rows * s.hidden);
     up = take(rows * s.intermediate);
     moments1 = reinterpret_cast<float2*>(take(sizeof(float2) * kMaxParts * s.tokens));
     moments2 = reinterpret_cast<float2*>(take(sizeof(float2) * kMaxParts * s.tokens));
@@ -229,7 +232,7 @@ struct Chain {
   cudaError_t norm(NormParams& p) {
     static std::atomic<uint64_t> allowed[2];
     return launch(functions.norm, allowed[shape.dtype == DType::kBFloat16],
-                  dim3(ceil_div(p.tokens, 4)), 128, 4 * sizeof(float2), 1, &p);
+                  dim3(ceil_div(p.tokens, 4)), 128, 0, 1, &p);
   }
 };
 
@@ -294,6 +297,7 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
     const bool raw = layer > 0;
     const void* const input = raw ? buffers.raw2 : hidden;
     const auto previous_norm = [&](GemmParams& p) {
+      p.parts = 0;
       if (!raw) return;
       p.moments = buffers.moments2;
       p.parts = ceil_div(h, width2);
@@ -311,7 +315,7 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
 
     GemmParams p = gemm_params(s, kNorm, plan.qkv, 3 * h, h);
     p.eps = eps;
-    p.input = input;
+    p.input = raw ? buffers.scaled2 : hidden;
     p.weight = at(w.qkv_weight, layer * 3 * h * h);
     p.bias = at(w.qkv_bias, layer * 3 * h);
     p.output = buffers.qkv;
@@ -340,6 +344,8 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
     p.weight = at(w.out_weight, layer * h * h);
     p.bias = at(w.out_bias, layer * h);
     p.output = buffers.raw1;
+    p.scaled_output = buffers.scaled1;
+    p.next_gamma = at(w.ln1_gamma, layer * h);
     p.residual = input;
     p.moments_out = buffers.moments1;
     p.cu_seqlens = cu_seqlens;
@@ -349,7 +355,7 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
 
     p = gemm_params(s, kNormGelu, plan.up, i, h);
     p.eps = eps;
-    p.input = buffers.raw1;
+    p.input = buffers.scaled1;
     p.weight = at(w.up_weight, layer * i * h);
     p.bias = at(w.up_bias, layer * i);
     p.output = buffers.up;
@@ -363,6 +369,8 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
     p.weight = at(w.down_weight, layer * h * i);
     p.bias = at(w.down_bias, layer * h);
     p.output = buffers.raw2;
+    p.scaled_output = buffers.scaled2;
+    p.next_gamma = at(w.ln2_gamma, layer * h);
     p.residual = buffers.raw1;
     p.moments_out = buffers.moments2;
     own_norm(p);

@@ -3,13 +3,15 @@
 // weights into shared memory, and only then waits for the activations.
 //
 // A GEMM is cut three ways: rows of tokens, columns of the weight, and K over the blocks of a
-// cluster, so that at 32 tokens all multiprocessors read weights at once. The blocks of a cluster
-// leave fp32 partial sums in shared memory and each adds up its rows from all of them, always in
-// rank order, so results do not change from run to run.
+// cluster, so that at 32 tokens all multiprocessors read weights at once. Each block sends its fp32
+// partial sums of a row to the block of the cluster that finishes the row, which adds them in rank
+// order, so results do not change from run to run.
 //
-// Layer norm has no kernel of its own: the GEMM that ends a residual branch stores the raw sum and,
-// for each row and column tile, mean and sum of squared deviations; readers combine these (Chan,
-// Golub and LeVeque 1979) and normalise while the data lies in shared memory.
+// Layer norm has no kernel of its own. The GEMM that ends a residual branch stores the raw sum x,
+// x * gamma, and for each row and column tile mean and sum of squared deviations. Readers combine
+// these (Chan, Golub and LeVeque 1979) and use
+//   LN(x) W^T = rstd * ((x * gamma) W^T - mean * (W gamma)) + W beta
+// where W gamma and W beta come out of two more rows of the same product, done before the wait.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -28,8 +30,8 @@ constexpr int kMaxSplit = 8;   // largest portable cluster
 constexpr int kMaxParts = 32;  // moments a row: one lane each
 
 enum Kind {
-  kNorm,       // LN(input) W^T + b
-  kNormGelu,   // gelu(LN(input) W^T + b)
+  kNorm,       // LN(x) W^T + b, from input = x * gamma
+  kNormGelu,   // gelu of the same
   kResidual,   // input W^T + b + LN(residual), and its moments
   kAttention,  // the same with input = attention(qkv)
   kKinds
@@ -51,16 +53,18 @@ enum Kind {
 constexpr int kTiles = 10;
 
 struct GemmParams {
-  const void* input;      // [tokens, k]; kAttention: qkv [tokens, 3k]
-  const void* weight;     // [n, k]
-  const void* bias;       // [n]
-  void* output;           // [tokens, n]
-  const void* residual;   // [tokens, n]
-  const float2* moments;  // [tokens, parts] of input or residual; null: already normalised
-  const void* gamma;      // [width]
-  const void* beta;       // [width]
-  float2* moments_out;    // [tokens, column tiles]
-  const int* cu_seqlens;  // [batch + 1]
+  const void* input;       // [tokens, k]; kAttention: qkv [tokens, 3k]
+  const void* weight;      // [n, k]
+  const void* bias;        // [n]
+  void* output;            // [tokens, n]
+  void* scaled_output;     // [tokens, n], output * next_gamma
+  const void* residual;    // [tokens, n]
+  const float2* moments;   // [tokens, even(parts)] of input or residual; null: already normalised
+  const void* gamma;       // [width]
+  const void* beta;        // [width]
+  const void* next_gamma;  // [n]
+  float2* moments_out;     // [tokens, even(column tiles)]
+  const int* cu_seqlens;   // [batch + 1]
   int tokens, n, k, batch;
   int parts, part_width, width;  // of moments
   int split, stages;
@@ -79,7 +83,7 @@ struct AttentionParams {
 
 struct NormParams {
   const void* input;      // [tokens, width]
-  const float2* moments;  // [tokens, parts]
+  const float2* moments;  // [tokens, even(parts)]
   const void* gamma;
   const void* beta;
   void* output;  // [tokens, width]
@@ -89,27 +93,31 @@ struct NormParams {
 
 __host__ __device__ constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
 
-// Byte offsets in dynamic shared memory; the partial sums overlay everything from `weight` on.
+// Byte offsets in dynamic shared memory.
 struct GemmLayout {
-  int bounds, bias, gamma, beta, residual, sequences, weight, input, keys, total;
+  int bounds, bias, gamma, beta, next_gamma, residual, moments, affine, affine_parts, sequences;
+  int weight, input, keys, sums, total;
 
   __host__ __device__ GemmLayout(int kind, int tile_rows, int tile_columns, const GemmParams& p) {
     const int chunks = (p.k / kChunk + p.split - 1) / p.split;
+    const int share = (tile_rows + p.split - 1) / p.split;  // rows a block finishes
     const bool ends_branch = kind == kResidual || kind == kAttention;
-    const int affine = 2 * (ends_branch ? tile_columns : chunks * kChunk);
-    bounds = tile_rows * 8;
+    const int vector = 2 * (ends_branch ? tile_columns : chunks * kChunk);
+    bounds = 0;
     bias = bounds + (kind == kAttention ? tile_rows * 8 : 0);
     gamma = bias + 2 * tile_columns;
-    beta = gamma + affine;
-    residual = beta + affine;
-    sequences =
-        residual + (ends_branch ? 2 * tile_columns * ((tile_rows + p.split - 1) / p.split) : 0);
+    beta = gamma + vector;
+    next_gamma = beta + vector;
+    residual = next_gamma + (ends_branch ? vector : 0);
+    moments = residual + (ends_branch ? share * tile_columns * 2 : 0);
+    affine = moments + share * round_up(p.parts, 2) * 8;
+    affine_parts = affine + (ends_branch ? 0 : 2 * tile_columns * 4);
+    sequences = affine_parts + (ends_branch ? 0 : p.split * 2 * tile_columns * 4);
     weight = round_up(sequences + (kind == kAttention ? 4 * (p.batch + 1) : 0), kChunkBytes);
     input = weight + p.stages * tile_columns * kChunkBytes;
     keys = input + p.stages * tile_rows * kChunkBytes;
-    total = keys + (kind == kAttention ? 2 * chunks * p.key_capacity * kChunkBytes : 0);
-    const int sums = weight + tile_rows * (tile_columns + 8) * 4;
-    if (total < sums) total = sums;
+    sums = keys + (kind == kAttention ? 2 * chunks * p.key_capacity * kChunkBytes : 0);
+    total = sums + p.split * share * (tile_columns + 8) * 4;
   }
 };
 
@@ -204,21 +212,13 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Zeros when the rank is not there; a predicate rather than a branch keeps the loads together.
-__device__ __forceinline__ float4 load_from_rank(uint32_t address, int rank, bool there) {
-  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      ".reg .b32 remote;\n"
-      "setp.ne.b32 p, %6, 0;\n"
-      "@p mapa.shared::cluster.u32 remote, %4, %5;\n"
-      "@p ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [remote];\n"
-      "}"
-      : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
-      : "r"(address), "r"(rank), "r"(static_cast<int>(there))
-      : "memory");
-  return v;
+__device__ __forceinline__ uint32_t address_in_rank(uint32_t address, int rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+__device__ __forceinline__ void store_in_rank(uint32_t remote, float x, float y) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1,%2};" ::"r"(remote), "f"(x), "f"(y) : "memory");
 }
 
 // The sum over each group of kLanes neighbouring lanes, in every one of them.
@@ -266,42 +266,29 @@ __device__ __forceinline__ int swizzled(int row, int unit) {
 
 // ---- pieces ------------------------------------------------------------------------------------
 
-// rows [first, last) of `out` = (mean, 1 / deviation), from the moments of the row's column tiles;
-// kLanes neighbouring threads share a row.
-template <int kThreads, int kLanes>
-__device__ __forceinline__ void combine_moments(const float2* moments, int parts, int part_width,
-                                                int width, float eps, int first, int last,
-                                                int token0, int tokens, float2* out) {
+// (mean, 1 / deviation) of a row of `width` columns from the moments of its column tiles, by kLanes
+// neighbouring threads together.
+template <int kLanes>
+__device__ __forceinline__ float2 combine_moments(const float2* moments, int parts, int part_width,
+                                                  int width, float eps) {
   constexpr int kEach = kMaxParts / kLanes;
-  const int lane = threadIdx.x % kLanes;
-  const float inverse_width = 1.f / width;
-#pragma unroll 1
-  for (int base = first; base < last; base += kThreads / kLanes) {
-    const int row = base + threadIdx.x / kLanes;
-    const bool inside = row < last && token0 + row < tokens;
-    const float2* const from = moments + static_cast<size_t>(token0 + row) * parts;
-    float2 part[kEach];
-    float count[kEach], sum = 0.f, squares = 0.f;
+  float2 part[kEach];
+  float count[kEach], sum = 0.f, squares = 0.f;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int j = i * kLanes + lane;
-      const bool has = inside && j < parts;
-      part[i] = has ? __ldcg(from + j) : make_float2(0.f, 0.f);
-      count[i] = has ? min(part_width, width - j * part_width) : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) sum += count[i] * part[i].x;
-    const float mean = lane_sum<kLanes>(sum) * inverse_width;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const float d = part[i].x - mean;
-      squares += part[i].y + count[i] * d * d;
-    }
-    squares = lane_sum<kLanes>(squares);
-    if (lane == 0 && row < last) {
-      out[row] = make_float2(mean, rsqrtf(squares * inverse_width + eps));
-    }
+  for (int i = 0; i < kEach; ++i) {
+    const int j = i * kLanes + threadIdx.x % kLanes;
+    part[i] = j < parts ? moments[j] : make_float2(0.f, 0.f);
+    count[i] = j < parts ? min(part_width, width - j * part_width) : 0;
+    sum += count[i] * part[i].x;
   }
+  const float inverse_width = 1.f / width;
+  const float mean = lane_sum<kLanes>(sum) * inverse_width;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const float d = part[i].x - mean;
+    squares += part[i].y + count[i] * d * d;
+  }
+  return make_float2(mean, rsqrtf(lane_sum<kLanes>(squares) * inverse_width + eps));
 }
 
 // Scale and shift of eight neighbouring columns.
@@ -525,6 +512,27 @@ __device__ __forceinline__ void attend_all(uint32_t queries, int query_stride, u
   }
 }
 
+// The weight fragments of 16 columns of K: kNi tiles of 8 output columns from `column` on.
+template <int kNi>
+__device__ __forceinline__ void load_weights(uint32_t (&b)[kNi][2], uint32_t chunk, int column,
+                                             int k) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j + 1 < kNi; j += 2) {
+    uint32_t r[4];
+    load_matrix4(r,
+                 chunk + swizzled(column + j * 8 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+    b[j][0] = r[0];
+    b[j][1] = r[1];
+    b[j + 1][0] = r[2];
+    b[j + 1][1] = r[3];
+  }
+  if constexpr (kNi % 2 == 1) {
+    load_matrix2(b[kNi - 1][0], b[kNi - 1][1],
+                 chunk + swizzled(column + (kNi - 1) * 8 + lane % 8, k * 2 + lane / 8 % 2));
+  }
+}
+
 // ---- kernels -----------------------------------------------------------------------------------
 
 // Grid (split, column tiles, row tiles), clusters of `split`.
@@ -532,8 +540,6 @@ template <typename T, int kKind, int kRows, int kColumns, int kWarpsM, int kWarp
 __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
     small_gemm_kernel(const __grid_constant__ GemmParams p) {
   constexpr int kThreads = 32 * kWarpsM * kWarpsN;
-  // Threads that share a row when moments are combined: enough for one pass over most tiles.
-  constexpr int kLanes = kThreads / kRows >= 8 ? 8 : kThreads / kRows >= 4 ? 4 : 2;
   constexpr int kMi = kRows / kWarpsM / 16, kNi = kColumns / kWarpsN / 8;
   constexpr int kPitch = kColumns + 8;  // floats; 8 or 24 mod 32 keeps the stores off one bank
   constexpr bool kEndsBranch = kKind == kResidual || kKind == kAttention;
@@ -541,7 +547,6 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
 
   extern __shared__ __align__(128) unsigned char shared[];
   const GemmLayout at(kKind, kRows, kColumns, p);
-  float2* const deviation = reinterpret_cast<float2*>(shared);
   const uint32_t base = shared_address(shared);
 
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
@@ -550,8 +555,10 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
   const int chunks = (rank + 1) * (p.k / kChunk) / p.split - chunk0;
   const int filled = min(p.stages, chunks);
   const int columns = min(kColumns, p.n - column0), rows = min(kRows, p.tokens - token0);
-  const int share = (kRows + p.split - 1) / p.split;  // rows this block finishes
-  const int first = min(rank * share, kRows), last = min(first + share, kRows);
+  const int share = (kRows + p.split - 1) / p.split;
+  const int first = rank * share, end = min(first + share, rows);  // rows this block finishes
+  const int warp_row = warp / kWarpsN * (kRows / kWarpsM);
+  const int warp_column = warp % kWarpsN * (kColumns / kWarpsN);
 
   const T* const weight =
       static_cast<const T*>(p.weight) + static_cast<size_t>(column0) * p.k + chunk0 * kChunk;
@@ -561,8 +568,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
 
   dependents_may_start();
 
-  // What no predecessor writes.
-
+  // ---- what no predecessor writes ----
 #pragma unroll 1
   for (int s = 0; s < filled; ++s) {
     copy_tile<T, kColumns, kThreads>(base + at.weight + s * kColumns * kChunkBytes,
@@ -570,6 +576,10 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
   }
   for (int v = tid; v < columns / 8; v += kThreads) {
     copy16(base + at.bias + v * 16, static_cast<const T*>(p.bias) + column0 + v * 8, true);
+    if constexpr (kEndsBranch) {
+      copy16(base + at.next_gamma + v * 16, static_cast<const T*>(p.next_gamma) + column0 + v * 8,
+             true);
+    }
   }
   if (p.moments != nullptr) {
     const int offset = kEndsBranch ? column0 : chunk0 * kChunk;
@@ -581,6 +591,20 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
   }
   commit();
   int committed = 1;
+  if (p.split > 1) cluster_arrive();  // a block must be running before others write to it
+
+  uint32_t owner[kMi][2];  // where partial sums of this thread's rows go
+#pragma unroll
+  for (int i = 0; i < kMi; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + i * 16 + half * 8 + lane / 4;
+      const uint32_t address =
+          base + at.sums + ((rank * share + row % share) * kPitch + warp_column + lane % 4 * 2) * 4;
+      owner[i][half] = address_in_rank(address, row / share);
+    }
+  }
+
   int2* const bounds = reinterpret_cast<int2*>(shared + at.bounds);
   int2 range = make_int2(0, 0);
   if constexpr (kKind == kAttention) {
@@ -591,16 +615,66 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
     __syncthreads();
     range = key_range(bounds, sequences, p.batch, token0, kRows, p.key_capacity);
   }
+  float* const affine = reinterpret_cast<float*>(shared + at.affine);  // W gamma, W beta + bias
+  if constexpr (kEndsBranch) {
+    if (p.split > 1) cluster_wait();
+  } else {
+    wait_copies<0>();
+    __syncthreads();
+    if (p.split > 1) cluster_wait();
+    if (p.moments != nullptr && warp < kWarpsN) {
+      float product[kNi][4] = {};
+#pragma unroll 1
+      for (int k = 0; k < chunks * (kChunk / 16); ++k) {
+        // Row 0 of the fragment is gamma, row 1 beta.
+        uint32_t a[4] = {0, 0, 0, 0}, b[kNi][2];
+        if (lane < 8) {
+          const unsigned char* const from =
+              shared + (lane < 4 ? at.gamma : at.beta) + (k * 16 + lane % 4 * 2) * 2;
+          a[0] = *reinterpret_cast<const uint32_t*>(from);
+          a[2] = *reinterpret_cast<const uint32_t*>(from + 16);
+        }
+        load_weights<kNi>(b, base + at.weight + k / 4 * kColumns * kChunkBytes, warp_column, k % 4);
+#pragma unroll
+        for (int j = 0; j < kNi; ++j) multiply<T>(product[j], a, b[j][0], b[j][1]);
+      }
+      if (lane < 8) {
+        for (int s = 0; s < p.split; ++s) {
+          const uint32_t to = address_in_rank(
+              base + at.affine_parts +
+                  ((rank * 2 + lane / 4) * kColumns + warp_column + lane % 4 * 2) * 4,
+              s);
+#pragma unroll
+          for (int j = 0; j < kNi; ++j) store_in_rank(to + j * 32, product[j][0], product[j][1]);
+        }
+      }
+    }
+    if (p.split > 1) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
+    const float* const parts = reinterpret_cast<const float*>(shared + at.affine_parts);
+    for (int i = tid; i < 2 * kColumns; i += kThreads) {
+      float sum = i < kColumns ? 0.f
+                               : static_cast<float>(*reinterpret_cast<const T*>(
+                                     shared + at.bias + (i - kColumns) * 2));
+      if (p.moments != nullptr) {
+        for (int s = 0; s < p.split; ++s) sum += parts[s * 2 * kColumns + i];
+      }
+      affine[i] = sum;
+    }
+  }
 
+  // ---- what predecessors write ----
   wait_for_predecessors();
 
+  const int count = range.y - range.x, key_stride = p.key_capacity * kChunkBytes;
+  const uint32_t keys = base + at.keys, values = keys + chunks * key_stride;
   if constexpr (kKind == kAttention) {
-    const int key_stride = p.key_capacity * kChunkBytes;
-    const uint32_t keys = base + at.keys, values = keys + chunks * key_stride;
     const T* const all_keys = static_cast<const T*>(p.input) +
                               static_cast<size_t>(range.x) * 3 * p.k + p.k + chunk0 * kChunk;
-    const int count = range.y - range.x;
-
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c) {
       copy_tile<T, kRows, kThreads>(base + at.input + c * kRows * kChunkBytes, input + c * kChunk,
@@ -610,76 +684,55 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
       copy_rows<T>(values + c * key_stride, all_keys + p.k + c * kChunk, 3 * p.k,
                    round_up(count, 32), count);
     }
-    commit();
-    ++committed;
+  } else {
+    copy_tile<T, kRows, kThreads>(base + at.input, input, p.k, rows);
+  }
+  const int moments_stride = round_up(p.parts, 2);
+  if (p.moments != nullptr && end > first) {
+    const float2* const from = p.moments + static_cast<size_t>(token0 + first) * moments_stride;
+    for (int v = tid; v < (end - first) * moments_stride / 2; v += kThreads) {
+      copy16(base + at.moments + v * 16, from + v * 2, true);
+    }
+  }
+  if constexpr (kEndsBranch) {
+    const T* const from =
+        static_cast<const T*>(p.residual) + static_cast<size_t>(token0) * p.n + column0;
+    for (int v = tid; v < (end - first) * (kColumns / 8); v += kThreads) {
+      const int row = v / (kColumns / 8), unit = v % (kColumns / 8);
+      if (unit * 8 < columns) {
+        copy16(base + at.residual + v * 16,
+               from + static_cast<size_t>(first + row) * p.n + unit * 8, true);
+      }
+    }
+  }
+  commit();
+  ++committed;
+  if constexpr (kKind == kAttention) {
+    wait_copies<0>();
+    __syncthreads();
+    attend_all<T>(base + at.input, kRows * kChunkBytes, keys, values, key_stride, kRows, chunks,
+                  p.head_dim, bounds, range, p.scale_log2);
+    __syncthreads();
   } else {
 #pragma unroll 1
-    for (int s = 0; s < filled; ++s) {
+    for (int s = 1; s < filled; ++s) {
       copy_tile<T, kRows, kThreads>(base + at.input + s * kRows * kChunkBytes, input + s * kChunk,
                                     p.k, rows);
       commit();
       ++committed;
     }
   }
-  if constexpr (kEndsBranch) {
-    for (int v = tid; v < (last - first) * (kColumns / 8); v += kThreads) {
-      const int row = first + v / (kColumns / 8), unit = v % (kColumns / 8);
-      if (row < rows && unit * 8 < columns) {
-        copy16(base + at.residual + v * 16,
-               static_cast<const T*>(p.residual) + static_cast<size_t>(token0 + row) * p.n +
-                   column0 + unit * 8,
-               true);
-      }
-    }
-    commit();  // waited for by the first full wait, at the latest before the epilogue
-  }
-  if (p.moments != nullptr) {
-    combine_moments<kThreads, kLanes>(p.moments, p.parts, p.part_width, p.width, p.eps,
-                                      kEndsBranch ? first : 0, kEndsBranch ? last : kRows, token0,
-                                      p.tokens, deviation);
-  }
-  if constexpr (kKind == kAttention) {
-    wait_copies<0>();
-    __syncthreads();
-    const int key_stride = p.key_capacity * kChunkBytes;
-    const uint32_t keys = base + at.keys;
-    attend_all<T>(base + at.input, kRows * kChunkBytes, keys, keys + chunks * key_stride,
-                  key_stride, kRows, chunks, p.head_dim, bounds, range, p.scale_log2);
-    __syncthreads();
-  } else if constexpr (!kEndsBranch) {
-    __syncthreads();  // deviation
-  }
 
-  float sums[kMi][kNi][4] = {};
-  const int warp_row = warp / kWarpsN * (kRows / kWarpsM);
-  const int warp_column = warp % kWarpsN * (kColumns / kWarpsN);
+  float product[kMi][kNi][4] = {};
+#pragma unroll 1
   for (int c = 0, stage = 0; c < chunks; ++c) {
     const uint32_t a_chunk = base + at.input + stage * kRows * kChunkBytes;
     const uint32_t w_chunk = base + at.weight + stage * kColumns * kChunkBytes;
     if constexpr (kKind != kAttention) {
-      // The residual's group comes after those of the first stages, so it may stay in flight too.
-      wait_copies_but(committed - (c + 2) + (kEndsBranch && c < filled ? 1 : 0));
-      if constexpr (!kEndsBranch) {
-        if (p.moments != nullptr) {
-          // Each thread normalises what it copied, so its own wait is enough.
-          const int row0 = tid / 8, unit = tid % 8;
-          const Affine8<T> affine(shared + at.gamma + (c * 8 + unit) * 16,
-                                  shared + at.beta + (c * 8 + unit) * 16);
-          unsigned char* const chunk =
-              shared + at.input + stage * kRows * kChunkBytes + swizzled(row0, unit);
-#pragma unroll
-          for (int i = 0; i < (kRows * 8 + kThreads - 1) / kThreads; ++i) {
-            const int row = row0 + i * (kThreads / 8);
-            if (kRows * 8 % kThreads == 0 || row < kRows) {
-              uint4* const x = reinterpret_cast<uint4*>(chunk + i * (kThreads / 8) * kChunkBytes);
-              *x = affine(*x, deviation[row]);
-            }
-          }
-        }
-      }
+      wait_copies_but(committed - (c + 2));
       __syncthreads();
       const int next = c - 1 + p.stages;  // into the stage that chunk c - 1 left
-      if (c > 0 && next < chunks) {
+      if (kKind == kResidual && c > 0 && next < chunks) {
         const int free = stage == 0 ? p.stages - 1 : stage - 1;
         copy_tile<T, kColumns, kThreads>(base + at.weight + free * kColumns * kChunkBytes,
                                          weight + next * kChunk, p.k, columns);
@@ -696,116 +749,110 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
       for (int i = 0; i < kMi; ++i) {
         load_matrix4(a[i], a_chunk + swizzled(warp_row + i * 16 + lane % 16, k * 2 + lane / 16));
       }
-#pragma unroll
-      for (int j = 0; j + 1 < kNi; j += 2) {
-        uint32_t r[4];
-        load_matrix4(r, w_chunk + swizzled(warp_column + j * 8 + lane % 8 + lane / 16 * 8,
-                                           k * 2 + lane / 8 % 2));
-        b[j][0] = r[0];
-        b[j][1] = r[1];
-        b[j + 1][0] = r[2];
-        b[j + 1][1] = r[3];
-      }
-      if constexpr (kNi % 2 == 1) {
-        load_matrix2(
-            b[kNi - 1][0], b[kNi - 1][1],
-            w_chunk + swizzled(warp_column + (kNi - 1) * 8 + lane % 8, k * 2 + lane / 8 % 2));
-      }
+      load_weights<kNi>(b, w_chunk, warp_column, k);
 #pragma unroll
       for (int i = 0; i < kMi; ++i) {
 #pragma unroll
-        for (int j = 0; j < kNi; ++j) multiply<T>(sums[i][j], a[i], b[j][0], b[j][1]);
+        for (int j = 0; j < kNi; ++j) multiply<T>(product[i][j], a[i], b[j][0], b[j][1]);
       }
     }
     stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
 
-  // Partial sums to shared memory, over weights and inputs that every warp has read.
-  wait_copies<0>();
-  __syncthreads();
-  float* const partial = reinterpret_cast<float*>(shared + at.weight);
+  // ---- each row's partial sums to the block that finishes it ----
 #pragma unroll
   for (int i = 0; i < kMi; ++i) {
 #pragma unroll
     for (int j = 0; j < kNi; ++j) {
-      float* const to =
-          partial + (warp_row + i * 16 + lane / 4) * kPitch + warp_column + j * 8 + lane % 4 * 2;
-      *reinterpret_cast<float2*>(to) = make_float2(sums[i][j][0], sums[i][j][1]);
-      *reinterpret_cast<float2*>(to + 8 * kPitch) = make_float2(sums[i][j][2], sums[i][j][3]);
+      store_in_rank(owner[i][0] + j * 32, product[i][j][0], product[i][j][1]);
+      store_in_rank(owner[i][1] + j * 32, product[i][j][2], product[i][j][3]);
     }
   }
+  if (p.split > 1) cluster_arrive();
+
+  // 16 lanes a row, four columns each.
+  constexpr int kSteps = (kColumns + 63) / 64;
+  const int lane16 = tid % 16;
+  const auto row_norm = [&](int row) {
+    if (p.moments == nullptr) return make_float2(0.f, 1.f);
+    const float2* const from = reinterpret_cast<const float2*>(shared + at.moments) +
+                               (min(row, first + share - 1) - first) * moments_stride;
+    return combine_moments<16>(from, p.parts, p.part_width, p.width, p.eps);
+  };
+  float2 norm = row_norm(first + tid / 16);
   if (p.split > 1) {
-    cluster_arrive();
     cluster_wait();
   } else {
     __syncthreads();
   }
-
-  // 16 lanes a row, four columns each.
-  constexpr int kSteps = (kColumns + 63) / 64;
-  const int lane16 = tid % 16, end = min(last, rows);
+  const float* const sums = reinterpret_cast<const float*>(shared + at.sums);
 #pragma unroll 1
   for (int row0 = first; row0 < end; row0 += kThreads / 16) {
     const int row = row0 + tid / 16;
+    if (row0 > first) norm = row_norm(row);
     float value[kSteps][4];
     float total = 0.f;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int column = step * 64 + lane16 * 4;
       if (row >= end || column >= columns) continue;
-      const uint32_t address = base + at.weight + (row * kPitch + column) * 4;
+      const float* const from = sums + (row - first) * kPitch + column;
       float4 part[kMaxSplit];
 #pragma unroll
-      for (int s = 0; s < kMaxSplit; ++s) part[s] = load_from_rank(address, s, s < p.split);
-      float4 v = part[0];
+      for (int s = 0; s < kMaxSplit; ++s) {
+        part[s] = s < p.split ? *reinterpret_cast<const float4*>(from + s * share * kPitch)
+                              : make_float4(0.f, 0.f, 0.f, 0.f);
+      }
+      float* const x = value[step];
+      x[0] = part[0].x, x[1] = part[0].y, x[2] = part[0].z, x[3] = part[0].w;
 #pragma unroll
       for (int s = 1; s < kMaxSplit; ++s) {
-        v.x += part[s].x;
-        v.y += part[s].y;
-        v.z += part[s].z;
-        v.w += part[s].w;
+        x[0] += part[s].x;
+        x[1] += part[s].y;
+        x[2] += part[s].z;
+        x[3] += part[s].w;
       }
-      const uint2 bias = *reinterpret_cast<const uint2*>(shared + at.bias + column * 2);
-      const float2 bias0 = Pair<T>::unpack(bias.x), bias1 = Pair<T>::unpack(bias.y);
-      float* const x = value[step];
-      x[0] = v.x + bias0.x;
-      x[1] = v.y + bias0.y;
-      x[2] = v.z + bias1.x;
-      x[3] = v.w + bias1.y;
+      const size_t at_output = static_cast<size_t>(token0 + row) * p.n + column0 + column;
+      if constexpr (kEndsBranch) {
+        const auto four = [&](int offset) {
+          const uint2 v = *reinterpret_cast<const uint2*>(shared + offset);
+          const float2 low = Pair<T>::unpack(v.x), high = Pair<T>::unpack(v.y);
+          return make_float4(low.x, low.y, high.x, high.y);
+        };
+        const float4 bias = four(at.bias + column * 2);
+        const float4 next = four(at.next_gamma + column * 2);
+        float4 r = four(at.residual + ((row - first) * kColumns + column) * 2);
+        if (p.moments != nullptr) {
+          const float4 g = four(at.gamma + column * 2), b = four(at.beta + column * 2);
+          r.x = (r.x - norm.x) * norm.y * g.x + b.x;
+          r.y = (r.y - norm.x) * norm.y * g.y + b.y;
+          r.z = (r.z - norm.x) * norm.y * g.z + b.z;
+          r.w = (r.w - norm.x) * norm.y * g.w + b.w;
+        }
+        x[0] += bias.x + r.x;
+        x[1] += bias.y + r.y;
+        x[2] += bias.z + r.z;
+        x[3] += bias.w + r.w;
+        *reinterpret_cast<uint2*>(static_cast<T*>(p.scaled_output) + at_output) =
+            make_uint2(Pair<T>::pack(x[0] * next.x, x[1] * next.y),
+                       Pair<T>::pack(x[2] * next.z, x[3] * next.w));
+      } else {
+        const float4 c = *reinterpret_cast<const float4*>(affine + column);
+        const float4 d = *reinterpret_cast<const float4*>(affine + kColumns + column);
+        x[0] = norm.y * (x[0] - norm.x * c.x) + d.x;
+        x[1] = norm.y * (x[1] - norm.x * c.y) + d.y;
+        x[2] = norm.y * (x[2] - norm.x * c.z) + d.z;
+        x[3] = norm.y * (x[3] - norm.x * c.w) + d.w;
+      }
       if constexpr (kKind == kNormGelu) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[e] = 0.5f * x[e] * (1.f + erff(x[e] * 0.70710678118654752f));
       }
-      if constexpr (kEndsBranch) {
-        const uint2 r = *reinterpret_cast<const uint2*>(shared + at.residual +
-                                                        ((row - first) * kColumns + column) * 2);
-        float residual[4];
-        *reinterpret_cast<float2*>(residual) = Pair<T>::unpack(r.x);
-        *reinterpret_cast<float2*>(residual + 2) = Pair<T>::unpack(r.y);
-        if (p.moments != nullptr) {
-          const float2 d = deviation[row];
-          const uint2 g = *reinterpret_cast<const uint2*>(shared + at.gamma + column * 2);
-          const uint2 b = *reinterpret_cast<const uint2*>(shared + at.beta + column * 2);
-          const float2 g0 = Pair<T>::unpack(g.x), g1 = Pair<T>::unpack(g.y);
-          const float2 b0 = Pair<T>::unpack(b.x), b1 = Pair<T>::unpack(b.y);
-          residual[0] = (residual[0] - d.x) * d.y * g0.x + b0.x;
-          residual[1] = (residual[1] - d.x) * d.y * g0.y + b0.y;
-          residual[2] = (residual[2] - d.x) * d.y * g1.x + b1.x;
-          residual[3] = (residual[3] - d.x) * d.y * g1.y + b1.y;
-        }
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] += residual[e];
-      }
       const uint2 packed = make_uint2(Pair<T>::pack(x[0], x[1]), Pair<T>::pack(x[2], x[3]));
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.output) +
-                                static_cast<size_t>(token0 + row) * p.n + column0 + column) =
-          packed;
+      *reinterpret_cast<uint2*>(static_cast<T*>(p.output) + at_output) = packed;
       if constexpr (kEndsBranch) {  // moments of what readers will see
         const float2 low = Pair<T>::unpack(packed.x), high = Pair<T>::unpack(packed.y);
-        x[0] = low.x;
-        x[1] = low.y;
-        x[2] = high.x;
-        x[3] = high.y;
+        x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
         total += (x[0] + x[1]) + (x[2] + x[3]);
       }
     }
@@ -823,14 +870,13 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
       }
       squares = lane_sum<16>(squares);
       if (lane16 == 0 && row < end) {
-        p.moments_out[static_cast<size_t>(token0 + row) * gridDim.y + blockIdx.y] =
-            make_float2(mean, squares);
+        const int stride = round_up(gridDim.y, 2);
+        float2* const to = p.moments_out + static_cast<size_t>(token0 + row) * stride + blockIdx.y;
+        to[0] = make_float2(mean, squares);
+        // Rows are copied in units of two.
+        if (blockIdx.y == gridDim.y - 1 && blockIdx.y % 2 == 0) to[1] = make_float2(0.f, 0.f);
       }
     }
-  }
-  if (p.split > 1) {  // partners may still be reading this block's shared memory
-    cluster_arrive();
-    cluster_wait();
   }
 }
 
@@ -880,22 +926,26 @@ __global__ void __launch_bounds__(128)
 // A warp a row, four rows a block.
 template <typename T>
 __global__ void __launch_bounds__(128) small_norm_kernel(const __grid_constant__ NormParams p) {
-  extern __shared__ float2 deviation[];  // dynamic, so that one limit serves every kernel here
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int token0 = blockIdx.x * 4, token = token0 + warp;
+  const int lane = threadIdx.x % 32, token = blockIdx.x * 4 + threadIdx.x / 32;
   dependents_may_start();
   wait_for_predecessors();
-  combine_moments<128, 32>(p.moments, p.parts, p.part_width, p.width, p.eps, 0, 4, token0, p.tokens,
-                           deviation);
-  __syncwarp();
   if (token >= p.tokens) return;
+  float2 part = make_float2(0.f, 0.f);
+  if (lane < p.parts) {
+    part = __ldcg(p.moments + static_cast<size_t>(token) * round_up(p.parts, 2) + lane);
+  }
+  const float count = lane < p.parts ? min(p.part_width, p.width - lane * p.part_width) : 0;
+  const float mean = lane_sum<32>(count * part.x) / p.width;
+  const float d = part.x - mean;
+  const float squares = lane_sum<32>(part.y + count * d * d);
+  const float2 norm = make_float2(mean, rsqrtf(squares / p.width + p.eps));
   const T* const input = static_cast<const T*>(p.input) + static_cast<size_t>(token) * p.width;
   T* const output = static_cast<T*>(p.output) + static_cast<size_t>(token) * p.width;
   for (int column = lane * 8; column < p.width; column += 256) {
     const uint4 v = __ldcg(reinterpret_cast<const uint4*>(input + column));
     const Affine8<T> affine(static_cast<const T*>(p.gamma) + column,
                             static_cast<const T*>(p.beta) + column);
-    *reinterpret_cast<uint4*>(output + column) = affine(v, deviation[warp]);
+    *reinterpret_cast<uint4*>(output + column) = affine(v, norm);
   }
 }
 

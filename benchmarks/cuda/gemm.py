@@ -1,0 +1,385 @@
+"""GEMM variants, their epilogues and the whole encoder stack on one GPU: right first, then timed.
+
+Every time is the median of CUDA-graph replays; the linear layers of a graph have weights of their
+own, so that no layer finds its weights in the cache that a model would not find there.
+
+    python benchmarks/cuda/gemm.py parity
+    python benchmarks/cuda/gemm.py variants [workload ...]
+    python benchmarks/cuda/gemm.py encoder [workload ...]
+    python benchmarks/cuda/gemm.py kernels [workload ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+
+SIZES = {"base": (12, 768, 3072, 12), "large": (24, 1024, 4096, 16)}
+# The rows of the encoder benchmark, in the order that fixes their random lengths.
+WORKLOADS: list[tuple[str, tuple[str, int, int]]] = [
+    ("base", ("fixed", 1, 32)),
+    ("base", ("fixed", 1, 128)),
+    ("base", ("fixed", 8, 128)),
+    ("base", ("fixed", 1, 384)),
+    ("base", ("fixed", 32, 128)),
+    ("base", ("ragged", 16, 64)),
+    ("base", ("ragged", 16, 128)),
+    ("base", ("ragged", 16, 256)),
+    ("base", ("ragged", 16, 512)),
+    ("base", ("ragged", 64, 128)),
+    ("base", ("ragged", 128, 128)),
+    ("base", ("ragged", 64, 384)),
+    ("base", ("ragged", 256, 384)),
+    ("large", ("fixed", 1, 128)),
+    ("large", ("ragged", 64, 384)),
+]
+EPS = 1e-12
+
+
+def workloads(wanted: list[str]) -> list[tuple[str, str, np.ndarray]]:
+    """(name, size, lengths [B]) of every workload, or of those whose name contains a wanted text."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for size, (kind, batch, longest) in WORKLOADS:
+        if kind == "fixed":
+            lengths = np.full(batch, longest)
+        else:
+            lengths = rng.integers(int(0.2 * longest), longest + 1, size=batch)
+            lengths[0] = longest
+        name = f"{size} {kind} b{batch} s{longest}"
+        if not wanted or any(w in name for w in wanted):
+            rows.append((name, size, lengths))
+    return rows
+
+
+def graphed(body: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """`body` captured in a graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        body()
+        body()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        body()
+    return graph
+
+
+def interleaved(graphs: dict[str, torch.cuda.CUDAGraph], repeats: int = 20) -> dict[str, float]:
+    """Median milliseconds of each graph's replay, the graphs taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for name in graphs:
+        graphs[name].replay()
+    for _ in range(repeats):
+        for name, graph in graphs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()
+            start.record()
+            graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(stop))
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((out.float() - reference).norm() / reference.norm())
+
+
+def set_plan(
+    weight: torch.Tensor, rows: int, gelu: bool, residual: bool, norm: bool, plan: str
+) -> None:
+    dtype = str(weight.dtype).removeprefix("torch.")
+    torch.ops.fastertransformer.load_gemm_plan(
+        0, dtype, rows, weight.shape[-2], weight.shape[-1], gelu, residual, norm, plan
+    )
+
+
+def parity() -> None:
+    """Every plan against fp32, beside what plain torch's error is."""
+    ops = torch.ops.fastertransformer
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, device="cuda", generator=generator) * scale).to(dtype)
+
+    worst: dict[str, tuple[float, str]] = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for n, k in ((2304, 768), (768, 768), (3072, 768), (768, 3072), (1024, 1024), (200, 72)):
+            for rows in (1, 63, 129, 515, 1344):
+                x = random(rows, k, dtype=dtype)
+                w = random(n, k, dtype=dtype, scale=k**-0.5)
+                bias, gamma, beta = (random(n, dtype=dtype) for _ in range(3))
+                residual = random(rows, n, dtype=dtype)
+                exact = x.float() @ w.float().t() + bias.float()
+                for kind in ("bias", "gelu", "residual", "norm"):
+                    gelu, norm = kind == "gelu", kind == "norm"
+                    added = kind in ("residual", "norm")
+                    plain = functional.linear(x, w, bias)
+                    want, usual = exact, plain
+                    if gelu:
+                        want, usual = functional.gelu(exact), functional.gelu(plain)
+                    if added:
+                        want, usual = exact + residual.float(), plain + residual
+                    if norm:
+                        want = functional.layer_norm(want, (n,), gamma.float(), beta.float(), EPS)
+                        usual = functional.layer_norm(usual, (n,), gamma, beta, EPS)
+                    budget = 2 * relative_error(usual, want) + 1e-6
+                    plans = ops.gemm_candidates(w, rows, gelu, added, norm).split("\n")
+                    for plan in plans:
+                        if plan.startswith("cublaslt") and plan != plans[-1]:
+                            continue
+                        set_plan(w, rows, gelu, added, norm, plan)
+                        if norm:
+                            out = ops.linear_layer_norm(x, w, bias, residual, gamma, beta, EPS)
+                        else:
+                            out = ops.linear(x, w, bias, residual if added else None, gelu)
+                        torch.cuda.synchronize()
+                        share = relative_error(out, want) / budget
+                        label = plan.split(":")[1] if plan.startswith("sm90") else "cublaslt"
+                        case = f"{dtype} {kind} rows {rows} n {n} k {k}"
+                        if not share <= 1:  # NaN too
+                            print("WRONG", label, case, f"error / budget = {share:.3g}", flush=True)
+                        key = f"{label} {kind} {str(dtype)[6:]}"
+                        if not share <= worst.get(key, (-1.0, ""))[0]:
+                            worst[key] = (share, case)
+    for key, (share, case) in sorted(worst.items()):
+        print(f"{key:40s} {share:.3f} of the budget at {case}")
+
+
+def variants(wanted: list[str]) -> dict[str, object]:
+    """Microseconds of every plan of every linear layer, beside F.linear."""
+    ops = torch.ops.fastertransformer
+    results: dict[str, object] = {}
+    for name, size, lengths in workloads(wanted):
+        _, hidden, wide, _ = SIZES[size]
+        rows, layers = int(lengths.sum()), 12
+        layer_kinds = {
+            "qkv": (3 * hidden, hidden, False, False),
+            "out": (hidden, hidden, False, True),
+            "up": (wide, hidden, True, False),
+            "down": (hidden, wide, False, True),
+        }
+        for kind, (n, k, gelu, norm) in layer_kinds.items():
+            w = torch.randn(layers, n, k, device="cuda").mul_(k**-0.5).half()
+            bias, gamma, beta = (torch.randn(n, device="cuda").half() for _ in range(3))
+            x = torch.randn(rows, k, device="cuda").half()
+            residual = torch.randn(rows, n, device="cuda").half()
+            graphs = {}
+            graphs["F.linear"] = graphed(
+                lambda: [functional.linear(x, w[i], bias) for i in range(12)]
+            )
+            plans = ops.gemm_candidates(w[0], rows, gelu, norm, norm).split("\n")
+            for index, plan in enumerate(plans):
+                set_plan(w, rows, gelu, norm, norm, plan)
+                label = plan.split(":")[1] if plan.startswith("sm90") else f"lt{index}"
+
+                def body() -> None:
+                    for i in range(layers):
+                        if norm:
+                            ops.linear_layer_norm(x, w[i], bias, residual, gamma, beta, EPS)
+                        else:
+                            ops.linear(x, w[i], bias, None, gelu)
+
+                graphs[label] = graphed(body)
+            times = interleaved(graphs, 8)
+            flops = 2e-6 * rows * n * k
+            us = {label: round(t * 1e3 / layers, 2) for label, t in times.items()}
+            results[f"{name} {kind}"] = us
+            best = min((t, label) for label, t in us.items() if label != "F.linear")
+            ours = {label: t for label, t in us.items() if not label.startswith("lt")}
+            print(
+                f"{name:26s} {rows:6d} {kind:5s} best {best[1]} {best[0]}"
+                f" ({flops / best[0]:.0f} TFLOP/s) {ours}",
+                flush=True,
+            )
+    return results
+
+
+class Packed(torch.nn.Module):
+    """The stack in plain torch over packed tokens, with FlashAttention-2."""
+
+    def __init__(self, layers: int, hidden: int, wide: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.layers = torch.nn.ModuleList()
+        for _ in range(layers):
+            layer = torch.nn.Module()
+            layer.qkv = torch.nn.Linear(hidden, 3 * hidden)
+            layer.out = torch.nn.Linear(hidden, hidden)
+            layer.norm1 = torch.nn.LayerNorm(hidden, eps=EPS)
+            layer.up = torch.nn.Linear(hidden, wide)
+            layer.down = torch.nn.Linear(wide, hidden)
+            layer.norm2 = torch.nn.LayerNorm(hidden, eps=EPS)
+            self.layers.append(layer)
+
+    def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:
+        tokens, hidden = x.shape
+        for layer in self.layers:
+            q, k, v = layer.qkv(x).view(tokens, 3, self.heads, -1).unbind(1)
+            if x.dtype == torch.float32:  # FlashAttention has no fp32
+                bounds = cu_seqlens.tolist()
+                parts = [
+                    functional.scaled_dot_product_attention(
+                        *(t[a:b].transpose(0, 1)[None] for t in (q, k, v))
+                    )[0].transpose(0, 1)
+                    for a, b in zip(bounds, bounds[1:], strict=False)
+                ]
+                attended = torch.cat(parts)
+            else:
+                attended = torch.ops.aten._flash_attention_forward(
+                    q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, False, False
+                )[0]
+            x = layer.norm1(x + layer.out(attended.reshape(tokens, hidden)))
+            x = layer.norm2(x + layer.down(functional.gelu(layer.up(x))))
+        return x
+
+
+def encoder_inputs(
+    size: str, lengths: np.ndarray, dtype: torch.dtype
+) -> tuple[Packed, tuple[torch.Tensor, ...], Callable[[], torch.Tensor], torch.Tensor]:
+    """The plain model, (embedded x, cu_seqlens), our encoder as a call, and fp32 embeddings."""
+    layers, hidden, wide, heads = SIZES[size]
+    torch.manual_seed(0)
+    model = Packed(layers, hidden, wide, heads).cuda()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.04)
+        else:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    tokens, batch, longest = int(lengths.sum()), len(lengths), int(lengths.max())
+    word = torch.randn(30522, hidden, device="cuda")
+    position = torch.randn(512, hidden, device="cuda")
+    token_type = torch.randn(2, hidden, device="cuda")
+    gamma = torch.ones(hidden, device="cuda")
+    beta = torch.zeros(hidden, device="cuda")
+    ids = torch.randint(1000, 30000, (tokens,), device="cuda")
+    types = torch.zeros_like(ids)
+    cu = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), device="cuda", dtype=torch.int32)
+    places = torch.cat([torch.arange(int(n), device="cuda") for n in lengths])
+    embedded = functional.layer_norm(
+        word[ids].to(dtype).float()
+        + position[places].to(dtype).float()
+        + token_type[types].to(dtype).float(),
+        (hidden,),
+        eps=EPS,
+    )
+
+    def stacked(part: str, what: str) -> torch.Tensor:
+        stack = [getattr(getattr(layer, part), what) for layer in model.layers]
+        return torch.stack([t.detach() for t in stack]).to(dtype).contiguous()
+
+    args = [t.to(dtype) for t in (word, position, token_type, gamma, beta)]
+    for part in ("qkv", "out", "norm1", "up", "down", "norm2"):
+        args += [stacked(part, "weight"), stacked(part, "bias")]
+    ops = torch.ops.fastertransformer
+
+    def ours() -> torch.Tensor:
+        out: torch.Tensor = ops.encoder(ids, types, None, cu, longest, *args, heads, EPS)
+        return out
+
+    assert batch + 1 == len(cu)
+    return model, (embedded.to(dtype), cu), ours, embedded
+
+
+@torch.no_grad()
+def encoder(wanted: list[str]) -> dict[str, object]:
+    """Milliseconds of the stack: ours, packed torch, the linear layers alone; and the errors."""
+    results: dict[str, object] = {}
+    for name, size, lengths in workloads(wanted):
+        layers, hidden, wide, _ = SIZES[size]
+        longest, tokens = int(lengths.max()), int(lengths.sum())
+        model, (x, cu), ours, embedded = encoder_inputs(size, lengths, torch.float16)
+        row: dict[str, float] = {"tokens": tokens}
+        exact = model(embedded, cu, longest) if tokens < 3000 else None
+        half = model.half()
+        if exact is not None:
+            row["error"] = relative_error(ours(), exact)
+            row["torch_error"] = relative_error(half(x, cu, longest), exact)
+        else:
+            row["difference"] = relative_error(ours(), half(x, cu, longest).float())
+        inputs = {hidden: x, wide: torch.randn(tokens, wide, device="cuda").half()}
+
+        def gemms() -> None:
+            for layer in half.layers:
+                for part in (layer.qkv, layer.out, layer.up, layer.down):
+                    part(inputs[part.in_features])
+
+        graphs = {
+            "ours": graphed(ours),
+            "packed": graphed(lambda: half(x, cu, longest)),
+            "gemms": graphed(gemms),
+        }
+        row |= interleaved(graphs, 20)
+        results[name] = row
+        print(
+            f"{name:26s} {tokens:6d} "
+            + " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "tokens")
+            + f" | /packed {row['ours'] / row['packed']:.3f} /gemms {row['ours'] / row['gemms']:.3f}",
+            flush=True,
+        )
+        del model, half, ours, graphs
+    return results
+
+
+@torch.no_grad()
+def kernels(wanted: list[str]) -> dict[str, object]:
+    """Microseconds a layer of each kernel of our stack, from a profile of plain launches."""
+    results: dict[str, object] = {}
+    for name, size, lengths in workloads(wanted):
+        layers = SIZES[size][0]
+        _, _, ours, _ = encoder_inputs(size, lengths, torch.float16)
+        graph = graphed(ours)
+        graph.replay()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(5):
+                graph.replay()
+            torch.cuda.synchronize()
+        sums: dict[str, float] = {}
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                sums[event.name] = sums.get(event.name, 0.0) + event.device_time / 5 / layers
+        ranked = dict(sorted(sums.items(), key=lambda item: -item[1]))
+        results[name] = ranked
+        print(name)
+        for kernel, us in list(ranked.items())[:9]:
+            print(f"   {us:8.2f} us a layer  {kernel[:150]}", flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["parity", "variants", "encoder", "kernels"])
+    parser.add_argument("workloads", nargs="*", help="texts that a workload's name must contain")
+    parser.add_argument("--library", default=os.environ.get("FT_HANDLER_LIBRARY"))
+    parser.add_argument("--output", type=Path, help="a JSON file")
+    given = parser.parse_args()
+    if given.library:
+        torch.ops.load_library(given.library)
+    else:
+        from ft_handler import load_library
+
+        load_library()
+    results: dict[str, object] = {}
+    if given.what == "parity":
+        parity()
+    elif given.what == "variants":
+        results = variants(given.workloads)
+    elif given.what == "encoder":
+        results = encoder(given.workloads)
+    else:
+        results = kernels(given.workloads)
+    if given.output:
+        given.output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
