@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from ft_handler import build_info, load_library
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from provenance import provenance
+from provenance import device_name, provenance
 
 Run = Callable[[], Any]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -702,7 +702,7 @@ def main(given: list[str] | None = None) -> None:
     load_library()
     record = provenance(library=build_info())
     stamp = record["date"][:10]
-    default = RESULTS / f"{arguments.device}-encoder-{stamp}.json"
+    default = RESULTS / f"{device_name(arguments.device)}-encoder-{stamp}.json"
     out: Path = arguments.out or default
     out.parent.mkdir(parents=True, exist_ok=True)
 

@@ -54,6 +54,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def device_name(device: str) -> str:
+    """`cpu`, or a GPU's name as a file name has it: NVIDIA H200 -> h200."""
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    name = torch.cuda.get_device_name().lower().removeprefix("nvidia ")
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
 def provenance(**more: Any) -> dict[str, Any]:
     """Everything a reader needs to judge a figure or to make it again."""
     import torch

@@ -37,7 +37,7 @@ from ft_handler.serve import LOG_CONFIG, ServeOptions, Server
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from load import load as bundled_load
-from provenance import provenance
+from provenance import device_name, provenance
 
 HERE = Path(__file__).resolve().parent
 
@@ -392,7 +392,8 @@ def main(given: list[str] | None = None) -> None:
     load_library()
     record = provenance(library=build_info(), model=arguments.model, precision=arguments.precision)
     out = (
-        arguments.out or HERE / "results" / f"{arguments.device}-serving-{record['date'][:10]}.json"
+        arguments.out
+        or HERE / "results" / f"{device_name(arguments.device)}-serving-{record['date'][:10]}.json"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ft_bench_") as scratch:

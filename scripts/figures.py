@@ -2,7 +2,8 @@
 
     python scripts/figures.py
 
-Reads {cpu,*}-encoder-*.json and *-serving-*.json as benchmarks/encoder.py and serving.py write them.
+Reads DEVICE-encoder-*.json and DEVICE-serving-*.json as benchmarks/encoder.py and serving.py write
+them; DEVICE is cpu or a GPU's name.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ PAGE = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def newest(pattern: str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest result by the date in its provenance."""
-    found = [(path, json.loads(path.read_text())) for path in RESULTS.glob(pattern)]
+def newest(kind: str, gpu: bool) -> tuple[Path, dict[str, Any]] | None:
+    """The newest result of a kind by the date in its provenance."""
+    found = [
+        (path, json.loads(path.read_text()))
+        for path in RESULTS.glob(f"*-{kind}-*.json")
+        if path.name.startswith("cpu-") != gpu
+    ]
     return max(found, key=lambda item: item[1]["provenance"]["date"], default=None)
 
 
@@ -109,7 +114,7 @@ def serving(path: Path, data: dict[str, Any]) -> str:
     ]
     text = (
         f"**Through TorchServe**: {p.get('model')} of random weights, {p.get('precision')}; "
-        f"requests/s, p50/p99 ms. *Published* pads every request to a fixed length, as TorchServe's "
+        "requests/s, p50/p99 ms. *Published* pads every request to a fixed length, as TorchServe's "
         f"Hugging Face example does; *constant* answers at once. {origin(path, data)}.\n\n"
     )
     return text + table(head, body)
@@ -118,13 +123,13 @@ def serving(path: Path, data: dict[str, Any]) -> str:
 def figures() -> str:
     """Every table there is a result for."""
     parts = []
-    for pattern, write in (
-        ("h200-encoder-*.json", gpu_encoder),
-        ("h200-serving-*.json", serving),
-        ("cpu-encoder-*.json", cpu_encoder),
-        ("cpu-serving-*.json", serving),
+    for kind, gpu, write in (
+        ("encoder", True, gpu_encoder),
+        ("serving", True, serving),
+        ("encoder", False, cpu_encoder),
+        ("serving", False, serving),
     ):
-        found = newest(pattern)
+        found = newest(kind, gpu)
         if found:
             parts.append(write(*found))
     return "\n\n".join(parts)
