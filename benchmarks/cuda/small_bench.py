@@ -144,12 +144,12 @@ class Model:
             blocks = -(-self.tokens // rows) * -(-n // columns)
             for split in (1, 2, 3, 4, 6, 8):
                 steps = -(-k // 64 // split)
-                if not 60 <= blocks * split <= 600 or (rows > 32 and rows >= 2 * self.tokens):
+                if not 60 <= blocks * split <= 400 or (rows > 32 and rows >= 2 * self.tokens):
                     continue
-                deep = min(steps, 8)
+                deep = min(steps, 8) if which == 3 or (which == 1 and not fused) else steps
                 found += [[tile, split, deep]]
-                if not (which == 1 and fused) and deep > 3:
-                    found += [[tile, split, 3]]
+                if deep < steps:
+                    found += [[tile, split, 4]]
         return found
 
     def tune(self, plan: list[int], seconds: float) -> tuple[list[int], float]:
@@ -172,7 +172,7 @@ class Model:
                     for c in self.candidates(which, bool(plan[12])):
                         trial = [*plan]
                         trial[3 * which : 3 * which + 3] = c
-                        ms = self.time(trial, 15)
+                        ms = self.time(trial, 12)
                         if 0 < ms < best:
                             best, plan = ms, trial
                         if time.monotonic() > limit:
@@ -190,12 +190,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("library")
     parser.add_argument("--tune", type=float, default=0.0, help="seconds a workload and start")
+    parser.add_argument("--only", default="", help="comma-separated parts of workload names")
     parser.add_argument("--json")
     args = parser.parse_args()
     lib = ctypes.CDLL(args.library)
     torch.backends.cuda.matmul.allow_tf32 = False
     rows = []
     for name, (dims, lengths) in WORKLOADS.items():
+        if not any(part in name for part in args.only.split(",")):
+            continue
         model = Model(lib, dims, lengths or ragged(16, 64, 620), torch.float16)
         plan = model.plan()
         if plan is None:
