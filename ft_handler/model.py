@@ -305,7 +305,29 @@ def check_packed(
         raise RuntimeError(f"max_seqlen {max_seqlen} is over the model's {max_positions} positions")
 
 
-class SequenceClassifier(nn.Module):
+class FusedModel(nn.Module):
+    """What both heads share: the encoder and the care of its weights."""
+
+    encoder: Encoder
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.max_positions = encoder.max_positions
+
+    @torch.jit.export
+    def prepare(self) -> None:
+        """Lay the GEMM weights out for the device the parameters live on."""
+        self.encoder.prepare()
+
+    @torch.jit.export
+    def release_raw(self) -> None:
+        """Prepare, then drop the unpacked GEMM weights: half the memory, no more moves or saves."""
+        self.encoder.prepare()
+        self.encoder.gemm.release()
+
+
+class SequenceClassifier(FusedModel):
     """Encoder, pooler and classifier; the head is kept and computed in fp32."""
 
     __constants__ = ("max_positions", "num_labels")
@@ -315,9 +337,7 @@ class SequenceClassifier(nn.Module):
     classifier_bias: Tensor
 
     def __init__(self, encoder: Encoder, head: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.max_positions = encoder.max_positions
+        super().__init__(encoder)
         self.num_labels = int(head["classifier_weight"].shape[0])
         self.register_buffer("pooler_weight", head["pooler_weight"])
         self.register_buffer("pooler_bias", head["pooler_bias"])
@@ -364,19 +384,8 @@ class SequenceClassifier(nn.Module):
         check_packed(input_ids, token_type_ids, cu_seqlens, max_seqlen, self.max_positions)
         return (self.classify(input_ids, token_type_ids, None, cu_seqlens, max_seqlen),)
 
-    @torch.jit.export
-    def prepare(self) -> None:
-        """Lay the GEMM weights out for the device the parameters live on."""
-        self.encoder.prepare()
 
-    @torch.jit.export
-    def release_raw(self) -> None:
-        """Prepare, then drop the unpacked GEMM weights: half the memory, no more moves or saves."""
-        self.encoder.prepare()
-        self.encoder.gemm.release()
-
-
-class QuestionAnswerer(nn.Module):
+class QuestionAnswerer(FusedModel):
     """Encoder and span head; the head is kept and computed in fp32."""
 
     __constants__ = ("max_positions", "pad_logit")
@@ -384,9 +393,7 @@ class QuestionAnswerer(nn.Module):
     qa_bias: Tensor
 
     def __init__(self, encoder: Encoder, head: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.max_positions = encoder.max_positions
+        super().__init__(encoder)
         self.pad_logit = PAD_LOGIT
         self.register_buffer("qa_weight", head["qa_weight"])
         self.register_buffer("qa_bias", head["qa_bias"])
@@ -432,17 +439,6 @@ class QuestionAnswerer(nn.Module):
         check_packed(input_ids, token_type_ids, cu_seqlens, max_seqlen, self.max_positions)
         logits = self.spans(input_ids, token_type_ids, None, cu_seqlens, max_seqlen)
         return logits[:, 0].contiguous(), logits[:, 1].contiguous()
-
-    @torch.jit.export
-    def prepare(self) -> None:
-        """Lay the GEMM weights out for the device the parameters live on."""
-        self.encoder.prepare()
-
-    @torch.jit.export
-    def release_raw(self) -> None:
-        """Prepare, then drop the unpacked GEMM weights: half the memory, no more moves or saves."""
-        self.encoder.prepare()
-        self.encoder.gemm.release()
 
 
 HEADS = {
