@@ -26,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Distribution, setup
-from setuptools.command.build_py import build_py
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "libpyt_fastertransformer.so"
@@ -70,7 +70,10 @@ def find_torch() -> Path:
             version = (torch / "version.py").read_text()
             match = re.search(r"__version__ = '(\d+)\.(\d+)", version)
             if match and (int(match[1]), int(match[2])) < (2, 10):
-                raise BuildError(f"ft_handler: torch {match[1]}.{match[2]} in {torch} is too old; 2.10 is the least")
+                raise BuildError(
+                    f"ft_handler: torch {match[1]}.{match[2]} in {torch} is too old; "
+                    "2.10 is the least"
+                )
             return torch
     raise BuildError(
         "ft_handler: building needs torch 2.10 or later installed first (pip install torch); "
@@ -93,13 +96,17 @@ def nvcc_path() -> Path | None:
     if found and Path(found).exists():
         return Path(found)
     if wanted == "1":
-        raise BuildError("ft_handler: FT_HANDLER_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME")
+        raise BuildError(
+            "ft_handler: FT_HANDLER_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME"
+        )
     return None
 
 
 def cuda_root(nvcc: Path) -> Path:
     """The toolkit's folder: what nvcc itself says, since a wrapper may stand on PATH."""
-    out = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    out = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True
+    ).stderr
     top = re.search(r"#\$ TOP=(.*)", out)
     return Path(top[1].strip()).resolve() if top else nvcc.resolve().parent.parent
 
@@ -110,12 +117,11 @@ def find_header(name: str, folders: list[Path]) -> Path | None:
 
 
 def wheel_includes() -> list[Path]:
-    """Include folders of NVIDIA's wheels and of CUTLASS, where installed."""
+    """Include folders of NVIDIA's wheels, where installed."""
     return [
         folder
         for site in site_packages() + [Path(p) for p in sys.path]
-        for pattern in ("nvidia/*/include", "cutlass_library/source/include")
-        for folder in sorted(site.glob(pattern))
+        for folder in sorted(site.glob("nvidia/*/include"))
     ]
 
 
@@ -127,9 +133,11 @@ def cuda_build_requirements() -> list[str]:
     folders = [cuda_root(nvcc) / "include", *wheel_includes()]
     wheels = []
     if not find_header("cublasLt.h", folders):
-        wheels.append("nvidia-cublas>=13,<14" if nvcc_version(nvcc) >= (13, 0) else "nvidia-cublas-cu12>=12,<13")
-    if not find_header("cutlass/cutlass.h", folders):
-        wheels.append("nvidia-cutlass>=4,<5")
+        wheels.append(
+            "nvidia-cublas>=13,<14"
+            if nvcc_version(nvcc) >= (13, 0)
+            else "nvidia-cublas-cu12>=12,<13"
+        )
     return wheels
 
 
@@ -168,7 +176,9 @@ def jobs() -> int:
     """Compile jobs: MAX_JOBS, else one a processor and one per 2 GiB of free memory."""
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         count = min(count, max(1, free // 2**31))
@@ -178,7 +188,7 @@ def jobs() -> int:
 
 
 def compile_all(commands: list[tuple[Path, Path, list[str]]]) -> None:
-    """Run (source, object, command) in parallel; skip objects newer than all they were made from."""
+    """Run each (source, object, command), several at once; objects that are up to date stay."""
 
     def stale(obj: Path, command: list[str]) -> bool:
         record, deps = obj.with_suffix(".cmd"), obj.with_suffix(".d")
@@ -240,7 +250,13 @@ def build_library(out: Path) -> None:
         flags = next((f for end, f in X86_FLAGS.items() if source.stem.endswith(end)), [])
         if flags and not x86:
             return
-        tasks.append((source, obj, [*shlex.split(cxx), *common, *flags, *extra, "-c", str(source), "-o", str(obj)]))
+        tasks.append(
+            (
+                source,
+                obj,
+                [*shlex.split(cxx), *common, *flags, *extra, "-c", str(source), "-o", str(obj)],
+            )
+        )
 
     for source in sorted((ROOT / "csrc/kernels/cpu").rglob("*.cpp")):
         add_cpp(source, [])
@@ -251,20 +267,23 @@ def build_library(out: Path) -> None:
         archs = architectures(nvcc)
         root = cuda_root(nvcc)
         folders = [root / "include", *wheel_includes()]
-        for header in ("cublasLt.h", "cutlass/cutlass.h"):
-            if not find_header(header, folders):
-                raise BuildError(
-                    f"ft_handler: the CUDA build needs {header}; pip install "
-                    f"{'nvidia-cublas' if 'cublas' in header else 'nvidia-cutlass'}, or set FT_HANDLER_CUDA=0"
-                )
+        cublas = find_header("cublasLt.h", folders)
+        if cublas is None:
+            raise BuildError(
+                "ft_handler: the CUDA build needs cublasLt.h; pip install nvidia-cublas, "
+                "or set FT_HANDLER_CUDA=0"
+            )
         # Toolkit first, so that a wheel of another minor version cannot mix its headers in.
         includes = [f"-I{ROOT / 'csrc'}", "-isystem", str(root / "include")]
-        for header in ("cublasLt.h", "cutlass/cutlass.h"):
-            folder = find_header(header, folders)
-            if folder is not None and folder != root / "include":
-                includes += ["-isystem", str(folder)]
+        if cublas != root / "include":
+            includes += ["-isystem", str(cublas)]
         sm90 = any(a.startswith("9.0") for a in archs)
-        cuda_flags = ["-DFT_WITH_CUDA", "-DUSE_CUDA", f'-DFT_CUDA_ARCHS="{";".join(archs)}"', *includes]
+        cuda_flags = [
+            "-DFT_WITH_CUDA",
+            "-DUSE_CUDA",
+            f'-DFT_CUDA_ARCHS="{";".join(archs)}"',
+            *includes,
+        ]
         if sm90:
             cuda_flags.append("-DFT_WITH_SM90")
         for source in sorted((ROOT / "csrc/kernels/cuda").rglob("*.cu")):
@@ -280,7 +299,11 @@ def build_library(out: Path) -> None:
             tasks.append((source, obj, command))
         for source in sorted((ROOT / "csrc/kernels/cuda").rglob("*.cpp")):
             add_cpp(source, cuda_flags)
-        link = [f"-L{d}" for d in (root / "lib64", root / "lib", root / "targets/x86_64-linux/lib") if d.exists()]
+        link = [
+            f"-L{d}"
+            for d in (root / "lib64", root / "lib", root / "targets/x86_64-linux/lib")
+            if d.exists()
+        ]
         link += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     for source in sorted((ROOT / "csrc/torch").rglob("*.cpp")):
         if "cuda" in source.stem and nvcc is None:
@@ -288,7 +311,11 @@ def build_library(out: Path) -> None:
         add_cpp(source, [*torch_flags, *cuda_flags])
     print(
         f"ft_handler: torch headers of {torch}; "
-        + (f"CUDA {'.'.join(map(str, nvcc_version(nvcc)))} for {';'.join(archs)}" if nvcc else "CPU only"),
+        + (
+            f"CUDA {'.'.join(map(str, nvcc_version(nvcc)))} for {';'.join(archs)}"
+            if nvcc
+            else "CPU only"
+        ),
         flush=True,
     )
     compile_all(tasks)
