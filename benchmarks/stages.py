@@ -31,9 +31,7 @@ from ft_handler.pipeline import STAGES, BatchStats, Pipeline
 from ft_handler.tokenization import load_tokenizer
 from ft_handler.types import PackedBatch
 
-SHARED = Path(
-    os.environ.get("FT_HANDLER_SHARED") or Path(__file__).resolve().parents[2] / "shared"
-)
+SHARED = Path(os.environ.get("FT_HANDLER_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 
 
 class NullEngine:
