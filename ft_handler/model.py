@@ -406,11 +406,12 @@ class QuestionAnswerer(FusedModel):
         cu_seqlens: Tensor,
         max_seqlen: int,
     ) -> Tensor:
-        """Packed ids `[T]` -> start and end logits `[T,2]`, fp32."""
+        """Packed ids `[T]` -> start and end logits `[2,T]`, fp32."""
         if input_ids.shape[0] == 0:
-            return torch.zeros([0, 2], device=self.qa_weight.device)
+            return torch.zeros([2, 0], device=self.qa_weight.device)
         hidden = self.encoder(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen)
-        return nn.functional.linear(hidden.float(), self.qa_weight, self.qa_bias)
+        # This way round both rows come out contiguous, and nobody has to copy them.
+        return torch.addmm(self.qa_bias[:, None], self.qa_weight, hidden.float().t())
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
@@ -422,14 +423,13 @@ class QuestionAnswerer(FusedModel):
                 input_ids, token_type_ids.to(input_ids.dtype), attention_mask.to(input_ids.dtype)
             )
         )
-        logits = torch.ops.fastertransformer.restore_padding(
-            self.spans(ids, types, positions, cu_seqlens, longest),
-            indices,
-            input_ids.shape[0],
-            input_ids.shape[1],
-            self.pad_logit,
+        logits = self.spans(ids, types, positions, cu_seqlens, longest)
+        batch, width = input_ids.shape[0], input_ids.shape[1]
+        restore = torch.ops.fastertransformer.restore_padding
+        return (
+            restore(logits[0], indices, batch, width, self.pad_logit),
+            restore(logits[1], indices, batch, width, self.pad_logit),
         )
-        return logits[:, :, 0].contiguous(), logits[:, :, 1].contiguous()
 
     @torch.jit.export
     def packed(
@@ -438,7 +438,7 @@ class QuestionAnswerer(FusedModel):
         """Packed ids `[T]`, `cu_seqlens [B+1]` int32 -> start and end logits `[T]`."""
         check_packed(input_ids, token_type_ids, cu_seqlens, max_seqlen, self.max_positions)
         logits = self.spans(input_ids, token_type_ids, None, cu_seqlens, max_seqlen)
-        return logits[:, 0].contiguous(), logits[:, 1].contiguous()
+        return logits[0], logits[1]
 
 
 HEADS = {
