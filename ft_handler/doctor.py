@@ -138,7 +138,7 @@ def _apart(name: str) -> str:
     root = str(Path(__file__).resolve().parent.parent)
     search = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     done = subprocess.run(
-        [sys.executable, "-m", "ft_handler.doctor", name],
+        [sys.executable, *(["-S"] if sys.flags.no_site else []), "-m", "ft_handler.doctor", name],
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,0 +1,122 @@
+"""The documentation agrees with the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ft_handler import __version__
+from ft_handler.cli import BENCHMARKS, COMMANDS
+from ft_handler.config import ENVIRONMENT, settings_table
+from ft_handler.metrics import METRICS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
+)
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """First cell, without its backticks -> the other cells, of every table row that has some."""
+    found = {}
+    for line in text.splitlines():
+        cells = [c.strip() for c in line.strip().strip("|").split(" | ")]
+        match = re.fullmatch(r"`([\w.]+)`", cells[0].lstrip("| "))
+        if line.startswith("| `") and match:
+            found[match[1]] = cells[1:]
+    return found
+
+
+def test_every_setting_and_default_is_documented() -> None:
+    table = rows(page("docs/configuration.md").split("## Environment")[0])
+    assert list(table) == [name for name, _, _ in settings_table()]
+    for name, default, meaning in settings_table():
+        shown = {None: "null", True: "true", False: "false"}.get(default, str(default))  # type: ignore[call-overload]
+        assert table[name] == [f"`{shown}`", meaning], "run scripts/settings_docs.py"
+
+
+def test_every_environment_variable_is_documented() -> None:
+    table = rows(page("docs/configuration.md").split("## Environment")[1])
+    assert {name: cells[0] for name, cells in table.items()} == dict(ENVIRONMENT)
+
+
+def test_settings_script_changes_nothing() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from settings_docs import updated
+    finally:
+        sys.path.pop(0)
+    text = page("docs/configuration.md")
+    assert updated(text) == text, "run scripts/settings_docs.py"
+
+
+def test_every_metric_is_documented() -> None:
+    table = rows(page("docs/operations.md"))
+    assert all(table[metric.name][0] == metric.kind for metric in METRICS)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), f"{path.name} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+            assert anchor in anchors, f"{path.name} links to {target}"
+
+
+def test_commands_in_the_documentation_exist() -> None:
+    for path in PAGES:
+        for name in re.findall(r"ft-handler ([a-z-]+)", path.read_text(encoding="utf-8")):
+            assert name in {*COMMANDS, "bench"}, f"{path.name}: ft-handler {name}"
+        for name in re.findall(r"ft-handler bench ([a-z]+)", path.read_text(encoding="utf-8")):
+            assert name in BENCHMARKS
+
+
+def test_options_in_the_documentation_exist() -> None:
+    """Every --option on a line with an ft-handler command is one of that command."""
+    known: dict[str, str] = {}
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for block in re.findall(r"^```bash[^\n]*\n(.*?)^```", text, re.M | re.S):
+            for command, rest in re.findall(r"^\s*ft-handler ([a-z-]+)([^\n&|]*)", block, re.M):
+                if command == "bench":
+                    continue
+                if command not in known:
+                    known[command] = subprocess.run(
+                        [sys.executable, "-m", "ft_handler.cli", command, "--help"],
+                        capture_output=True, text=True, timeout=60,
+                        env={"COLUMNS": "200", "PATH": "", "PYTHONPATH": ":".join(sys.path)},
+                    ).stdout  # fmt: skip
+                for option in re.findall(r"(?<=\s)(--[\w-]+)", rest):
+                    assert option in known[command], f"{path.name}: ft-handler {command} {option}"
+
+
+def test_make_targets_in_the_documentation_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", page("Makefile"), re.M))
+    for path in PAGES:
+        for name in re.findall(r"(?:`|^)make ([a-z]+)", path.read_text(encoding="utf-8"), re.M):
+            assert name in targets, f"{path.name}: make {name}"
+
+
+def test_changelog_has_this_version() -> None:
+    versions = re.findall(r"^## (\S+)", page("CHANGELOG.md"), re.M)
+    assert versions[0] == __version__
+
+
+def test_ci_calls_the_readme_test_command() -> None:
+    assert "make test" in page(".ci/run")
+    assert "make test" in page("README.md")

