@@ -29,11 +29,9 @@ TOLERANCE = 1e-4
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "top_k=5": {"top_k": 5},
-    "short windows": {"max_seq_len": 96, "doc_stride": 24},
     "short windows, top_k=3": {"max_seq_len": 96, "doc_stride": 24, "top_k": 3},
     "no-answer allowed": {"handle_impossible_answer": True, "max_seq_len": 96, "doc_stride": 24},
     "tokens, not words": {"align_to_words": False, "top_k": 3},
-    "long answers": {"max_answer_len": 40},
 }
 
 

@@ -20,13 +20,15 @@ MODES = ("sequence_classification", "question_answering")
 FUNCTIONS = ("softmax", "sigmoid", "none")
 DEVICES = ("auto", "cpu", "cuda")
 
-#: Every environment variable of the package, with its meaning.
+#: Every environment variable of the package, and those of TorchServe it obeys, with the meaning.
 ENVIRONMENT: Mapping[str, str] = {
     "FT_HANDLER_LIBRARY": "Path of libpyt_fastertransformer.so, tried before every other place.",
     "FT_HANDLER_CPU_ISA": "Instruction set of the CPU kernels (read by the library itself).",
     "FT_HANDLER_TF32": "1 lets fp32 products on a GPU use TF32 (read by the library itself).",
     "FT_HANDLER_TUNE": "Path of a GEMM table written by `ft-handler tune`.",
     "FT_HANDLER_SHARED": "Folder of optional development data for tests and benchmarks.",
+    "TS_DECODE_INPUT_REQUEST": "TorchServe's: false hands JSON and text over as bytes.",
+    "LOCAL_RANK": "TorchServe's: the rank of a worker process; only rank 0 answers.",
 }
 
 

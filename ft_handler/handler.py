@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ft_handler import metrics
+from ft_handler import fast_receive, metrics
 from ft_handler.config import HandlerConfig, limit_tokenizer_threads
 from ft_handler.engine import engine_for
 from ft_handler.errors import ConfigError, EngineLost, FtHandlerError
@@ -85,6 +85,8 @@ class FtHandler:
             observe=self._keep,
         )
         self._metrics = config.metrics
+        if config.fast_receive:
+            fast_receive.install()
         if config.warmup:
             took = engine.warm_up()
             logger.info("warm-up: %s", json.dumps(took))

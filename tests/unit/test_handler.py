@@ -40,7 +40,8 @@ def archive(tiny_tokenizer, tmp_path, monkeypatch):
 
 
 def ready(archive, section=None):
-    context = FakeContext(str(archive), {"handler": section or {}}, batch_size=8)
+    settings = {"fast_receive": False, **(section or {})}
+    context = FakeContext(str(archive), {"handler": settings}, batch_size=8)
     handler = FtHandler()
     handler.initialize(context)
     return handler, context
@@ -134,10 +135,18 @@ def test_devices(monkeypatch):
     assert str(choose_device("cuda", None)) == "cuda:0"
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_receive_path_is_a_setting(archive, monkeypatch, wanted):
+    calls = []
+    monkeypatch.setattr(handler_module.fast_receive, "install", lambda: calls.append(1))
+    ready(archive, {"fast_receive": wanted})
+    assert bool(calls) is wanted
+
+
 def test_the_entry_point_initialises_then_answers(archive):
     from ft_handler.entry import handle
 
-    context = FakeContext(str(archive), None)
+    context = FakeContext(str(archive), {"handler": {"fast_receive": False}})
     assert handle(None, context) is None
     (body,) = handle([{"body": "a film"}], context)
     assert "label" in json.loads(body)

@@ -1,0 +1,192 @@
+"""The buffered worker protocol reads and writes what TorchServe's own code does, byte for byte."""
+
+from __future__ import annotations
+
+import gc
+import json
+import struct
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ft_handler import fast_receive
+
+
+@pytest.fixture(scope="module")
+def protocol():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = pytest.importorskip("ts.protocol.otf_message_handler")
+        gc.collect()
+    return module
+
+
+class Connection:
+    """A socket that delivers a stream in pieces of the given sizes."""
+
+    def __init__(self, stream, sizes=(1 << 20,)):
+        self.stream, self.sizes, self.turn, self.calls = stream, sizes, 0, 0
+
+    def recv(self, length):
+        size = min(length, self.sizes[self.turn % len(self.sizes)])
+        self.turn += 1
+        self.calls += 1
+        piece, self.stream = self.stream[:size], self.stream[size:]
+        return piece
+
+
+def frame(data):
+    return struct.pack("!i", len(data)) + data
+
+
+def stream_of(batch):
+    out = b"I"
+    for request_id, headers, inputs in batch:
+        out += frame(request_id)
+        for pair in headers:
+            out += b"".join(map(frame, pair))
+        out += struct.pack("!i", -1)
+        for field in inputs:
+            out += b"".join(map(frame, field))
+        out += struct.pack("!i", -1)
+    return out + struct.pack("!i", -1)
+
+
+TYPES = st.sampled_from([b"", b"application/json", b"text/plain", b"application/octet-stream"])
+BODIES = st.binary(max_size=40) | st.sampled_from(
+    [b'{"text": "a"}', b'"a"', b"NaN", b"{", b"caf\xc3\xa9", b"[1, 2]", b"x" * 3000]
+)
+REQUESTS = st.tuples(
+    st.binary(max_size=36),
+    st.lists(st.tuples(st.binary(max_size=9), st.binary(max_size=9)), max_size=3),
+    st.lists(st.tuples(st.sampled_from([b"body", b"data"]), TYPES, BODIES), max_size=2),
+)
+
+
+@given(
+    st.lists(st.lists(REQUESTS, max_size=4), min_size=1, max_size=3),
+    st.lists(st.integers(1, 200), min_size=1, max_size=4),
+)
+@pytest.mark.parametrize("decode", [None, "true", "false"])
+def test_the_same_messages_come_out_of_the_same_bytes(protocol, decode, batches, sizes):
+    stream = b"".join(map(stream_of, batches))
+    with pytest.MonkeyPatch.context() as patch:
+        if decode is None:
+            patch.delenv("TS_DECODE_INPUT_REQUEST", raising=False)
+        else:
+            patch.setenv("TS_DECODE_INPUT_REQUEST", decode)
+        stock_connection = Connection(stream, tuple(sizes))
+        stock = [protocol.retrieve_msg(stock_connection) for _ in batches]
+        reader = fast_receive.Reader()
+        patch.setattr(protocol, "_retrieve_buffer", reader.take)
+        patch.setattr(protocol, "_retrieve_int", reader.integer)
+        patch.setattr(protocol, "_retrieve_inference_msg", reader.message)
+        connection = Connection(stream, tuple(sizes))
+        ours = [protocol.retrieve_msg(connection) for _ in batches]
+    assert repr(ours) == repr(stock)  # repr: NaN is not equal to itself, types show
+
+
+def test_a_batch_costs_one_receive(protocol, monkeypatch):
+    batch = [(b"id", [(b"Host", b"x")] * 5, [(b"body", b"text/plain", b"a film")])] * 64
+    reader = fast_receive.Reader()
+    connection = Connection(stream_of(batch)[1:])
+    assert len(reader.message(connection)) == 64
+    assert connection.calls == 1
+
+
+def test_another_connection_starts_afresh():
+    reader = fast_receive.Reader()
+    assert reader.take(Connection(b"abcdef"), 2) == b"ab"
+    assert reader.take(Connection(b"xyz"), 2) == b"xy"
+
+
+def test_a_frontend_that_is_gone_ends_the_worker():
+    with pytest.raises(SystemExit):
+        fast_receive.Reader().take(Connection(b"ab"), 3)
+
+
+def test_undecodable_inputs_are_logged_without_their_text(caplog):
+    stream = stream_of([(b"id", [], [(b"body", b"application/json", b"secretword")])])[1:]
+    (request,) = fast_receive.Reader().message(Connection(stream))
+    assert request["parameters"][0]["value"] == bytearray(b"secretword")
+    assert "JSONDecodeError" in caplog.text
+    assert "secretword" not in caplog.text
+
+
+def context_of(replies):
+    from ts.context import Context, RequestProcessor
+
+    context = Context("m", "", None, 1, None, "0.12.0")
+    context.request_processor = [RequestProcessor({}) for _ in replies]
+    for index, (status, phrase, headers, _) in enumerate(replies):
+        if status is not None:
+            context.set_response_status(status, phrase, index)
+        for key, value in headers.items():
+            context.set_response_header(index, key, value)
+    return context
+
+
+HEADERS = st.dictionaries(
+    st.sampled_from(["content-type", "x-a", "x-é"]), st.sampled_from(["", "application/json", "b"])
+)
+REPLIES = st.lists(
+    st.tuples(
+        st.sampled_from([None, 200, 400]),
+        st.sampled_from([None, "", "Bad Request"]),
+        HEADERS,
+        st.binary(max_size=30),
+    ),
+    max_size=5,
+)
+
+
+@given(REPLIES)
+def test_the_same_bytes_go_out(protocol, replies):
+    ids = {i: f"{i:08x}-é" for i in range(len(replies))}
+    bodies = [body for *_, body in replies]
+    args = (bodies, ids, "Prediction success", 200, context_of(replies))
+    assert fast_receive.create_response(*args) == bytes(protocol.create_predict_response(*args))
+
+
+def test_anything_unusual_is_left_to_the_stock_writer(protocol):
+    replies = [(200, "", {}, b"")]
+    ids = {0: "a"}
+    for body in ("text", {"a": 1}, bytearray(b"a")):
+        assert fast_receive.create_response([body], ids, "", 200, context_of(replies)) is None
+    streaming = context_of([(200, "", {"ts_stream_next": "true"}, b"")])
+    assert fast_receive.create_response([b"a"], ids, "", 200, streaming) is None
+
+
+@pytest.fixture
+def stock(protocol, monkeypatch):
+    """TorchServe's own functions, put back afterwards."""
+    from ts import service
+
+    for name in ("_retrieve_buffer", "_retrieve_int", "_retrieve_inference_msg"):
+        monkeypatch.setattr(protocol, name, getattr(protocol, name))
+    monkeypatch.setattr(service, "create_predict_response", service.create_predict_response)
+    return service
+
+
+def test_installed_it_answers_like_the_stock_path(protocol, stock, monkeypatch):
+    before = protocol.create_predict_response
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert fast_receive.install() is True
+    replies = [(400, "Bad Request", {"content-type": "application/json"}, b"{}")]
+    args = (["text"], {0: "a"}, "ok", 200, context_of(replies))
+    assert stock.create_predict_response(*args) == before(*args)
+    args = ([json.dumps({}).encode()], {0: "a"}, "ok", 200, context_of(replies))
+    assert stock.create_predict_response(*args) == before(*args)
+    args = (None, {0: "a"}, "Prediction failed", 503)
+    assert stock.create_predict_response(*args) == before(*args)
+
+
+def test_another_version_is_left_alone(protocol, stock, monkeypatch):
+    import ts
+
+    monkeypatch.setattr(ts, "__version__", "0.12.1")
+    before = protocol._retrieve_inference_msg
+    assert fast_receive.install() is False
+    assert protocol._retrieve_inference_msg is before
