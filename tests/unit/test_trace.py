@@ -117,6 +117,22 @@ def test_any_shape_after_tracing(
     assert ours <= (2 * theirs if tolerance is None else tolerance)
 
 
+@pytest.mark.parametrize(
+    ("settings", "labels"),
+    [
+        ({"problem_type": "multi_label_classification", "num_labels": 3}, 3),
+        ({"problem_type": "regression", "num_labels": 1, "id2label": None, "label2id": None}, 1),
+    ],
+)
+def test_the_kind_of_problem_travels(
+    settings: dict[str, Any], labels: int, make_tiny_bert: Callable[..., Path], tmp_path: Path
+) -> None:
+    traced(make_tiny_bert("sequence_classification", **settings), tmp_path)
+    info = read_info(tmp_path / "traced_model.pt")
+    assert info.problem_type == settings["problem_type"]
+    assert (info.num_labels, len(info.labels)) == (labels, labels)
+
+
 def test_plain_torchscript(tiny_qa: Path, tmp_path: Path) -> None:
     traced(tiny_qa, tmp_path, mode=QUESTION_ANSWERING, model_type="ths")
     loaded = load_model(tmp_path / "traced_model.pt")
