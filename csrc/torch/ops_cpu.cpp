@@ -383,9 +383,8 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max
   const Sequences s = checked_sequences(cu_seqlens, tokens, max_seqlen);
   Tensor out = empty({tokens, hidden}, whole.scalar_type());
   const cpu::Threads threads = torch_threads();
-  const Tensor space =
-      workspace(cpu::attention_workspace(tokens, s.longest, num_heads, head_dim, threads));
-  cpu::varlen_attention(array_of(whole), s.bounds, s.batch, tokens, s.longest, num_heads, head_dim,
+  const Tensor space = workspace(cpu::attention_workspace(s.longest, head_dim, threads));
+  cpu::varlen_attention(array_of(whole), s.bounds, s.batch, s.longest, num_heads, head_dim,
                         dtype_of(whole), out.mutable_data_ptr(), space.mutable_data_ptr(), threads);
   return out;
 }

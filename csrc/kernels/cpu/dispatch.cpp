@@ -6,8 +6,13 @@
 #include <stdexcept>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "kernels/cpu/isa.h"
@@ -17,7 +22,26 @@ namespace {
 
 // ---- instruction sets --------------------------------------------------------------------------
 
+#if defined(__x86_64__) && !defined(FT_EMULATE_ISAS)
+// Whether there are AMX tiles of bfloat16 and the kernel lets this process use them: their state is
+// too large to be saved for every process, so Linux wants to be asked.
+bool amx_usable() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 std::vector<const Kernels*> available() {
+#if defined(FT_EMULATE_ISAS)  // tests: everything, compiled for a processor that lacks it
+  return {&kAmx, &kAvx512Bf16, &kAvx512, &kAvx2, &kPortable};
+#else
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -25,11 +49,15 @@ std::vector<const Kernels*> available() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16 && amx_usable()) found.push_back(&kAmx);
+  if (bf16) found.push_back(&kAvx512Bf16);
   if (avx512) found.push_back(&kAvx512);
   if (avx2) found.push_back(&kAvx2);
 #endif
   found.push_back(&kPortable);
   return found;
+#endif
 }
 
 const Kernels& choose() {
@@ -158,14 +186,15 @@ const void* layer_of(const void* blob, int64_t layer) {
 
 void run_gemm(const Gemm& g, int64_t tokens, const Scratch& scratch, const Threads& threads) {
   const Kernels& k = kernels();
-  const int64_t panels = ceil_div(g.n, k.nr);
-  const int64_t blocks = ceil_div(tokens, kRowBlock);
+  const Tiling tiling = k.tiling(g.weight_type);
+  const int64_t panels = ceil_div(g.n, tiling.nr);
+  const int64_t blocks = ceil_div(tokens, tiling.row_block);
   // Wide tasks reuse their rows most; about 8 a thread, and as many for each, level the threads.
   const int64_t least = ceil_div(g.n, kPanelColumns);
   int64_t across =
       std::clamp(ceil_div(8 * threads.count, blocks), least, std::max(least, ceil_div(g.n, 64)));
   while (across < panels && blocks * across % threads.count != 0) ++across;
-  const int64_t rows = ceil_div(ceil_div(tokens, blocks), k.mr) * k.mr;
+  const int64_t rows = ceil_div(ceil_div(tokens, blocks), tiling.mr) * tiling.mr;
   for_tasks(threads, ceil_div(tokens, rows) * across, [&](int64_t task, int worker) {
     const int64_t m0 = task / across * rows, part = task % across;
     k.gemm(g, m0, std::min(tokens, m0 + rows), panels * part / across, panels * (part + 1) / across,
@@ -226,7 +255,7 @@ void pack_weight(const void* weight, DType dtype, int64_t layers, int64_t n, int
   BlobHeader h{kBlobMagic, isa.layout, dtype, 0, layers, n, k, isa.layer_bytes(dtype, n, k)};
   std::memset(blob, 0, kBlobHeader);
   std::memcpy(blob, &h, sizeof(h));
-  const int64_t panels = ceil_div(n, isa.nr);
+  const int64_t panels = ceil_div(n, isa.tiling(dtype).nr);
   for_tasks(threads, layers * panels, [&](int64_t task, int) {
     const int64_t layer = task / panels, p = task % panels;
     isa.pack(static_cast<const char*>(weight) + layer * n * k * size_of(dtype), dtype, n, k,
@@ -304,16 +333,13 @@ void linear(const Linear& op, int64_t tokens, void* out, void* workspace, const 
   run_gemm(g, tokens, take_scratch(arena, threads, isa.gemm_scratch()), threads);
 }
 
-int64_t attention_workspace(int64_t tokens, int64_t longest, int64_t heads, int64_t head_dim,
-                            const Threads& threads) {
-  (void)tokens, (void)heads;
+int64_t attention_workspace(int64_t longest, int64_t head_dim, const Threads& threads) {
   return threads.count * (aligned(kernels().attention_scratch(longest, head_dim)) + 2 * kAlign);
 }
 
-void varlen_attention(Array qkv, const int32_t* cu_seqlens, int64_t batch, int64_t tokens,
-                      int64_t longest, int64_t heads, int64_t head_dim, DType out_dtype, void* out,
-                      void* workspace, const Threads& threads) {
-  (void)tokens;
+void varlen_attention(Array qkv, const int32_t* cu_seqlens, int64_t batch, int64_t longest,
+                      int64_t heads, int64_t head_dim, DType out_dtype, void* out, void* workspace,
+                      const Threads& threads) {
   Arena arena(workspace);
   const int64_t hidden = heads * head_dim, es = size_of(qkv.dtype);
   Attention a{};
@@ -374,10 +400,21 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
   const int64_t t = op.tokens, h = op.hidden, i = op.intermediate;
   const int64_t head_dim = h / op.heads;
   const DType f32 = DType::kFloat32;
+  // Inputs of GEMMs are kept in the type that they are multiplied in; sums and residuals in
+  // float32.
+  bool pairs = isa.bf16_dot;
+  for (const void* blob : {op.qkv, op.out, op.up, op.down}) {
+    pairs = pairs && header(blob).dtype == DType::kBFloat16;
+  }
+  const DType act = pairs ? DType::kBFloat16 : f32;
+  const int64_t es = size_of(act);
   const int64_t ldh = leading(h), ldq = leading(3 * h), ldi = leading(i);
   float* x = arena.take<float>(t * ldh * 4);
   float* y = arena.take<float>(t * ldh * 4);
-  float* wide = arena.take<float>(t * std::max(ldq, ldi) * 4);  // qkv, then the intermediate
+  char* context = arena.take<char>(t * ldh * es);
+  char* wide = arena.take<char>(t * std::max(ldq, ldi) * es);  // qkv, then the intermediate
+  void* narrow = pairs ? arena.take(t * ldh * es) : nullptr;   // x once more, for the GEMMs
+  const void* input = pairs ? narrow : x;
   const float* qkv_bias = as_float(op.qkv_bias, op.layers * 3 * h, arena, run);
   const float* out_bias = as_float(op.out_bias, op.layers * h, arena, run);
   const float* up_bias = as_float(op.up_bias, op.layers * i, arena, run);
@@ -395,18 +432,19 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
 
   const bool direct = op.layers == 0;
   const EmbedRows rows{
-      &op.embeddings,   h,       eg, eb, direct ? out : x, direct ? op.out_dtype : f32,
-      direct ? h : ldh, nullptr, 0};
+      &op.embeddings,   h,      eg, eb, direct ? out : x, direct ? op.out_dtype : f32,
+      direct ? h : ldh, narrow, ldh};
   for_rows(threads, t, kRowsPerTask, [&](int64_t m0, int64_t m1, int worker) {
     isa.embed(rows, m0, m1, scratch.of<float>(worker));
   });
 
-  const auto gemm = [&](const float* a, int64_t lda, const void* blob, int64_t layer,
-                        const float* bias, const float* residual, bool act, float* c, int64_t ldc) {
+  const auto gemm = [&](const void* a, int64_t lda, const void* blob, int64_t layer,
+                        const float* bias, const float* residual, bool gelu, void* c, DType type,
+                        int64_t ldc) {
     const BlobHeader& b = header(blob);
     Gemm g{};
     g.a = a;
-    g.a_type = f32;
+    g.a_type = act;
     g.lda = lda;
     g.b = layer_of(blob, layer);
     g.weight_type = b.dtype;
@@ -415,16 +453,16 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
     g.bias = bias;
     g.residual = residual;
     g.ldr = ldh;
-    g.gelu = act;
+    g.gelu = gelu;
     g.out = c;
-    g.out_type = f32;
+    g.out_type = type;
     g.ldo = ldc;
     run_gemm(g, t, scratch, threads);
   };
-  const auto norm = [&](const float* in, const float* gamma, const float* beta, void* to,
-                        DType type, int64_t ld) {
+  const auto norm = [&](const float* gamma, const float* beta, void* to, DType type, int64_t ld,
+                        void* copy) {
     LayerNormRows l{};
-    l.input = {in, f32};
+    l.input = {y, f32};
     l.ld_input = ldh;
     l.hidden = h;
     l.gamma = gamma;
@@ -433,31 +471,35 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
     l.out = to;
     l.out_type = type;
     l.ldo = ld;
+    l.out_bf16 = copy;
+    l.ld_bf16 = ldh;
     for_rows(threads, t, kRowsPerTask, [&](int64_t m0, int64_t m1, int worker) {
       isa.layer_norm(l, m0, m1, scratch.of<float>(worker));
     });
   };
   for (int64_t layer = 0; layer < op.layers; ++layer) {
-    gemm(x, ldh, op.qkv, layer, qkv_bias + layer * 3 * h, nullptr, false, wide, ldq);
+    gemm(input, ldh, op.qkv, layer, qkv_bias + layer * 3 * h, nullptr, false, wide, act, ldq);
     Attention a{};
     a.q = wide;
-    a.k = wide + h;
-    a.v = wide + 2 * h;
-    a.type = f32;
+    a.k = wide + h * es;
+    a.v = wide + 2 * h * es;
+    a.type = act;
     a.ld = ldq;
     a.head_dim = head_dim;
     a.scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
-    a.out = y;
-    a.out_type = f32;
+    a.out = context;
+    a.out_type = act;
     a.ldo = ldh;
     run_attention(a, op.cu_seqlens, op.batch, op.heads, scratch, threads);
-    gemm(y, ldh, op.out, layer, out_bias + layer * h, x, false, wide, ldh);
-    norm(wide, g1 + layer * h, b1 + layer * h, x, f32, ldh);
-    gemm(x, ldh, op.up, layer, up_bias + layer * i, nullptr, true, wide, ldi);
-    gemm(wide, ldi, op.down, layer, down_bias + layer * h, x, false, y, ldh);
-    const bool last = layer + 1 == op.layers;
-    norm(y, g2 + layer * h, b2 + layer * h, last ? out : x, last ? op.out_dtype : f32,
-         last ? h : ldh);
+    gemm(context, ldh, op.out, layer, out_bias + layer * h, x, false, y, f32, ldh);
+    norm(g1 + layer * h, b1 + layer * h, x, f32, ldh, narrow);
+    gemm(input, ldh, op.up, layer, up_bias + layer * i, nullptr, true, wide, act, ldi);
+    gemm(wide, ldi, op.down, layer, down_bias + layer * h, x, false, y, f32, ldh);
+    if (layer + 1 < op.layers) {
+      norm(g2 + layer * h, b2 + layer * h, x, f32, ldh, narrow);
+    } else {
+      norm(g2 + layer * h, b2 + layer * h, out, op.out_dtype, h, nullptr);
+    }
   }
 }
 

@@ -19,8 +19,10 @@ constexpr int kLanes = FT_LANES;
 constexpr int kMr = FT_MR;
 constexpr int kNv = FT_NV;
 constexpr int kNr = kLanes * kNv;
-// Depth of one pass: a weight panel of this depth stays in the first-level cache.
-constexpr int64_t kDepth = FT_DEPTH;
+// Depth of one pass: a weight panel of this depth stays in the first-level cache. Measured, like
+// the row block (docs/cpu-kernels.md).
+constexpr int64_t kDepth = 192;
+constexpr int64_t kRowBlock = 144;  // most rows of a GEMM task, a multiple of every FT_MR
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
@@ -122,10 +124,14 @@ inline Vec load_bf16(const uint16_t* p) {
 }
 
 inline HVec to_bf16(Vec v) {
+#if defined(__AVX512BF16__) && FT_LANES == 16
+  return reinterpret_cast<HVec>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+#else
   const UVec bits = reinterpret_cast<UVec>(v);
   const UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const UVec quiet = (bits >> 16) | 0x40;
   return __builtin_convertvector((v == v) ? rounded : quiet, HVec);
+#endif
 }
 
 inline void store_bf16(uint16_t* p, Vec v) { *reinterpret_cast<HVecU*>(p) = to_bf16(v); }
@@ -258,7 +264,7 @@ inline Vec gelu(Vec x) {
 // ---- GEMM --------------------------------------------------------------------------------------
 
 // Panels of kNr weight rows, [panel][k][kNr], in the weight's own type; rows past n are zero.
-int64_t layer_bytes(DType type, int64_t n, int64_t k) {
+int64_t panel_layer_bytes(DType type, int64_t n, int64_t k) {
   const int64_t bytes = ceil_div(n, kNr) * kNr * k * size_of(type);
   return ceil_div(bytes, 64) * 64;
 }
@@ -273,14 +279,6 @@ void pack_panels(const Element* weight, int64_t n, int64_t k, Element* out, int6
       for (int64_t i = 0; i < k; ++i)
         panel[i * kNr + j] = row < n ? weight[row * k + i] : Element{};
     }
-  }
-}
-
-void pack(const void* weight, DType type, int64_t n, int64_t k, void* out, int64_t p0, int64_t p1) {
-  if (type == DType::kFloat32) {
-    pack_panels(static_cast<const float*>(weight), n, k, static_cast<float*>(out), p0, p1);
-  } else {
-    pack_panels(static_cast<const uint16_t*>(weight), n, k, static_cast<uint16_t*>(out), p0, p1);
   }
 }
 
@@ -337,8 +335,6 @@ void run_tile(int64_t rows, int vectors, const float* a, int64_t lda, const floa
 constexpr int64_t kCopyLd = kDepth + 16;
 constexpr int64_t kGemmScratch = kDepth * kNr + kRowBlock * (kCopyLd + kPanelColumns);  // floats
 
-int64_t gemm_scratch() { return kGemmScratch * 4; }
-
 // bias, activation and residual on a tile that is still in cache; `from` may be `to`.
 template <typename Target>
 inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m, int64_t rows,
@@ -366,7 +362,7 @@ inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m,
   }
 }
 
-void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* scratch) {
+void gemm_panels(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* scratch) {
   float* expanded = static_cast<float*>(scratch);  // [kDepth, kNr]
   float* block = expanded + kDepth * kNr;          // [kRowBlock, kCopyLd]
   float* sums = block + kRowBlock * kCopyLd;       // [kRowBlock, lds]
@@ -412,7 +408,7 @@ constexpr int64_t kQueryRows = 4 * kMr;  // query rows whose scores are held at 
 
 inline int64_t padded_length(int64_t length) { return ceil_div(length, kNr) * kNr; }
 
-int64_t attention_scratch(int64_t longest, int64_t head_dim) {
+int64_t panel_attention_scratch(int64_t longest, int64_t head_dim) {
   const int64_t keys = padded_length(longest) * head_dim;
   const int64_t values = longest * padded_length(head_dim);
   const int64_t scores = kQueryRows * padded_length(longest);
@@ -472,9 +468,28 @@ inline float softmax_row(float* row, int64_t length, float scale) {
   return sum_of(total);
 }
 
+// Scales the rows of result [rows, ld] and writes them as columns [n0, n0 + columns) of the head.
+void put_result(const Attention& t, const float* result, int64_t ld, const float* inverse,
+                int64_t r0, int64_t rows, int64_t n0, int64_t columns) {
+  with_type(t.out_type, [&](auto target) {
+    using Target = decltype(target);
+    for (int64_t i = 0; i < rows; ++i) {
+      auto* out = static_cast<typename Target::Element*>(t.out) + (r0 + i) * t.ldo + n0;
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        const Vec x = load(result + i * ld + j) * inverse[i];
+        if (columns - j >= kLanes) {
+          Target::put(out, j, x);
+        } else {
+          partial_put<Target>(out, j, x, columns - j);
+        }
+      }
+    }
+  });
+}
+
 // softmax(scale q k^T) v. Keys are transposed into panels and values gathered into panels once per
 // call, then both products run on the GEMM's tile.
-void attention(const Attention& t, void* scratch) {
+void attention_panels(const Attention& t, void* scratch) {
   const int64_t length = t.length, d = t.head_dim, width = padded_length(length);
   float* keys = static_cast<float*>(scratch);          // [width / kNr][d][kNr]
   float* values = keys + width * d;                    // [d / kNr][length][kNr]
@@ -517,23 +532,14 @@ void attention(const Attention& t, void* scratch) {
                    values + (n0 / kNr * length + k0) * kNr, depth, result + i * kNr, kNr, k0 == 0);
         }
       }
-      with_type(t.out_type, [&](auto target) {
-        using Target = decltype(target);
-        for (int64_t i = 0; i < rows; ++i) {
-          auto* out = static_cast<typename Target::Element*>(t.out) + (r0 + i) * t.ldo + n0;
-          for (int64_t j = 0; j < columns; j += kLanes) {
-            const Vec x = load(result + i * kNr + j) * inverse[i];
-            if (columns - j >= kLanes) {
-              Target::put(out, j, x);
-            } else {
-              partial_put<Target>(out, j, x, columns - j);
-            }
-          }
-        }
-      });
+      put_result(t, result, kNr, inverse, r0, rows, n0, columns);
     }
   }
 }
+
+#if FT_BF16_DOT
+#include "kernels/cpu/impl_bf16.h"
+#endif
 
 // ---- rows --------------------------------------------------------------------------------------
 
@@ -652,6 +658,95 @@ void gelu_rows(const void* input, DType type, const float* bias, int64_t n, void
       }
     });
   });
+}
+
+// ---- the table ---------------------------------------------------------------------------------
+
+#if FT_BF16_DOT
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+inline bool on_pairs(DType type) { return kPairs && type == DType::kBFloat16; }
+
+Tiling tiling(DType weight) {
+#if FT_BF16_DOT
+  if (on_pairs(weight)) return {FT_BF16_DOT == 1 ? 12 : 32, kWide, kPairBlock};
+#endif
+  (void)weight;
+  return {kMr, kNr, kRowBlock};
+}
+
+int64_t layer_bytes(DType type, int64_t n, int64_t k) {
+#if FT_BF16_DOT
+  if (on_pairs(type)) return pair_layer_bytes(n, k);
+#endif
+  return panel_layer_bytes(type, n, k);
+}
+
+void pack(const void* weight, DType type, int64_t n, int64_t k, void* out, int64_t p0, int64_t p1) {
+#if FT_BF16_DOT
+  if (on_pairs(type)) {
+    return pack_pairs(static_cast<const uint16_t*>(weight), n, k, static_cast<uint16_t*>(out), p0,
+                      p1);
+  }
+#endif
+  if (type == DType::kFloat32) {
+    pack_panels(static_cast<const float*>(weight), n, k, static_cast<float*>(out), p0, p1);
+  } else {
+    pack_panels(static_cast<const uint16_t*>(weight), n, k, static_cast<uint16_t*>(out), p0, p1);
+  }
+}
+
+int64_t gemm_scratch() {
+#if FT_BF16_DOT
+  return larger(kPairScratch, kGemmScratch * 4);
+#else
+  return kGemmScratch * 4;
+#endif
+}
+
+void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* scratch) {
+#if FT_BF16_DOT
+  if (on_pairs(g.weight_type)) return gemm_pairs(g, m0, m1, p0, p1, scratch);
+#endif
+  gemm_panels(g, m0, m1, p0, p1, scratch);
+}
+
+int64_t attention_scratch(int64_t longest, int64_t head_dim) {
+#if FT_BF16_DOT
+  return larger(pair_attention_scratch(longest, head_dim),
+                panel_attention_scratch(longest, head_dim));
+#else
+  return panel_attention_scratch(longest, head_dim);
+#endif
+}
+
+void attention(const Attention& a, void* scratch) {
+#if FT_BF16_DOT
+  if (on_pairs(a.type)) return attention_pairs(a, scratch);
+#endif
+  attention_panels(a, scratch);
+}
+
+constexpr Kernels table(const char* name, int layout) {
+  return {
+      .name = name,
+      .layout = layout,
+      .bf16_dot = kPairs,
+      .tiling = tiling,
+      .layer_bytes = layer_bytes,
+      .pack = pack,
+      .gemm_scratch = gemm_scratch,
+      .gemm = gemm,
+      .attention_scratch = attention_scratch,
+      .attention = attention,
+      .embed = embed,
+      .layer_norm = layer_norm,
+      .gelu = gelu_rows,
+      .convert = convert,
+  };
 }
 
 }  // namespace ft::cpu::FT_NAMESPACE

@@ -59,11 +59,16 @@ struct Attention {
   int64_t ldo;
 };
 
+// How a GEMM over such weights is cut: rows of a tile, columns of a panel, most rows of a task.
+struct Tiling {
+  int64_t mr, nr, row_block;
+};
+
 struct Kernels {
   const char* name;
-  int layout;  // identifies the panels: other values cannot read them
-  int mr, nr;
+  int layout;     // identifies the panels: other values cannot read them
   bool bf16_dot;  // bfloat16 weights are multiplied as they are, by bfloat16 inputs
+  Tiling (*tiling)(DType weight);
   int64_t (*layer_bytes)(DType type, int64_t n, int64_t k);
   void (*pack)(const void* weight, DType type, int64_t n, int64_t k, void* out, int64_t p0,
                int64_t p1);
@@ -76,16 +81,11 @@ struct Kernels {
   void (*gelu)(const void* input, DType type, const float* bias, int64_t n, void* out,
                DType out_type, int64_t m0, int64_t m1);
   void (*convert)(const void* input, DType from, void* out, DType to, int64_t count);
-
-  __attribute__((always_inline)) DType input_type(DType weight) const {
-    return bf16_dot && weight == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;
-  }
 };
 
-// The largest GEMM task: rows (a multiple of every mr) and columns (of every nr).
-inline constexpr int64_t kRowBlock = 144;
+// Most columns of a GEMM task: a multiple of every nr.
 inline constexpr int64_t kPanelColumns = 768;
 
-extern const Kernels kPortable, kAvx2, kAvx512;
+extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx;
 
 }  // namespace ft::cpu

@@ -98,11 +98,10 @@ void embedding_layer_norm(const Embeddings& e, int64_t tokens, int64_t hidden, D
 int64_t linear_workspace(int64_t tokens, int64_t n, const Threads& threads);
 void linear(const Linear& op, int64_t tokens, void* out, void* workspace, const Threads& threads);
 
-int64_t attention_workspace(int64_t tokens, int64_t longest, int64_t heads, int64_t head_dim,
-                            const Threads& threads);
-void varlen_attention(Array qkv, const int32_t* cu_seqlens, int64_t batch, int64_t tokens,
-                      int64_t longest, int64_t heads, int64_t head_dim, DType out_dtype, void* out,
-                      void* workspace, const Threads& threads);
+int64_t attention_workspace(int64_t longest, int64_t head_dim, const Threads& threads);
+void varlen_attention(Array qkv, const int32_t* cu_seqlens, int64_t batch, int64_t longest,
+                      int64_t heads, int64_t head_dim, DType out_dtype, void* out, void* workspace,
+                      const Threads& threads);
 
 int64_t layer_norm_workspace(int64_t hidden, const Threads& threads);
 // bias and residual may be absent.

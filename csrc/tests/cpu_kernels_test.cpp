@@ -1,0 +1,356 @@
+// The CPU kernels against plain loops in double precision, without Torch, for sanitizer builds.
+//
+// Every allocation is exactly as large as the kernels ask for, so that a sanitizer sees a step too
+// far. FT_HANDLER_CPU_ISA picks the instruction set; built with FT_EMULATE_ISAS, those that this
+// processor lacks run in emulation. Exits non-zero, naming the case, on the first wrong result.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels/cpu/kernels.h"
+
+namespace {
+
+using ft::cpu::Array;
+using ft::cpu::DType;
+
+std::mt19937 rng(7);
+
+ft::cpu::Threads threads_of(int count) {
+  return {count, [](int workers, void (*body)(void*, int), void* context) {
+            std::vector<std::thread> pool;
+            for (int w = 1; w < workers; ++w) pool.emplace_back(body, context, w);
+            body(context, 0);
+            for (auto& t : pool) t.join();
+          }};
+}
+
+// A buffer of exactly `bytes`, aligned as torch aligns.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) {
+    if (posix_memalign(&data_, 64, bytes ? bytes : 1) != 0) std::abort();
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  ~Buffer() { std::free(data_); }
+  void* get() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+};
+
+float rounded(float x, DType type) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (type == DType::kBFloat16) bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  if (type == DType::kFloat16) bits = (bits + 0xfff + ((bits >> 13) & 1)) & 0xffffe000;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Values of one type beside their float copies.
+struct Values {
+  std::vector<float> f;
+  Buffer raw;
+  DType type;
+
+  Values(int64_t count, DType t, float spread, float centre = 0)
+      : f(count), raw(count * ft::cpu::size_of(t)), type(t) {
+    std::normal_distribution<float> normal(centre, spread);
+    for (int64_t i = 0; i < count; ++i) {
+      f[i] = rounded(normal(rng), t);
+      uint32_t bits;
+      std::memcpy(&bits, &f[i], 4);
+      uint16_t half = static_cast<uint16_t>(bits >> 16);
+      if (t == DType::kFloat16) {  // normal numbers only
+        if ((bits & 0x7fffffff) < 0x38800000) f[i] = 0, bits = 0;
+        half = static_cast<uint16_t>(((bits >> 16) & 0x8000) |
+                                     (bits ? ((bits & 0x7fffffff) - 0x38000000) >> 13 : 0));
+      }
+      if (t == DType::kFloat32) {
+        std::memcpy(static_cast<char*>(raw.get()) + 4 * i, &f[i], 4);
+      } else {
+        std::memcpy(static_cast<char*>(raw.get()) + 2 * i, &half, 2);
+      }
+    }
+  }
+  Array array() const { return {raw.get(), type}; }
+};
+
+float read(const Buffer& buffer, DType type, int64_t i) {
+  if (type == DType::kFloat32) return static_cast<const float*>(buffer.get())[i];
+  const uint16_t half = static_cast<const uint16_t*>(buffer.get())[i];
+  if (type == DType::kBFloat16) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  const int exponent = (half >> 10) & 31;
+  const float mantissa = static_cast<float>(half & 1023);
+  const float x = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+  return half & 0x8000 ? -x : x;
+}
+
+void check(const std::string& what, const Buffer& got, DType type, const std::vector<double>& want,
+           double tolerance) {
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double x = read(got, type, static_cast<int64_t>(i));
+    if (!(std::abs(x - want[i]) <= tolerance * (1 + std::abs(want[i])))) {
+      std::printf("FAILED %s: element %zu is %.9g, should be %.9g\n", what.c_str(), i, x, want[i]);
+      std::exit(1);
+    }
+  }
+}
+
+double tolerance_of(DType type) {
+  return type == DType::kFloat32 ? 2e-5 : type == DType::kFloat16 ? 2e-3 : 2e-2;
+}
+const char* name_of(DType type) {
+  return type == DType::kFloat32 ? "float32" : type == DType::kFloat16 ? "float16" : "bfloat16";
+}
+
+double gelu(double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); }
+
+std::vector<double> norm(const std::vector<double>& x, int64_t h, const float* gamma,
+                         const float* beta, double eps) {
+  std::vector<double> y(x.size());
+  for (size_t r = 0; r < x.size(); r += h) {
+    double mean = 0, var = 0;
+    for (int64_t j = 0; j < h; ++j) mean += x[r + j] / h;
+    for (int64_t j = 0; j < h; ++j) var += (x[r + j] - mean) * (x[r + j] - mean) / h;
+    for (int64_t j = 0; j < h; ++j) {
+      y[r + j] = (x[r + j] - mean) / std::sqrt(var + eps) * gamma[j] + beta[j];
+    }
+  }
+  return y;
+}
+
+std::vector<double> multiply(const std::vector<double>& a, const float* w, const float* bias,
+                             int64_t n, int64_t k) {
+  const int64_t m = static_cast<int64_t>(a.size()) / k;
+  std::vector<double> c(m * n);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = bias ? bias[j] : 0;
+      for (int64_t l = 0; l < k; ++l) sum += a[i * k + l] * w[j * k + l];
+      c[i * n + j] = sum;
+    }
+  }
+  return c;
+}
+
+std::vector<double> attend(const std::vector<double>& qkv, const std::vector<int32_t>& cu,
+                           int64_t heads, int64_t d) {
+  const int64_t h = heads * d;
+  std::vector<double> out(qkv.size() / 3);
+  for (size_t b = 0; b + 1 < cu.size(); ++b) {
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t i = cu[b]; i < cu[b + 1]; ++i) {
+        std::vector<double> p;
+        double top = -1e300, sum = 0;
+        for (int64_t j = cu[b]; j < cu[b + 1]; ++j) {
+          double s = 0;
+          for (int64_t e = 0; e < d; ++e) {
+            s += qkv[i * 3 * h + head * d + e] * qkv[j * 3 * h + h + head * d + e];
+          }
+          p.push_back(s / std::sqrt(static_cast<double>(d)));
+          top = std::max(top, p.back());
+        }
+        for (double& x : p) sum += x = std::exp(x - top);
+        for (int64_t j = cu[b]; j < cu[b + 1]; ++j) {
+          for (int64_t e = 0; e < d; ++e) {
+            out[i * h + head * d + e] += p[j - cu[b]] / sum * qkv[j * 3 * h + 2 * h + head * d + e];
+          }
+        }
+      }
+    }
+  }
+  return out;
+}
+
+std::vector<double> wide(const std::vector<float>& x) { return {x.begin(), x.end()}; }
+
+Buffer packed(const Values& w, int64_t layers, int64_t n, int64_t k, const ft::cpu::Threads& t) {
+  const int64_t bytes = ft::cpu::packed_bytes(w.type, layers, n, k);
+  Buffer blob(bytes);
+  ft::cpu::pack_weight(w.raw.get(), w.type, layers, n, k, blob.get(), t);
+  if (!ft::cpu::blob_fault(blob.get(), bytes).empty()) std::abort();
+  return blob;
+}
+
+void test_linear(DType type, DType weights, int64_t m, int64_t n, int64_t k, int threads) {
+  const auto t = threads_of(threads);
+  const Values a(m * k, type, 1), w(n * k, weights, 0.1f), b(n, weights, 1), r(m * n, type, 1);
+  const Buffer blob = packed(w, 1, n, k, t);
+  for (int variant = 0; variant < 4; ++variant) {
+    ft::cpu::Linear op{};
+    op.input = a.array();
+    op.blob = blob.get();
+    op.gelu = variant & 1;
+    if (variant != 0) op.bias = b.array();
+    if (variant & 2) op.residual = r.array();
+    op.out_dtype = type;
+    const Buffer out(m * n * ft::cpu::size_of(type));
+    const Buffer space(ft::cpu::linear_workspace(m, n, t));
+    ft::cpu::linear(op, m, out.get(), space.get(), t);
+    auto want = multiply(wide(a.f), w.f.data(), variant ? b.f.data() : nullptr, n, k);
+    for (size_t i = 0; i < want.size(); ++i) {
+      if (op.gelu) want[i] = gelu(want[i]);
+      if (op.residual.data) want[i] += r.f[i];
+    }
+    check("linear " + std::string(name_of(type)) + " by " + name_of(weights) + " " +
+              std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k),
+          out, type, want, std::max(tolerance_of(type), tolerance_of(weights)));
+  }
+}
+
+void test_attention(DType type, std::vector<int32_t> lengths, int64_t heads, int64_t d,
+                    int threads) {
+  const auto t = threads_of(threads);
+  std::vector<int32_t> cu{0};
+  int64_t longest = 0;
+  for (int32_t l : lengths) {
+    cu.push_back(cu.back() + l);
+    longest = std::max<int64_t>(longest, l);
+  }
+  const int64_t tokens = cu.back(), h = heads * d;
+  const Values qkv(tokens * 3 * h, type, 1);
+  const Buffer out(tokens * h * ft::cpu::size_of(type));
+  const Buffer space(ft::cpu::attention_workspace(longest, d, t));
+  ft::cpu::varlen_attention(qkv.array(), cu.data(), static_cast<int64_t>(lengths.size()), longest,
+                            heads, d, type, out.get(), space.get(), t);
+  check("attention " + std::string(name_of(type)) + " head size " + std::to_string(d), out, type,
+        attend(wide(qkv.f), cu, heads, d), tolerance_of(type));
+}
+
+void test_encoder(DType type, std::vector<int32_t> lengths, int64_t heads, int64_t d, int64_t inner,
+                  int64_t layers, int threads) {
+  const auto t = threads_of(threads);
+  const int64_t h = heads * d, vocab = 11, positions = 600;
+  std::vector<int32_t> cu{0}, pos;
+  int64_t longest = 0;
+  for (int32_t l : lengths) {
+    cu.push_back(cu.back() + l);
+    longest = std::max<int64_t>(longest, l);
+    for (int32_t i = 0; i < l; ++i) pos.push_back(i);
+  }
+  const int64_t tokens = cu.back();
+  std::vector<int64_t> ids, types;
+  for (int64_t i = 0; i < tokens; ++i) {
+    ids.push_back(static_cast<int64_t>(rng() % vocab));
+    types.push_back(rng() % 2);
+  }
+  const Values word(vocab * h, type, 1), position(positions * h, type, 1), kind(2 * h, type, 1);
+  const Values eg(h, type, 0.1f, 1), eb(h, type, 0.1f);
+  const Values wq(layers * 3 * h * h, type, 0.05f), bq(layers * 3 * h, type, 0.1f);
+  const Values wo(layers * h * h, type, 0.05f), bo(layers * h, type, 0.1f);
+  const Values wu(layers * inner * h, type, 0.05f), bu(layers * inner, type, 0.1f);
+  const Values wd(layers * h * inner, type, 0.05f), bd(layers * h, type, 0.1f);
+  const Values g1(layers * h, type, 0.1f, 1), b1(layers * h, type, 0.1f);
+  const Values g2(layers * h, type, 0.1f, 1), b2(layers * h, type, 0.1f);
+  const Buffer q = packed(wq, layers, 3 * h, h, t), o = packed(wo, layers, h, h, t);
+  const Buffer u = packed(wu, layers, inner, h, t), dn = packed(wd, layers, h, inner, t);
+  ft::cpu::Encoder op{};
+  op.tokens = tokens;
+  op.hidden = h;
+  op.intermediate = inner;
+  op.layers = layers;
+  op.batch = static_cast<int64_t>(lengths.size());
+  op.longest = longest;
+  op.heads = heads;
+  op.cu_seqlens = cu.data();
+  op.embeddings = {ids.data(),   types.data(), pos.data(), word.array(), position.array(),
+                   kind.array(), eg.array(),   eb.array(), 1e-12f};
+  op.qkv = q.get();
+  op.out = o.get();
+  op.up = u.get();
+  op.down = dn.get();
+  op.qkv_bias = bq.array();
+  op.out_bias = bo.array();
+  op.up_bias = bu.array();
+  op.down_bias = bd.array();
+  op.ln1_gamma = g1.array();
+  op.ln1_beta = b1.array();
+  op.ln2_gamma = g2.array();
+  op.ln2_beta = b2.array();
+  op.eps = 1e-12f;
+  op.out_dtype = type;
+  const Buffer out(tokens * h * ft::cpu::size_of(type));
+  const Buffer space(ft::cpu::encoder_workspace(op, t));
+  ft::cpu::encoder(op, out.get(), space.get(), t);
+
+  std::vector<double> x(tokens * h);
+  for (int64_t i = 0; i < tokens; ++i) {
+    for (int64_t j = 0; j < h; ++j) {
+      x[i * h + j] = static_cast<double>(word.f[ids[i] * h + j]) + position.f[pos[i] * h + j] +
+                     kind.f[types[i] * h + j];
+    }
+  }
+  x = norm(x, h, eg.f.data(), eb.f.data(), 1e-12);
+  for (int64_t l = 0; l < layers; ++l) {
+    const auto qkv = multiply(x, &wq.f[l * 3 * h * h], &bq.f[l * 3 * h], 3 * h, h);
+    auto y = multiply(attend(qkv, cu, heads, d), &wo.f[l * h * h], &bo.f[l * h], h, h);
+    for (size_t i = 0; i < y.size(); ++i) y[i] += x[i];
+    x = norm(y, h, &g1.f[l * h], &b1.f[l * h], 1e-12);
+    auto z = multiply(x, &wu.f[l * inner * h], &bu.f[l * inner], inner, h);
+    for (double& e : z) e = gelu(e);
+    y = multiply(z, &wd.f[l * h * inner], &bd.f[l * h], h, inner);
+    for (size_t i = 0; i < y.size(); ++i) y[i] += x[i];
+    x = norm(y, h, &g2.f[l * h], &b2.f[l * h], 1e-12);
+  }
+  check("encoder " + std::string(name_of(type)) + " head size " + std::to_string(d), out, type, x,
+        2 * tolerance_of(type));
+}
+
+void test_gelu_and_norm(DType type) {
+  const auto t = threads_of(2);
+  for (int64_t n : {1, 7, 33, 100}) {
+    const int64_t m = 21;
+    const Values x(m * n, type, 3), b(n, type, 1), r(m * n, type, 1), g(n, type, 0.1f, 1);
+    const Buffer out(m * n * ft::cpu::size_of(type)), s1(ft::cpu::bias_gelu_workspace(n, t));
+    ft::cpu::bias_gelu(x.array(), b.array(), m, n, type, out.get(), s1.get(), t);
+    std::vector<double> want(m * n);
+    for (int64_t i = 0; i < m * n; ++i) want[i] = gelu(static_cast<double>(x.f[i]) + b.f[i % n]);
+    check("bias_gelu", out, type, want, tolerance_of(type));
+    if (n == 1) continue;  // a row of one has no variance
+    const Buffer s2(ft::cpu::layer_norm_workspace(n, t));
+    ft::cpu::residual_layer_norm(x.array(), b.array(), r.array(), g.array(), b.array(), 1e-5f, m, n,
+                                 type, out.get(), s2.get(), t);
+    for (int64_t i = 0; i < m * n; ++i) {
+      want[i] = static_cast<double>(x.f[i]) + b.f[i % n] + r.f[i];
+    }
+    check("residual_layer_norm", out, type, norm(want, n, g.f.data(), b.f.data(), 1e-5),
+          tolerance_of(type));
+  }
+}
+
+}  // namespace
+
+int main() {
+  const DType types[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+  for (DType type : types) {
+    for (DType weights : types) {
+      test_linear(type, weights, 1, 1, 1, 1);
+      test_linear(type, weights, 7, 50, 66, 2);
+      test_linear(type, weights, 33, 97, 448, 3);
+    }
+    test_linear(type, type, 300, 130, 400, 2);
+    for (int64_t d : {2, 6, 32, 48, 64, 80, 128}) test_attention(type, {1, 7, 0, 40, 113}, 2, d, 2);
+    test_attention(type, {511, 3}, 1, 32, 2);
+    test_encoder(type, {1, 7, 61, 17}, 3, 32, 130, 2, 2);
+    test_encoder(type, {5, 40}, 11, 6, 70, 1, 1);
+    test_encoder(type, {5}, 2, 64, 200, 1, 3);
+    test_gelu_and_norm(type);
+  }
+  test_attention(DType::kBFloat16, {1100}, 1, 2, 2);
+  std::printf("ok %s\n", ft::cpu::isa_name());
+  return 0;
+}
