@@ -291,8 +291,8 @@ def build_library(out: Path) -> None:
                 continue
             obj = objects / source.relative_to(ROOT).with_suffix(".cu.o")
             command = [
-                str(nvcc), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads", "2", "-MMD",
-                "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-Werror", "all-warnings",
+                str(nvcc), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "--threads", "2",
+                "-MMD", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-Werror", "all-warnings",
                 *(["-DFT_WITH_SM90"] if sm90 else []),
                 *includes, *gencode(archs, source.name), "-c", str(source), "-o", str(obj),
             ]  # fmt: skip
