@@ -7,6 +7,7 @@ travels inside it as the extra file `ft_handler.json`.
 import dataclasses
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -483,9 +484,11 @@ def save_model(
 ) -> None:
     """Write the module and its metadata to `path`, which appears whole or not at all."""
     final = Path(path)
-    partial = final.with_name(final.name + ".partial")
-    torch.jit.save(module, str(partial), _extra_files={METADATA_FILE: info.to_json()})
-    os.replace(partial, final)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=final.parent) as scratch:
+        # Of the same name, since the name becomes the folder inside the file.
+        partial = Path(scratch) / final.name
+        torch.jit.save(module, str(partial), _extra_files={METADATA_FILE: info.to_json()})
+        os.replace(partial, final)
 
 
 def read_info(path: str | os.PathLike[str]) -> ModelInfo:

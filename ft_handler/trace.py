@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,21 +150,18 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
         )
     else:
         module = trace_plain(checkpoint.model, DATA_TYPES[options.data_type], samples)
-    target = output / TRACED_FILE
-    candidate = output / (TRACED_FILE + ".unchecked")
-    try:
+    with tempfile.TemporaryDirectory(prefix=".checking-", dir=output) as scratch:
+        candidate = Path(scratch) / TRACED_FILE
         model.save_model(module, info, candidate)
         say(f"checking {options.batch_size} random sequences of up to {longest} tokens")
         difference, allowed = compare(candidate, checkpoint.model, info, samples)
         if not difference <= allowed:
             raise ModelError(
-                f"the traced logits differ from transformers' by {difference:.2e}, "
-                f"more than the {allowed:.2e} that {options.data_type} allows; nothing was written"
+                f"the traced logits differ from transformers' by {difference:.2e}, more than "
+                f"the {allowed:.2e} that {options.data_type} allows; no {TRACED_FILE} was written"
             )
         say(f"largest difference from transformers: {difference:.1e} (allowed: {allowed:.1e})")
-        os.replace(candidate, target)
-    finally:
-        candidate.unlink(missing_ok=True)
+        os.replace(candidate, output / TRACED_FILE)
     write_settings(options, info, longest, output)
     say(f"wrote {output}: {', '.join(sorted(p.name for p in output.iterdir() if p.is_file()))}")
     return output
