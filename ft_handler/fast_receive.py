@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from struct import Struct
+from struct import error as StructError
 from typing import Any
 
 from ft_handler.config import environment
@@ -82,8 +83,9 @@ class Reader:
         """Receive until `length` bytes lie ahead; ends the worker when the frontend is gone."""
         if connection is not self._connection:
             self._connection, self._buffer, self._at = connection, bytearray(), 0
-        del self._buffer[: self._at]
-        self._at = 0
+        if self._at:
+            del self._buffer[: self._at]
+            self._at = 0
         while len(self._buffer) < length:
             packet = connection.recv(max(_CHUNK, length - len(self._buffer)))
             if not packet:
@@ -113,27 +115,60 @@ class Reader:
 
     def message(self, connection: Any) -> list[dict[str, Any]]:
         """One batch: ids, headers and inputs of every request."""
-        integer, take = self.integer, self.take
         decode = environment("TS_DECODE_INPUT_REQUEST") in (None, "true")
+        if connection is not self._connection:
+            self._more(connection, 4)
         batch: list[dict[str, Any]] = []
-        while (length := integer(connection)) != -1:
-            request: dict[str, Any] = {"requestId": take(connection, length)}
-            headers = []
-            while (length := integer(connection)) != -1:
-                name = take(connection, length)
-                headers.append({"name": name, "value": take(connection, integer(connection))})
-            request["headers"] = headers
-            inputs = []
-            while (length := integer(connection)) != -1:
-                field: dict[str, Any] = {"name": take(connection, length).decode("utf-8")}
-                kind = take(connection, integer(connection)).decode("utf-8")
-                field["contentType"] = kind
-                value = take(connection, integer(connection))
-                field["value"] = _decoded(kind, value) if decode else value
-                inputs.append(field)
-            request["parameters"] = inputs
+        while True:
+            try:
+                request, self._at = _request(self._buffer, self._at)
+            except StructError:  # the rest of this request has not arrived
+                self._more(connection, len(self._buffer) - self._at + 1)
+                continue
+            if request is None:
+                return batch
+            if decode:
+                for field in request["parameters"]:
+                    field["value"] = _decoded(field["contentType"], field["value"])
             batch.append(request)
-        return batch
+
+
+def _request(buffer: bytearray, at: int) -> tuple[dict[str, Any] | None, int]:
+    """The request at `at`, None at the batch's end, and where it ends; StructError when it is cut.
+
+    A field that is cut is always followed by an integer that is missing.
+    """
+    unpack = _INT.unpack_from
+    (length,) = unpack(buffer, at)
+    at += 4
+    if length == -1:
+        return None, at
+    request_id = buffer[at : at + length]
+    at += length
+    headers = []
+    (length,) = unpack(buffer, at)
+    while length != -1:
+        name = buffer[at + 4 : at + 4 + length]
+        at += 4 + length
+        (length,) = unpack(buffer, at)
+        headers.append({"name": name, "value": buffer[at + 4 : at + 4 + length]})
+        at += 4 + length
+        (length,) = unpack(buffer, at)
+    at += 4
+    inputs = []
+    (length,) = unpack(buffer, at)
+    while length != -1:
+        name = buffer[at + 4 : at + 4 + length]
+        at += 4 + length
+        (length,) = unpack(buffer, at)
+        kind = buffer[at + 4 : at + 4 + length]
+        at += 4 + length
+        (length,) = unpack(buffer, at)
+        value = buffer[at + 4 : at + 4 + length]
+        at += 4 + length
+        (length,) = unpack(buffer, at)
+        inputs.append({"name": name.decode(), "contentType": kind.decode(), "value": value})
+    return {"requestId": request_id, "headers": headers, "parameters": inputs}, at + 4
 
 
 def _decoded(kind: str, value: bytearray) -> Any:
