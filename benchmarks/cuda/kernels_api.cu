@@ -1,5 +1,5 @@
-// A C interface to the CUDA kernels, so that kernels_bench.py can load them with ctypes and compare them
-// with torch without the torch binding.
+// A C interface to the CUDA kernels, so that kernels_bench.py can load them with ctypes and compare
+// them with torch without the torch binding.
 //
 //   nvcc -std=c++20 -O3 --expt-relaxed-constexpr -DFT_WITH_SM90 -Icsrc -shared -Xcompiler -fPIC
 //        -gencode=arch=compute_90a,code=sm_90a benchmarks/cuda/kernels_api.cu

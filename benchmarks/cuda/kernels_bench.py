@@ -2,14 +2,16 @@
 
     python benchmarks/cuda/kernels_bench.py libkernels.so [--check] [--time] [--json out.json]
 
-Times are medians over graph replays of 20 chained calls, in microseconds a call; FlashAttention-2 is
-torch.ops.aten._flash_attention_forward on the same packed tensor. Bandwidths count every operand once.
+Times are medians over graph replays of 20 chained calls, in microseconds a call;
+FlashAttention-2 is torch.ops.aten._flash_attention_forward on the same packed tensor.
+Bandwidths count every operand once.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import statistics
@@ -50,8 +52,16 @@ class Kernels:
 class Attention:
     """varlen attention over one set of lengths."""
 
-    def __init__(self, kernels: Kernels, cu: torch.Tensor, tokens: int, longest: int, heads: int,
-                 head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        cu: torch.Tensor,
+        tokens: int,
+        longest: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
         self.kernels, self.cu = kernels, cu
         self.shape = (cu.numel() - 1, tokens, longest, heads, head_dim, DTYPES[dtype])
         size = kernels.lib.ft_attention_plan_bytes(*self.shape)
@@ -132,9 +142,13 @@ def check_attention(kernels: Kernels) -> list[str]:
                     if not (ours <= budget and same and untouched):
                         failures.append(
                             f"attention d={head_dim} {dtype} lengths {lengths[:8]} +{stretch}: "
-                            f"error {ours:.2e}, plain {plain:.2e}, same {same}, untouched {untouched}"
+                            f"error {ours:.2e}, plain {plain:.2e}, same {same}, "
+                            f"untouched {untouched}"
                         )
-            print(f"attention d={head_dim} {dtype}: error at most {worst:.2f} of the budget", flush=True)
+            print(
+                f"attention d={head_dim} {dtype}: error at most {worst:.2f} of the budget",
+                flush=True,
+            )
     return failures
 
 
@@ -154,19 +168,27 @@ def check_rows(kernels: Kernels) -> list[str]:
                 x, r = (torch.randn(rows, hidden, device="cuda", dtype=dtype) for _ in range(2))
                 b, g, t = (torch.randn(hidden, device="cuda", dtype=dtype) for _ in range(3))
                 out = torch.empty_like(x)
-                kernels.call("ft_residual_layer_norm", x, b, r, g, t, 1e-12, rows, hidden, code, out)
+                kernels.call(
+                    "ft_residual_layer_norm", x, b, r, g, t, 1e-12, rows, hidden, code, out
+                )
                 compare(
                     f"layer norm {dtype} {rows}x{hidden}",
                     out,
                     layer_norm(x + b + r, (hidden,), g, t, 1e-12),
-                    layer_norm(x.float() + b.float() + r.float(), (hidden,), g.float(), t.float(), 1e-12),
+                    layer_norm(
+                        x.float() + b.float() + r.float(), (hidden,), g.float(), t.float(), 1e-12
+                    ),
                 )
                 kernels.call("ft_bias_gelu", x, b, rows, hidden, code, out)
                 gelu = torch.nn.functional.gelu
-                compare(f"gelu {dtype} {rows}x{hidden}", out, gelu(x + b), gelu(x.float() + b.float()))
+                compare(
+                    f"gelu {dtype} {rows}x{hidden}", out, gelu(x + b), gelu(x.float() + b.float())
+                )
             lengths = np.random.default_rng(2).integers(1, 40, 70)
             tokens, pad = int(lengths.sum()), 5
-            cu = torch.tensor(np.concatenate([[0], np.cumsum(lengths), [tokens] * 3]), device="cuda").int()
+            cu = torch.tensor(
+                np.concatenate([[0], np.cumsum(lengths), [tokens] * 3]), device="cuda"
+            ).int()
             word, position, kind = (
                 torch.randn(n, hidden, device="cuda", dtype=dtype) for n in (100, 40, 2)
             )
@@ -174,20 +196,31 @@ def check_rows(kernels: Kernels) -> list[str]:
             for int_type, id_code in ((torch.int32, 0), (torch.int64, 1)):
                 ids = torch.randint(0, 100, (tokens + pad,), device="cuda", dtype=int_type)
                 types = torch.randint(0, 2, (tokens + pad,), device="cuda", dtype=int_type)
-                columns = torch.tensor(np.concatenate([np.arange(n) for n in lengths]), device="cuda").int()
+                columns = torch.tensor(
+                    np.concatenate([np.arange(n) for n in lengths]), device="cuda"
+                ).int()
                 for given in (None, columns):
                     out = torch.full((tokens + pad, hidden), math.nan, device="cuda", dtype=dtype)
                     kernels.call(
                         "ft_embedding_layer_norm", ids, types, id_code, given, cu, cu.numel() - 1,
-                        tokens + pad, hidden, word, 100, position, 40, kind, 2, g, t, 1e-12, code, out,
+                        tokens + pad, hidden, word, 100, position, 40, kind, 2, g, t, 1e-12, code,
+                        out,
                     )  # fmt: skip
-                    rows_ = [w[i.long()] for w, i in
-                             ((word, ids[:tokens]), (position, columns), (kind, types[:tokens]))]
+                    rows_ = [
+                        w[i.long()]
+                        for w, i in (
+                            (word, ids[:tokens]),
+                            (position, columns),
+                            (kind, types[:tokens]),
+                        )
+                    ]
                     compare(
                         f"embedding {dtype} {hidden}",
                         out[:tokens],
                         layer_norm(rows_[0] + rows_[1] + rows_[2], (hidden,), g, t, 1e-12),
-                        layer_norm(sum(r.float() for r in rows_), (hidden,), g.float(), t.float(), 1e-12),
+                        layer_norm(
+                            sum(r.float() for r in rows_), (hidden,), g.float(), t.float(), 1e-12
+                        ),
                     )
                     if out[tokens:].any():
                         failures.append(f"embedding {dtype} {hidden}: padding rows are not zero")
@@ -242,81 +275,77 @@ def workloads() -> list[tuple[str, int, np.ndarray]]:
     return rows
 
 
-def time_attention(kernels: Kernels) -> list[dict[str, Any]]:
-    """Attention of one layer, ours beside FlashAttention-2, fp16, head sizes 64 and 32."""
-    results = []
-    for head_dim in (64, 32):
-        for name, heads, lengths in workloads():
-            if head_dim == 32 and not name.startswith("base ragged"):
-                continue
-            cu = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), device="cuda").int()
-            tokens, longest = int(lengths.sum()), int(lengths.max())
-            width = heads * head_dim
-            qkv = torch.randn(tokens, 3 * width, device="cuda", dtype=torch.float16)
-            out = torch.empty(tokens, width, device="cuda", dtype=torch.float16)
-            attention = Attention(kernels, cu, tokens, longest, heads, head_dim, torch.float16)
-            q, k, v = qkv.view(tokens, 3, heads, head_dim).unbind(1)
-
-            def flash(q=q, k=k, v=v, cu=cu, longest=longest) -> object:  # type: ignore[no-untyped-def]
-                return torch.ops.aten._flash_attention_forward(
-                    q, k, v, cu, cu, longest, longest, 0.0, False, False
-                )
-
-            flops = 4 * width * float((lengths.astype(float) ** 2).sum())
-            row = {
-                "workload": name, "head_dim": head_dim, "tokens": tokens,
-                "flash2_us": microseconds(flash),
-                "ours_us": microseconds(lambda: attention(qkv, out)),  # noqa: B023
-                "ours_pdl_us": microseconds(lambda: attention(qkv, out, pdl=True)),  # noqa: B023
-                "plan_us": microseconds(attention.make_plan),
-            }  # fmt: skip
-            best = row["ours_us"] * 1e-6
-            row["tflops"] = flops / best / 1e12
-            row["gb_s"] = tokens * width * 8 / best / 1e9
-            results.append(row)
-            print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    return results
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with two decimals, for printing."""
+    return {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def time_rows(kernels: Kernels) -> list[dict[str, Any]]:
-    """Layer norms and GELU at 768 columns: microseconds and GB/s."""
-    results = []
-    for rows in (32, 128, 1024, 6264, 15071, 61002):
-        copies = max(2, min(8, 400_000_000 // (rows * 768 * 6)))
-        sets = [
-            [torch.randn(rows, 768, device="cuda", dtype=torch.float16) for _ in range(3)]
-            for _ in range(copies)
-        ]
-        wide = torch.randn(rows, 3072, device="cuda", dtype=torch.float16)
-        g, b, up = (torch.randn(n, device="cuda", dtype=torch.float16) for n in (768, 768, 3072))
-        turn = [0]
+def time_attention(
+    kernels: Kernels, name: str, heads: int, head_dim: int, lengths: np.ndarray
+) -> dict[str, Any]:
+    """Attention of one fp16 layer, ours beside FlashAttention-2."""
+    cu = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), device="cuda").int()
+    tokens, longest, width = int(lengths.sum()), int(lengths.max()), heads * head_dim
+    qkv = torch.randn(tokens, 3 * width, device="cuda", dtype=torch.float16)
+    out = torch.empty(tokens, width, device="cuda", dtype=torch.float16)
+    attention = Attention(kernels, cu, tokens, longest, heads, head_dim, torch.float16)
+    q, k, v = qkv.view(tokens, 3, heads, head_dim).unbind(1)
+    flash = torch.ops.aten._flash_attention_forward
+    row: dict[str, Any] = {
+        "workload": name,
+        "head_dim": head_dim,
+        "tokens": tokens,
+        "flash2_us": microseconds(
+            lambda: flash(q, k, v, cu, cu, longest, longest, 0.0, False, False)
+        ),
+        "ours_us": microseconds(lambda: attention(qkv, out)),
+        "ours_pdl_us": microseconds(lambda: attention(qkv, out, pdl=True)),
+        "plan_us": microseconds(attention.make_plan),
+    }
+    row["tflops"] = 4e-6 * width * float((lengths.astype(float) ** 2).sum()) / row["ours_us"]
+    row["gb_s"] = tokens * width * 8e-3 / row["ours_us"]
+    return row
 
-        def norm(pdl: bool, rows=rows, sets=sets, turn=turn) -> None:  # type: ignore[no-untyped-def]
-            x, r, o = sets[turn[0] % len(sets)]
-            turn[0] += 1
-            kernels.call("ft_residual_layer_norm", x, b, r, g, b, 1e-12, rows, 768, 1, o, pdl=pdl)  # noqa: B023
 
-        row: dict[str, Any] = {"rows": rows}
-        row["layer_norm_us"] = microseconds(lambda: norm(False))
-        row["layer_norm_pdl_us"] = microseconds(lambda: norm(True))
-        row["layer_norm_gb_s"] = rows * 768 * 6 / row["layer_norm_us"] / 1e3
-        row["gelu_us"] = microseconds(
-            lambda: kernels.call("ft_bias_gelu", wide, up, rows, 3072, 1, wide)  # noqa: B023
+def time_rows(kernels: Kernels, rows: int) -> dict[str, Any]:
+    """Layer norm and embedding at 768 columns, GELU at 3,072: microseconds and GB/s, fp16."""
+    copies = max(2, min(8, 400_000_000 // (rows * 768 * 6)))
+    sets = [
+        [torch.randn(rows, 768, device="cuda", dtype=torch.float16) for _ in range(3)]
+        for _ in range(copies)
+    ]
+    wide = torch.randn(rows, 3072, device="cuda", dtype=torch.float16)
+    g, b, up = (torch.randn(n, device="cuda", dtype=torch.float16) for n in (768, 768, 3072))
+    ids = torch.randint(0, 30000, (rows,), device="cuda")
+    cu = torch.arange(0, rows + 1, 32, device="cuda").int()
+    cu[-1] = rows
+    word = torch.randn(30522, 768, device="cuda", dtype=torch.float16)
+    turn = itertools.count()
+
+    def norm(pdl: bool) -> None:
+        x, r, o = sets[next(turn) % copies]
+        kernels.call("ft_residual_layer_norm", x, b, r, g, b, 1e-12, rows, 768, 1, o, pdl=pdl)
+
+    def embed() -> None:
+        tables = (word, 30522, word, 512, word, 2)
+        kernels.call(
+            "ft_embedding_layer_norm",
+            *(ids, ids, 1, None, cu, cu.numel() - 1, rows, 768, *tables, g, b, 1e-12, 1, wide),
         )
-        row["gelu_gb_s"] = rows * 3072 * 4 / row["gelu_us"] / 1e3
-        ids = torch.randint(0, 30000, (rows,), device="cuda")
-        cu = torch.arange(0, rows + 1, 32, device="cuda").int()
-        cu[-1] = rows
-        word = torch.randn(30522, 768, device="cuda", dtype=torch.float16)
-        row["embedding_us"] = microseconds(
-            lambda: kernels.call(
-                "ft_embedding_layer_norm", ids, ids, 1, None, cu, cu.numel() - 1, rows, 768,  # noqa: B023
-                word, 30522, word, 512, word, 2, g, b, 1e-12, 1, wide,  # noqa: B023
-            )  # fmt: skip
-        )
-        results.append(row)
-        print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    return results
+
+    def activate() -> None:
+        kernels.call("ft_bias_gelu", wide, up, rows, 3072, 1, wide)
+
+    row: dict[str, Any] = {
+        "rows": rows,
+        "layer_norm_us": microseconds(lambda: norm(False)),
+        "layer_norm_pdl_us": microseconds(lambda: norm(True)),
+        "gelu_us": microseconds(activate),
+        "embedding_us": microseconds(embed),
+    }
+    row["layer_norm_gb_s"] = rows * 768 * 6e-3 / row["layer_norm_us"]
+    row["gelu_gb_s"] = rows * 3072 * 4e-3 / row["gelu_us"]
+    return row
 
 
 def main() -> None:
@@ -338,8 +367,17 @@ def main() -> None:
         print(f"{len(failures)} failures")
         results["failures"] = failures
     if options.time:
-        results["attention"] = time_attention(kernels)
-        results["rows"] = time_rows(kernels)
+        results["attention"] = []
+        for head_dim in (64, 32):
+            for name, heads, lengths in workloads():
+                if head_dim == 64 or name.startswith("base ragged"):
+                    row = time_attention(kernels, name, heads, head_dim, lengths)
+                    results["attention"].append(row)
+                    print(rounded(row), flush=True)
+        results["rows"] = []
+        for rows in (32, 128, 1024, 6264, 15071, 61002):
+            results["rows"].append(time_rows(kernels, rows))
+            print(rounded(results["rows"][-1]), flush=True)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(results, file, indent=1)

@@ -1,8 +1,8 @@
 // Which attention kernel serves a problem, and the list of tiles it works through.
 //
 // The list is made on the device from cu_seqlens, once per forward pass, so that a captured graph
-// follows new lengths; its size is bounded by tokens and sequences, not by sequences times the longest
-// length, so that a launch over the bound has few idle blocks.
+// follows new lengths; its size is bounded by tokens and sequences, not by sequences times the
+// longest length, so that a launch over the bound has few idle blocks.
 
 #include "kernels/cuda/attention.cuh"
 
@@ -194,7 +194,7 @@ AttentionChoice choose_attention(const AttentionShape& shape, int arch) {
       choice.kernel = AttentionKernel::kPackedSm90;
     } else if (!short_sequences && (dim == 32 || dim == 64 || dim == 128)) {
       choice.kernel = AttentionKernel::kSm90;
-      choice.tile_rows = 128;
+      choice.tile_rows = shape.max_seqlen <= 128 && dim <= 64 ? 64 : 128;
     }
   }
 #endif
@@ -205,8 +205,8 @@ AttentionChoice choose_attention(const AttentionShape& shape, int arch) {
 size_t attention_plan_bytes(const AttentionShape& shape) {
   // Enough for any kernel's choice, so that the size does not depend on the device.
   const size_t tiles = static_cast<size_t>(shape.tokens) / 32 + shape.batch + 1;
-  const size_t bytes = tiles * sizeof(AttentionTile) +
-                       static_cast<size_t>(shape.tokens) * sizeof(uint32_t);
+  const size_t bytes =
+      tiles * sizeof(AttentionTile) + static_cast<size_t>(shape.tokens) * sizeof(uint32_t);
   return (bytes + 255) / 256 * 256;
 }
 
@@ -247,7 +247,8 @@ cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv, const
 #ifdef FT_WITH_SM90
       return attention_sm90(choice, arguments, shape.dtype, launch);
 #endif
-    default: return attention_mma(choice, arguments, shape.dtype, launch);
+    default:
+      return attention_mma(choice, arguments, shape.dtype, launch);
   }
 }
 

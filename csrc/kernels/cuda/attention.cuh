@@ -1,5 +1,5 @@
-// What the attention kernels share: the tile list, which kernel serves which problem, tensor-core and
-// copy instructions.
+// What the attention kernels share: the tile list, which kernel serves which problem, tensor-core
+// and copy instructions.
 #pragma once
 
 #include <type_traits>
@@ -9,21 +9,22 @@
 namespace ft::cuda {
 
 // One tile of work for one head. Packed: `rows` packed rows from `begin`, whole sequences, keys and
-// queries alike. Otherwise: query rows [begin, begin + rows) over the keys [kv_begin, kv_begin + kv_len).
+// queries alike. Otherwise: query rows [begin, begin + rows) over the keys [kv_begin, kv_begin +
+// kv_len).
 struct alignas(16) AttentionTile {
   int begin, rows, kv_begin, kv_len;
 };
 
-// The plan in device memory: `bound` tiles, those past the last with no rows; then, where tiles are packed,
-// per packed row the first and the one-past-last key of its sequence, relative to the tile, in the low and
-// high half of a word.
+// The plan in device memory: `bound` tiles, those past the last with no rows; then, where tiles are
+// packed, per packed row the first and the one-past-last key of its sequence, relative to the tile,
+// in the low and high half of a word.
 
 enum class AttentionKernel {
-  kPacked,  // short sequences, several to a tile, keys resident: mma.sync
-  kStream,  // any length, keys stream through two buffers: mma.sync
+  kPacked,      // short sequences, several to a tile, keys resident: mma.sync
+  kStream,      // any length, keys stream through two buffers: mma.sync
   kPackedSm90,  // as kPacked, with wgmma and bulk tensor copies
   kSm90,        // as kStream, with wgmma and bulk tensor copies
-  kPlain,   // fused multiply-adds: fp32, odd head sizes, sm_70
+  kPlain,       // fused multiply-adds: fp32, odd head sizes, sm_70
 };
 
 struct AttentionChoice {
@@ -78,8 +79,7 @@ __device__ __forceinline__ void copy16(void* to, const void* from, bool valid) {
                "r"(valid ? 16 : 0)
                : "memory");
 #else
-  *static_cast<uint4*>(to) =
-      valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+  *static_cast<uint4*>(to) = valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 #endif
 }
 

@@ -1,18 +1,19 @@
 // Attention with mma.sync (sm_75 and later), fp16 and bf16, head sizes that are multiples of 8.
 //
-// After FlashAttention-2 (Dao, 2023): one pass over the keys with a running maximum and sum in fp32,
-// scores and probabilities only ever in registers.
+// After FlashAttention-2 (Dao, 2023): one pass over the keys with a running maximum and sum in
+// fp32, scores and probabilities only ever in registers.
 
 #include "kernels/cuda/attention.cuh"
 
 namespace ft::cuda {
 namespace {
 
-// Rows in shared memory are padded by 16 bytes: eight rows of a matrix then fall into distinct banks.
+// Rows in shared memory are padded by 16 bytes: eight rows of a matrix then fall into distinct
+// banks.
 constexpr int kRowPad = 8;
 
-// Copies rows [0, count) of one head into shared memory, zeros for rows at or beyond `valid` and for
-// columns at or beyond head_dim.
+// Copies rows [0, count) of one head into shared memory, zeros for rows at or beyond `valid` and
+// for columns at or beyond head_dim.
 template <typename T, int kDim, int kThreads>
 __device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t row_stride, int count,
                                           int valid, int head_dim) {
@@ -20,8 +21,8 @@ __device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t row_stri
   for (int i = threadIdx.x; i < count * kChunks; i += kThreads) {
     const int row = i / kChunks, column = i % kChunks * 8;
     const bool inside = row < valid && column < head_dim;
-    copy16(to + row * (kDim + kRowPad) + column,
-           inside ? from + row * row_stride + column : from, inside);
+    copy16(to + row * (kDim + kRowPad) + column, inside ? from + row * row_stride + column : from,
+           inside);
   }
 }
 
@@ -37,14 +38,14 @@ __device__ __forceinline__ void load_query(uint32_t (&query)[kDim / 16][4], cons
 
 // scores[16 x 16] of this warp against 16 keys.
 template <typename T, int kDim>
-__device__ __forceinline__ void score16(float (&scores)[2][4], const uint32_t (&query)[kDim / 16][4],
-                                        const T* keys) {
+__device__ __forceinline__ void score16(float (&scores)[2][4],
+                                        const uint32_t (&query)[kDim / 16][4], const T* keys) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t b[4];
-    load_matrices(b, keys + (lane % 8 + lane / 16 * 8) * (kDim + kRowPad) + 16 * k +
-                         lane / 8 % 2 * 8);
+    load_matrices(b,
+                  keys + (lane % 8 + lane / 16 * 8) * (kDim + kRowPad) + 16 * k + lane / 8 % 2 * 8);
     mma<T>(scores[0], query[k], b[0], b[1]);
     mma<T>(scores[1], query[k], b[2], b[3]);
   }
@@ -60,15 +61,14 @@ __device__ __forceinline__ void add_values16(float (&output)[kDim / 8][4], const
 #pragma unroll
   for (int d = 0; d < kDim / 16; ++d) {
     uint32_t b[4];
-    load_matrices_transposed(
-        b, values + lane % 16 * (kDim + kRowPad) + 16 * d + lane / 16 * 8);
+    load_matrices_transposed(b, values + lane % 16 * (kDim + kRowPad) + 16 * d + lane / 16 * 8);
     mma<T>(output[2 * d], a, b[0], b[1]);
     mma<T>(output[2 * d + 1], a, b[2], b[3]);
   }
 }
 
-// Divides by the sums and writes this warp's rows through its own part of shared memory, so that every
-// row leaves in whole 16-byte pieces.
+// Divides by the sums and writes this warp's rows through its own part of shared memory, so that
+// every row leaves in whole 16-byte pieces.
 template <typename T, int kDim>
 __device__ __forceinline__ void write_rows(const float (&output)[kDim / 8][4], float sum0,
                                            float sum1, T* stage, T* to, int64_t row_stride,
@@ -105,8 +105,8 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Short sequences. A tile is at most kRows packed rows of whole sequences; each warp takes 16 of them
-// and only the keys that their sequences reach, all scores in registers at once.
+// Short sequences. A tile is at most kRows packed rows of whole sequences; each warp takes 16 of
+// them and only the keys that their sequences reach, all scores in registers at once.
 template <typename T, int kDim, int kRows>
 __global__ void __launch_bounds__(2 * kRows)
     packed_attention_kernel(const AttentionArguments arguments) {
@@ -199,9 +199,8 @@ __global__ void __launch_bounds__(2 * kRows)
     }
   }
   T* to = static_cast<T*>(arguments.output) + (tile.begin + warp_row) * hidden + head * head_dim;
-  write_rows<T, kDim>(output, quad_sum(sum0), quad_sum(sum1),
-                      queries + warp_row * (kDim + kRowPad), to, hidden, tile.rows - warp_row,
-                      head_dim);
+  write_rows<T, kDim>(output, quad_sum(sum0), quad_sum(sum1), queries + warp_row * (kDim + kRowPad),
+                      to, hidden, tile.rows - warp_row, head_dim);
 }
 
 // Any length: kRows query rows stay, blocks of kKeys keys and values stream through two buffers.
@@ -305,9 +304,8 @@ __global__ void __launch_bounds__(2 * kRows)
   }
   if (!active) return;
   T* to = static_cast<T*>(arguments.output) + (tile.begin + warp_row) * hidden + head * head_dim;
-  write_rows<T, kDim>(output, quad_sum(sum0), quad_sum(sum1),
-                      queries + warp_row * (kDim + kRowPad), to, hidden, tile.rows - warp_row,
-                      head_dim);
+  write_rows<T, kDim>(output, quad_sum(sum0), quad_sum(sum1), queries + warp_row * (kDim + kRowPad),
+                      to, hidden, tile.rows - warp_row, head_dim);
 }
 
 template <typename T, int kDim>
@@ -323,8 +321,8 @@ cudaError_t dispatch_tile(const AttentionChoice& choice, const AttentionArgument
                              launch, arguments);
       }
     }
-    return launch_kernel(packed_attention_kernel<T, kDim, 64>, grid, 128, 3 * 64 * kRowBytes, launch,
-                         arguments);
+    return launch_kernel(packed_attention_kernel<T, kDim, 64>, grid, 128, 3 * 64 * kRowBytes,
+                         launch, arguments);
   }
   // Larger heads take fewer keys a block, so that both buffers fit the 64 KB of sm_75.
   if constexpr (kDim <= 64) {
@@ -340,11 +338,16 @@ template <typename T>
 cudaError_t dispatch_dim(const AttentionChoice& choice, const AttentionArguments& arguments,
                          Launch launch) {
   switch (choice.padded_dim) {
-    case 32: return dispatch_tile<T, 32>(choice, arguments, launch);
-    case 64: return dispatch_tile<T, 64>(choice, arguments, launch);
-    case 96: return dispatch_tile<T, 96>(choice, arguments, launch);
-    case 128: return dispatch_tile<T, 128>(choice, arguments, launch);
-    default: return cudaErrorInvalidValue;
+    case 32:
+      return dispatch_tile<T, 32>(choice, arguments, launch);
+    case 64:
+      return dispatch_tile<T, 64>(choice, arguments, launch);
+    case 96:
+      return dispatch_tile<T, 96>(choice, arguments, launch);
+    case 128:
+      return dispatch_tile<T, 128>(choice, arguments, launch);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -353,9 +356,12 @@ cudaError_t dispatch_dim(const AttentionChoice& choice, const AttentionArguments
 cudaError_t attention_mma(const AttentionChoice& choice, const AttentionArguments& arguments,
                           DType dtype, Launch launch) {
   switch (dtype) {
-    case DType::kFloat16: return dispatch_dim<__half>(choice, arguments, launch);
-    case DType::kBFloat16: return dispatch_dim<__nv_bfloat16>(choice, arguments, launch);
-    default: return cudaErrorInvalidValue;
+    case DType::kFloat16:
+      return dispatch_dim<__half>(choice, arguments, launch);
+    case DType::kBFloat16:
+      return dispatch_dim<__nv_bfloat16>(choice, arguments, launch);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -1,5 +1,5 @@
-// Attention by fused multiply-adds, everything in fp32: for fp32 tensors, for head sizes that are no
-// multiple of 8, and for GPUs before sm_75.
+// Attention by fused multiply-adds, everything in fp32: for fp32 tensors, for head sizes that are
+// no multiple of 8, and for GPUs before sm_75.
 
 #include "kernels/cuda/attention.cuh"
 
@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, int kDim>
 cudaError_t launch_plain(const AttentionChoice& choice, const AttentionArguments& arguments,
                          Launch launch) {
-  constexpr size_t kShared = sizeof(float) * ((kRows + kKeys) * (kDim + kPad) + kRows * (kKeys + kPad));
+  constexpr size_t kShared =
+      sizeof(float) * ((kRows + kKeys) * (kDim + kPad) + kRows * (kKeys + kPad));
   return launch_kernel(plain_attention_kernel<T, kDim>,
                        static_cast<unsigned>(choice.bound) * arguments.num_heads, kThreads, kShared,
                        launch, arguments);
@@ -137,11 +138,16 @@ template <typename T>
 cudaError_t dispatch_plain(const AttentionChoice& choice, const AttentionArguments& arguments,
                            Launch launch) {
   switch (choice.padded_dim) {
-    case 32: return launch_plain<T, 32>(choice, arguments, launch);
-    case 64: return launch_plain<T, 64>(choice, arguments, launch);
-    case 96: return launch_plain<T, 96>(choice, arguments, launch);
-    case 128: return launch_plain<T, 128>(choice, arguments, launch);
-    default: return cudaErrorInvalidValue;
+    case 32:
+      return launch_plain<T, 32>(choice, arguments, launch);
+    case 64:
+      return launch_plain<T, 64>(choice, arguments, launch);
+    case 96:
+      return launch_plain<T, 96>(choice, arguments, launch);
+    case 128:
+      return launch_plain<T, 128>(choice, arguments, launch);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -150,9 +156,12 @@ cudaError_t dispatch_plain(const AttentionChoice& choice, const AttentionArgumen
 cudaError_t attention_plain(const AttentionChoice& choice, const AttentionArguments& arguments,
                             DType dtype, Launch launch) {
   switch (dtype) {
-    case DType::kFloat32: return dispatch_plain<float>(choice, arguments, launch);
-    case DType::kFloat16: return dispatch_plain<__half>(choice, arguments, launch);
-    case DType::kBFloat16: return dispatch_plain<__nv_bfloat16>(choice, arguments, launch);
+    case DType::kFloat32:
+      return dispatch_plain<float>(choice, arguments, launch);
+    case DType::kFloat16:
+      return dispatch_plain<__half>(choice, arguments, launch);
+    case DType::kBFloat16:
+      return dispatch_plain<__nv_bfloat16>(choice, arguments, launch);
   }
   return cudaErrorInvalidValue;
 }

@@ -1,11 +1,11 @@
 // Attention with wgmma and bulk tensor copies (sm_90a), fp16 and bf16, head sizes 32, 64 and 128.
 //
-// After FlashAttention-2 and -3 (Dao 2023; Shah et al. 2024). A block takes 128 query rows of one head,
-// 64 per warpgroup, and reads the keys and values of the sequence in blocks of 64, most often all
-// requested at the start: 6 blocks fit beside the queries and two thread blocks fit a multiprocessor, so
-// up to 384 keys need no refill. Four resident warpgroups in different phases keep the tensor cores and
-// the exponentials busy; within one, the values' product of a block and the scores of the next are in
-// flight together.
+// After FlashAttention-2 and -3 (Dao 2023; Shah et al. 2024). A block takes 128 query rows of one
+// head, 64 per warpgroup, and reads the keys and values of the sequence in blocks of 64, most often
+// all requested at the start: 6 blocks fit beside the queries and two thread blocks fit a
+// multiprocessor, so up to 384 keys need no refill. Four resident warpgroups in different phases
+// keep the tensor cores and the exponentials busy; within one, the values' product of a block and
+// the scores of the next are in flight together.
 
 #include <cuda.h>
 
@@ -14,7 +14,7 @@
 namespace ft::cuda {
 namespace {
 
-constexpr int kGroupRows = 64, kGroups = 2, kThreads = 128 * kGroups;
+constexpr int kGroupRows = 64;
 constexpr int kKeys = 64;
 
 template <int kDim>
@@ -25,11 +25,21 @@ struct Layout {
   static constexpr int kLine = 2 * kColumns;
   static constexpr int kHalfBytes = 64 * kLine;
   static constexpr int kTileBytes = kHalves * kHalfBytes;
-  static constexpr int kStages = kDim == 32 ? 8 : 6;
-  static constexpr int kResident = kDim == 128 ? 1 : 2;  // blocks on a multiprocessor
-  static constexpr int kQueryBytes = kGroups * kTileBytes;
-  static constexpr int kBarrierAt = kQueryBytes + 2 * kStages * kTileBytes;
-  static constexpr int kSharedBytes = kBarrierAt + 256;
+};
+
+// Shared memory of a block of `kGroups` warpgroups: queries, the rings of keys and of values,
+// barriers.
+template <int kDim, int kGroups>
+struct Blocks : Layout<kDim> {
+  using Layout<kDim>::kTileBytes;
+  static constexpr int kStages = kGroups == 1 ? 2 : (kDim == 32 ? 8 : 6);
+  // Thread blocks on a multiprocessor: four warpgroups share its registers, two of the largest
+  // heads.
+  static constexpr int kResident = (kDim == 128 ? 2 : 4) / kGroups;
+  static constexpr int kKeysAt = kGroups * kTileBytes;
+  static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
+  static constexpr int kBarriersAt = kValuesAt + kStages * kTileBytes;
+  static constexpr int kSharedBytes = kBarriersAt + 256;
   static_assert((2 * kStages + 1) * 8 + kStages * 4 <= 256);
 };
 
@@ -73,7 +83,8 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap* map, i
   }
 }
 
-// Adds one and returns what was there, ordered after this thread's reads and before its later copies.
+// Adds one and returns what was there, ordered after this thread's reads and before its later
+// copies.
 __device__ __forceinline__ uint32_t count_up(uint32_t counter) {
   uint32_t before;
   asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
@@ -83,9 +94,9 @@ __device__ __forceinline__ uint32_t count_up(uint32_t counter) {
   return before;
 }
 
-// Matrix descriptor of a tile: rows of `kLine` bytes, swizzled over their whole length, groups of 8 rows
-// apart. It serves keys (contiguous along the product's inner dimension) and, with the transposed flag,
-// values. Offsets into the tile are added to the low word.
+// Matrix descriptor of a tile: rows of `kLine` bytes, swizzled over their whole length, groups of 8
+// rows apart. It serves keys (contiguous along the product's inner dimension) and, with the
+// transposed flag, values. Offsets into the tile are added to the low word.
 template <int kLine>
 __device__ __forceinline__ uint64_t descriptor(uint32_t tile, int offset) {
   constexpr uint64_t kSwizzle = kLine == 128 ? 1 : 2;
@@ -234,10 +245,9 @@ __device__ __forceinline__ void issue_values(
   auto step = [&](int k) {
 #pragma unroll
     for (int h = 0; h < L::kHalves; ++h) {
-      multiply_values<T>(
-          output[h], probabilities[k],
-          descriptor<L::kLine>(value_tile, h * L::kHalfBytes + 16 * k * L::kLine),
-          kAccumulate || k > 0);
+      multiply_values<T>(output[h], probabilities[k],
+                         descriptor<L::kLine>(value_tile, h * L::kHalfBytes + 16 * k * L::kLine),
+                         kAccumulate || k > 0);
     }
   };
   wgmma_fence();
@@ -253,8 +263,8 @@ __device__ __forceinline__ void issue_values(
   wgmma_commit();
 }
 
-// Value rows past the end belong to other sequences or to nobody. Their probabilities are zero, but zero
-// times a stray infinity is not: clears those that share the last 16 rows that are multiplied.
+// Value rows past the end belong to other sequences or to nobody. Their probabilities are zero, but
+// zero times a stray infinity is not: clears those that share the last 16 rows that are multiplied.
 template <int kDim>
 __device__ __forceinline__ void clear_values(uint32_t value_tile, int keys, int threads) {
   using L = Layout<kDim>;
@@ -304,8 +314,8 @@ __device__ __forceinline__ void pack_probabilities(uint32_t (&probabilities)[4][
   }
 }
 
-// Divides by the sums and writes this warp's 16 rows, `rows` of them, through its own query rows, so
-// that rows leave in whole 16-byte pieces.
+// Divides by the sums and writes this warp's 16 rows, `rows` of them, through its own query rows,
+// so that rows leave in whole 16-byte pieces.
 template <typename T, int kDim>
 __device__ __forceinline__ void write_rows(
     const float (&output)[Layout<kDim>::kHalves][Layout<kDim>::kColumns / 8][4], float sum0,
@@ -341,19 +351,18 @@ __device__ __forceinline__ void write_rows(
   }
 }
 
-template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, Layout<kDim>::kResident)
+template <typename T, int kDim, int kGroups>
+__global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResident)
     sm90_attention_kernel(const __grid_constant__ CUtensorMap map,
                           const AttentionArguments arguments) {
-  using L = Layout<kDim>;
+  using L = Blocks<kDim, kGroups>;
   // Swizzled copies and wgmma want 1,024-byte alignment, which the start of shared memory has.
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
-  const uint32_t query_full = base + L::kBarrierAt;
+  const uint32_t query_full = base + L::kBarriersAt;
   const uint32_t key_full = query_full + 8, value_full = key_full + 8 * L::kStages;
   const uint32_t released = value_full + 8 * L::kStages;
-  const uint32_t key_tiles = base + L::kQueryBytes;
-  const uint32_t value_tiles = key_tiles + L::kStages * L::kTileBytes;
+  const uint32_t key_tiles = base + L::kKeysAt, value_tiles = base + L::kValuesAt;
 
   pdl_launch_dependents();
   if (threadIdx.x == 0) {
@@ -379,7 +388,7 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim>::kResident)
     copy_tile<kDim>(tiles + stage * L::kTileBytes, &map, column + head * kDim,
                     tile.kv_begin + block * kKeys, barrier);
   };
-  const int active_groups = tile.rows > kGroupRows ? 2 : 1;
+  const int active_groups = kGroups == 2 && tile.rows > kGroupRows ? 2 : 1;
   if (threadIdx.x == 0) {
     barrier_expect(query_full, active_groups * L::kTileBytes);
     copy_tile<kDim>(base, &map, head * kDim, tile.begin, query_full);
@@ -391,7 +400,7 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim>::kResident)
       request(block, value_full, value_tiles, 2 * hidden);
     }
   }
-  const int group = threadIdx.x / 128;
+  const int group = kGroups == 1 ? 0 : threadIdx.x / 128;
   if (group >= active_groups) return;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
@@ -425,8 +434,8 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim>::kResident)
     if (keys % 16 != 0) clear_values<kDim>(value_tile, keys, 128 * active_groups);
     issue_values<T, kDim, true>(output, probabilities, value_tile, keys);
   };
-  // Scores to exponentials. A shift that is too small by up to 2^8 serves as well as the maximum, so
-  // that rescaling is rare; returns whether it is due, by how much in shrink.
+  // Scores to exponentials. A shift that is too small by up to 2^8 serves as well as the maximum,
+  // so that rescaling is rare; returns whether it is due, by how much in shrink.
   float shrink0 = 1.f, shrink1 = 1.f;
   auto soften = [&](int keys) {
     if (keys < kKeys) {
@@ -483,8 +492,8 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim>::kResident)
     start_values(stage, kKeys);
     wgmma_wait<1>();
     const bool rescale = soften(min(tile.kv_len - block * kKeys, kKeys));
-    // This block's values are wanted next. Waiting for them here also keeps the compiler from moving the
-    // wait below above the exponentials: it schedules freely only within a basic block.
+    // This block's values are wanted next. Waiting for them here also keeps the compiler from
+    // moving the wait below above the exponentials: it schedules freely only within a basic block.
     barrier_wait(value_full + 8 * key_stage, key_parity);
     wgmma_wait<0>();
     if (block - 1 + L::kStages < blocks && lane == 0) {
@@ -504,8 +513,8 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim>::kResident)
   // All warps of the group have read their queries: the rows may be written over.
   named_barrier(2 + group, 128);
   const int first = group * kGroupRows + 16 * warp;
-  T* to = static_cast<T*>(arguments.output) +
-          static_cast<int64_t>(tile.begin + first) * hidden + head * kDim;
+  T* to = static_cast<T*>(arguments.output) + static_cast<int64_t>(tile.begin + first) * hidden +
+          head * kDim;
   write_rows<T, kDim>(output, quad_sum(sum0), quad_sum(sum1), query_tile, to, hidden,
                       tile.rows - first);
 }
@@ -622,12 +631,14 @@ cudaError_t launch_sm90(const AttentionChoice& choice, const AttentionArguments&
   const cuuint64_t strides[1] = {columns * sizeof(T)};
   const cuuint32_t box[2] = {L::kColumns, 64};
   const cuuint32_t steps[2] = {1, 1};
-  const CUresult result = encode(
-      &map,
-      std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      2, const_cast<void*>(arguments.qkv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      L::kLine == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map,
+             std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                       : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+             2, const_cast<void*>(arguments.qkv), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE,
+             L::kLine == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
   const auto grid = static_cast<unsigned>(choice.bound) * arguments.num_heads;
   if constexpr (kDim <= 64) {
@@ -635,19 +646,27 @@ cudaError_t launch_sm90(const AttentionChoice& choice, const AttentionArguments&
       return launch_kernel(sm90_packed_attention_kernel<T, kDim>, grid, 128, 3 * L::kTileBytes + 16,
                            launch, map, arguments);
     }
+    if (choice.tile_rows == kGroupRows) {
+      return launch_kernel(sm90_attention_kernel<T, kDim, 1>, grid, 128,
+                           Blocks<kDim, 1>::kSharedBytes, launch, map, arguments);
+    }
   }
-  return launch_kernel(sm90_attention_kernel<T, kDim>, grid, kThreads, L::kSharedBytes, launch, map,
-                       arguments);
+  return launch_kernel(sm90_attention_kernel<T, kDim, 2>, grid, 256, Blocks<kDim, 2>::kSharedBytes,
+                       launch, map, arguments);
 }
 
 template <typename T>
 cudaError_t dispatch_sm90(const AttentionChoice& choice, const AttentionArguments& arguments,
                           Launch launch) {
   switch (arguments.head_dim) {
-    case 32: return launch_sm90<T, 32>(choice, arguments, launch);
-    case 64: return launch_sm90<T, 64>(choice, arguments, launch);
-    case 128: return launch_sm90<T, 128>(choice, arguments, launch);
-    default: return cudaErrorInvalidValue;
+    case 32:
+      return launch_sm90<T, 32>(choice, arguments, launch);
+    case 64:
+      return launch_sm90<T, 64>(choice, arguments, launch);
+    case 128:
+      return launch_sm90<T, 128>(choice, arguments, launch);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -656,9 +675,12 @@ cudaError_t dispatch_sm90(const AttentionChoice& choice, const AttentionArgument
 cudaError_t attention_sm90(const AttentionChoice& choice, const AttentionArguments& arguments,
                            DType dtype, Launch launch) {
   switch (dtype) {
-    case DType::kFloat16: return dispatch_sm90<__half>(choice, arguments, launch);
-    case DType::kBFloat16: return dispatch_sm90<__nv_bfloat16>(choice, arguments, launch);
-    default: return cudaErrorInvalidValue;
+    case DType::kFloat16:
+      return dispatch_sm90<__half>(choice, arguments, launch);
+    case DType::kBFloat16:
+      return dispatch_sm90<__nv_bfloat16>(choice, arguments, launch);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -186,8 +186,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Sum over all threads of the block, whose warps number kWarps; `scratch` holds kWarps floats and may
-// be used again only after another barrier.
+// Sum over all threads of the block, whose warps number kWarps; `scratch` holds kWarps floats and
+// may be used again only after another barrier.
 template <int kWarps>
 __device__ __forceinline__ float block_sum(float x, float* scratch) {
   x = warp_sum(x);
@@ -212,8 +212,8 @@ __device__ __forceinline__ int64_t load_int(const void* from, IntType type, int6
   return static_cast<const uint8_t*>(from)[index];
 }
 
-// The sequence that holds packed row `row`: how many of cu_seqlens[1..batch] are <= row. All 32 lanes
-// take part and get the answer; each step looks at 32 boundaries.
+// The sequence that holds packed row `row`: how many of cu_seqlens[1..batch] are <= row. All 32
+// lanes take part and get the answer; each step looks at 32 boundaries.
 __device__ __forceinline__ int find_sequence(const int32_t* cu_seqlens, int batch, int row) {
   const int lane = threadIdx.x % 32;
   int low = 0, count = batch;

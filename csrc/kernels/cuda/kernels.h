@@ -1,10 +1,10 @@
 // Entry points of the CUDA kernels that surround the GEMMs: pointers, sizes and a stream, no Torch.
 //
 // Every function only enqueues work: it neither synchronises nor allocates nor reads device memory,
-// so each can be captured in a CUDA graph. Strides are implied by the shapes (row-major, contiguous);
-// row pointers must be 16-byte aligned. A return other than cudaSuccess means nothing useful was
-// enqueued: cudaErrorInvalidValue for sizes or types a kernel does not serve, cudaErrorNotSupported
-// for bf16 on a GPU before sm_80, else what the launch itself said.
+// so each can be captured in a CUDA graph. Strides are implied by the shapes (row-major,
+// contiguous); row pointers must be 16-byte aligned. A return other than cudaSuccess means nothing
+// useful was enqueued: cudaErrorInvalidValue for sizes or types a kernel does not serve,
+// cudaErrorNotSupported for bf16 on a GPU before sm_80, else what the launch itself said.
 //
 // Rows of a packed tensor at or beyond cu_seqlens[batch] are padding of a CUDA graph's token class:
 // they are never a fault and hold no promise (the embedding writes zeros there, others leave them).
@@ -41,11 +41,12 @@ struct PaddingSummary {
 };
 
 // Counts tokens per row and scans: cu_seqlens and the summary. One or two launches.
-cudaError_t padding_count(const void* attention_mask,  // [batch, seqlen], any IntType, non-zero keeps
-                          IntType mask_type, int batch, int seqlen,
-                          int32_t* cu_seqlens,      // [batch + 1]
-                          PaddingSummary* summary,  // device
-                          Launch launch);
+cudaError_t padding_count(
+    const void* attention_mask,  // [batch, seqlen], any IntType, non-zero keeps
+    IntType mask_type, int batch, int seqlen,
+    int32_t* cu_seqlens,      // [batch + 1]
+    PaddingSummary* summary,  // device
+    Launch launch);
 
 // Gathers the kept tokens. Run after padding_count on the same stream (and after the host has read
 // `total`, since the outputs have that length).
@@ -82,9 +83,9 @@ cudaError_t embedding_layer_norm(const void* input_ids,        // [tokens], id_t
                                  const int32_t* position_ids,  // [tokens] or null
                                  const int32_t* cu_seqlens,    // [batch + 1]
                                  int batch, int tokens, int hidden,
-                                 const void* word,        // [vocab, hidden]
+                                 const void* word,  // [vocab, hidden]
                                  int vocab,
-                                 const void* position,    // [positions, hidden]
+                                 const void* position,  // [positions, hidden]
                                  int positions,
                                  const void* token_type,  // [types, hidden]
                                  int types,
@@ -105,8 +106,8 @@ cudaError_t residual_layer_norm(const void* input,     // [rows, hidden]
                                 void* output,  // [rows, hidden]
                                 const int32_t* live_rows, Launch launch);
 
-// The same over GEMM partial sums in fp32: LayerNorm(sum_s partials[s] + bias + residual), so that a
-// split-K GEMM needs no reduction of its own.
+// The same over GEMM partial sums in fp32: LayerNorm(sum_s partials[s] + bias + residual), so that
+// a split-K GEMM needs no reduction of its own.
 cudaError_t residual_layer_norm_partials(const float* partials,  // [splits, rows, hidden]
                                          int splits,
                                          const void* bias,      // [hidden] or null
@@ -144,7 +145,7 @@ size_t attention_plan_bytes(const AttentionShape& shape);
 // forward pass: every layer of the pass reuses it.
 cudaError_t attention_plan(const AttentionShape& shape,
                            const int32_t* cu_seqlens,  // [batch + 1]
-                           void* plan,                 // attention_plan_bytes(shape), 16-byte aligned
+                           void* plan,  // attention_plan_bytes(shape), 16-byte aligned
                            Launch launch);
 
 // softmax(q k^T / sqrt(head_dim)) v within each sequence, no mask.

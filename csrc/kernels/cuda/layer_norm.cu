@@ -8,9 +8,9 @@ namespace {
 // `input` is one T matrix, or `splits` fp32 ones to be summed in order.
 template <typename T, typename Input, int kThreads, int kVecs>
 __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
-    residual_layer_norm_kernel(const Input* input,           // [splits, rows, hidden]
-                               int splits, const T* bias,    // [hidden] or null
-                               const T* residual,            // [rows, hidden] or null
+    residual_layer_norm_kernel(const Input* input,         // [splits, rows, hidden]
+                               int splits, const T* bias,  // [hidden] or null
+                               const T* residual,          // [rows, hidden] or null
                                const T* gamma, const T* beta, float eps, int rows, int hidden,
                                T* output, const int32_t* live_rows) {
   pdl_launch_dependents();
@@ -90,16 +90,15 @@ __global__ void __launch_bounds__(kBlockThreads)
   const float scale = rsqrtf(variance + eps);
   for (int column = threadIdx.x; column < hidden; column += kBlockThreads) {
     const float x = (element(column) - mean) * scale;
-    output[begin + column] =
-        from_float<T>(x * to_float(gamma[column]) + to_float(beta[column]));
+    output[begin + column] = from_float<T>(x * to_float(gamma[column]) + to_float(beta[column]));
   }
 }
 
 template <typename T, typename Input>
 cudaError_t launch_residual_layer_norm(const Input* input, int splits, const void* bias_,
-                                       const void* residual_, const void* gamma_,
-                                       const void* beta_, float eps, int rows, int hidden,
-                                       void* output_, const int32_t* live_rows, Launch launch) {
+                                       const void* residual_, const void* gamma_, const void* beta_,
+                                       float eps, int rows, int hidden, void* output_,
+                                       const int32_t* live_rows, Launch launch) {
   const auto* bias = static_cast<const T*>(bias_);
   const auto* residual = static_cast<const T*>(residual_);
   const auto* gamma = static_cast<const T*>(gamma_);

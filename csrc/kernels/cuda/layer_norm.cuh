@@ -31,8 +31,8 @@ struct RowWeights {
   }
 };
 
-// Mean, then the sum of squared deviations: both from registers, so the second pass costs no traffic
-// and does not cancel.
+// Mean, then the sum of squared deviations: both from registers, so the second pass costs no
+// traffic and does not cancel.
 template <typename T, int kThreads, int kVecs>
 __device__ __forceinline__ void normalize_row(float (&x)[kVecs][8],
                                               const RowWeights<T, kThreads, kVecs>& weights,
@@ -75,18 +75,27 @@ template <typename Body>
 cudaError_t dispatch_row_shape(int hidden, Body&& body) {
   const int warp_vecs = (hidden + 255) / 256;
   switch (warp_vecs) {
-    case 1: return body.template operator()<32, 1>();
-    case 2: return body.template operator()<32, 2>();
-    case 3: return body.template operator()<32, 3>();
-    case 4: return body.template operator()<32, 4>();
-    default: break;
+    case 1:
+      return body.template operator()<32, 1>();
+    case 2:
+      return body.template operator()<32, 2>();
+    case 3:
+      return body.template operator()<32, 3>();
+    case 4:
+      return body.template operator()<32, 4>();
+    default:
+      break;
   }
   switch ((hidden + 8 * kBlockThreads - 1) / (8 * kBlockThreads)) {
-    case 1: return body.template operator()<kBlockThreads, 1>();
-    case 2: return body.template operator()<kBlockThreads, 2>();
+    case 1:
+      return body.template operator()<kBlockThreads, 1>();
+    case 2:
+      return body.template operator()<kBlockThreads, 2>();
     case 3:
-    case 4: return body.template operator()<kBlockThreads, 4>();
-    default: return cudaErrorInvalidValue;
+    case 4:
+      return body.template operator()<kBlockThreads, 4>();
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -105,9 +114,12 @@ template <typename Body>
 cudaError_t dispatch_dtype(DType dtype, Body&& body) {
   if (cudaError_t status = check_dtype(dtype); status != cudaSuccess) return status;
   switch (dtype) {
-    case DType::kFloat32: return body.template operator()<float>();
-    case DType::kFloat16: return body.template operator()<__half>();
-    case DType::kBFloat16: return body.template operator()<__nv_bfloat16>();
+    case DType::kFloat32:
+      return body.template operator()<float>();
+    case DType::kFloat16:
+      return body.template operator()<__half>();
+    case DType::kBFloat16:
+      return body.template operator()<__nv_bfloat16>();
   }
   return cudaErrorInvalidValue;
 }

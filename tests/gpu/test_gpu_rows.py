@@ -1,0 +1,129 @@
+"""Layer norms, embeddings, GELU and padding on the GPU against their eager twins."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ft_handler import load_library, reference
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HIDDEN = [8, 30, 250, 384, 768, 1024, 1280, 8200]
+EPS = 1e-12
+
+
+@pytest.fixture(autouse=True)
+def _library() -> None:
+    load_library()
+
+
+def within_twice(ours: Tensor, plain: Tensor, exact: Tensor) -> bool:
+    """Whether our error is at most twice plain PyTorch's (fp32: rounding alone, 1e-6)."""
+    assert ours.shape == exact.shape
+
+    def error(x: Tensor) -> float:
+        value = float((x.double() - exact.double()).norm() / exact.double().norm())
+        return value if math.isfinite(value) else math.inf
+
+    return error(ours) <= max(2 * error(plain), 1e-6)
+
+
+def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("rows", [1, 7, 511, 4096])
+@pytest.mark.parametrize("biased", [True, False])
+def test_residual_layer_norm(rows: int, hidden: int, dtype: torch.dtype, biased: bool) -> None:
+    x, residual = normal(rows, hidden, dtype=dtype), normal(rows, hidden, dtype=dtype)
+    gamma, beta = normal(hidden, dtype=dtype), normal(hidden, dtype=dtype)
+    bias = normal(hidden, dtype=dtype) if biased else None
+    ours = torch.ops.fastertransformer.residual_layer_norm(x, bias, residual, gamma, beta, EPS)
+    summed = x + residual if bias is None else x + bias + residual
+    plain = F.layer_norm(summed, (hidden,), gamma, beta, EPS)
+    exact = reference.residual_layer_norm(x, bias, residual, gamma, beta, EPS)
+    assert within_twice(ours, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [6, 30, 768, 3072])
+@pytest.mark.parametrize("biased", [True, False])
+def test_bias_gelu(width: int, dtype: torch.dtype, biased: bool) -> None:
+    x, bias = normal(511, width, dtype=dtype), normal(width, dtype=dtype) if biased else None
+    ours = torch.ops.fastertransformer.bias_gelu(x, bias)
+    plain = F.gelu(x if bias is None else x + bias)
+    assert within_twice(ours, plain, reference.bias_gelu(x, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("id_type", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("given", [True, False])
+def test_embedding_layer_norm(
+    hidden: int, dtype: torch.dtype, id_type: torch.dtype, given: bool
+) -> None:
+    """Positions given or found from cu_seqlens; rows past the last sequence are zeros."""
+    lengths, pad = torch.randint(1, 40, (70,)), 5
+    cu = F.pad(lengths.cumsum(0), (1, 3), value=0).int()
+    tokens = int(lengths.sum())
+    cu[-3:] = tokens
+    cu = cu.cuda()
+    word, position, kind = (normal(n, hidden, dtype=dtype) for n in (100, 40, 2))
+    gamma, beta = normal(hidden, dtype=dtype), normal(hidden, dtype=dtype)
+    ids = torch.randint(0, 100, (tokens + pad,), device="cuda", dtype=id_type)
+    types = torch.randint(0, 2, (tokens + pad,), device="cuda", dtype=id_type)
+    columns = reference.positions_of(cu, tokens + pad).int()
+    ours = torch.ops.fastertransformer.embedding_layer_norm(
+        ids, types, columns if given else None, cu, word, position, kind, gamma, beta, EPS
+    )
+    live = slice(0, tokens)
+    rows = word[ids[live].long()] + position[columns[live].long()] + kind[types[live].long()]
+    exact = reference.embedding_layer_norm(
+        ids[live], types[live], columns[live], cu, word, position, kind, gamma, beta, EPS
+    )
+    assert within_twice(ours[live], F.layer_norm(rows, (hidden,), gamma, beta, EPS), exact)
+    assert not ours[tokens:].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (64, 128), (1100, 5)])
+@pytest.mark.parametrize("id_type", [torch.int32, torch.int64], ids=str)
+def test_padding_there_and_back(shape: tuple[int, int], id_type: torch.dtype) -> None:
+    mask = torch.rand(shape, device="cuda") < 0.7
+    mask[:, 0] = True
+    ids = torch.randint(0, 1000, shape, device="cuda", dtype=id_type)
+    types = torch.randint(0, 2, shape, device="cuda", dtype=id_type)
+    ours = torch.ops.fastertransformer.remove_padding(ids, types, mask.to(id_type))
+    exact = reference.remove_padding(ids, types, mask.to(id_type))
+    for one, other in zip(ours[:5], exact[:5], strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert ours[5] == exact[5]
+    for dtype in DTYPES:
+        for width in ((), (6,), (768,)):
+            packed = torch.randn(len(ours[0]), *width, device="cuda", dtype=dtype)
+            back = torch.ops.fastertransformer.restore_padding(packed, ours[3], *shape, -10000.0)
+            assert torch.equal(back, reference.restore_padding(packed, exact[3], *shape, -10000.0))
+
+
+def test_padding_refusals() -> None:
+    ids = torch.zeros(2, 3, device="cuda", dtype=torch.int64)
+    for row in ([0, 0, 0], [0, 1, 1]):
+        mask = torch.tensor([[1, 1, 1], row], device="cuda")
+        with pytest.raises(RuntimeError, match="attention_mask"):
+            torch.ops.fastertransformer.remove_padding(ids, ids, mask)
+
+
+def test_empty() -> None:
+    x = torch.empty(0, 768, device="cuda", dtype=torch.float16)
+    g = torch.ones(768, device="cuda", dtype=torch.float16)
+    ops = torch.ops.fastertransformer
+    assert ops.residual_layer_norm(x, None, x, g, g, EPS).shape == (0, 768)
+    assert ops.bias_gelu(x, None).shape == (0, 768)
