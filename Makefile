@@ -13,7 +13,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# On a terminal pip shows its progress, in a log it keeps quiet.
+QUIET := $(shell [ -t 2 ] || echo --quiet)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(QUIET)
 # What an installed package is made from; a change reinstalls it.
 SOURCES := pyproject.toml setup.py $(shell find ft_handler csrc -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
