@@ -368,8 +368,8 @@ int check(int tokens, std::vector<int> lengths, int hidden, int intermediate, in
     int numbers[13] = {};
     for (int g = 0; g < 4 && !chosen; ++g) {
       numbers[3 * g] = draw(0, 9);
-      numbers[3 * g + 1] = draw(1, 8);
-      numbers[3 * g + 2] = draw(1, 5);
+      numbers[3 * g + 1] = draw(1, 3);
+      numbers[3 * g + 2] = draw(2, 4);
     }
     numbers[12] = trial % 2 == 0;
     const SmallPlan plan = to_plan(numbers);

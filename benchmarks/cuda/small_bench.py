@@ -26,7 +26,7 @@ WORKLOADS: dict[str, tuple[tuple[int, int, int, int], list[int]]] = {
     "base ragged b16 s64": (BASE, []),
     "base fixed b8 s128": (BASE, [128] * 8),
 }
-TILES = [(32, 48), (32, 64), (32, 96), (64, 48), (64, 64), (64, 96), (64, 144), (64, 192), (128, 96), (128, 128)]  # fmt: skip
+TILES = [(64, 32), (64, 48), (64, 64), (64, 96), (64, 144), (64, 192), (128, 48), (128, 64), (128, 96), (128, 128)]  # fmt: skip
 
 
 def ragged(batch: int, longest: int, total: int) -> list[int]:
@@ -144,7 +144,7 @@ class Model:
             blocks = -(-self.tokens // rows) * -(-n // columns)
             for split in (1, 2, 3, 4, 6, 8):
                 steps = -(-k // 64 // split)
-                if not 60 <= blocks * split <= 400 or (rows > 32 and rows >= 2 * self.tokens):
+                if not 60 <= blocks * split <= 400 or (rows > 64 and rows >= 2 * self.tokens):
                     continue
                 deep = min(steps, 8) if which == 3 or (which == 1 and not fused) else steps
                 found += [[tile, split, deep]]

@@ -36,8 +36,8 @@ struct Tile {
   int rows, columns, threads;
 };
 constexpr Tile kTileTable[kTiles] = {
-#define FT_SMALL_ENTRY(index, rows, columns, warps_m, warps_n) \
-  {rows, columns, 32 * (warps_m) * (warps_n)},
+#define FT_SMALL_ENTRY(index, rows, columns, groups_m, groups_n, step) \
+  {rows, columns, 128 * (groups_m) * (groups_n)},
     FT_SMALL_TILES(FT_SMALL_ENTRY)
 #undef FT_SMALL_ENTRY
 };
@@ -81,7 +81,7 @@ int attention_shared(const SmallShape& s) {
 bool gemm_plan_fits(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n, int k) {
   const int chunks = k / kChunk;
   if (plan.tile < 0 || plan.tile >= kTiles || plan.split < 1 || plan.split > kMaxSplit ||
-      plan.split > chunks || plan.stages < 1) {
+      plan.split > chunks || plan.stages < std::min(2, ceil_div(chunks, plan.split))) {
     return false;
   }
   if (kind != kResidual && plan.stages < ceil_div(chunks, plan.split)) return false;
@@ -94,19 +94,20 @@ bool gemm_plan_fits(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, i
 // multiprocessor, matrix instructions, and the exchange of partial sums.
 double estimate(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n, int k) {
   const Tile& tile = kTileTable[plan.tile];
-  const int steps = ceil_div(k / kChunk, plan.split);
+  const int steps = ceil_div(k / kChunk, plan.split), rows = std::min(tile.rows, s.tokens);
   const int blocks = ceil_div(s.tokens, tile.rows) * ceil_div(n, tile.columns) * plan.split;
-  const int shared = gemm_shared(s, kind, plan, n, k);
-  const double bytes = double(tile.rows + tile.columns) * steps * small::kChunkBytes;
-  const double flops = 2.0 * tile.rows * tile.columns * steps * kChunk;
   const int turns = ceil_div(blocks, kMultiprocessors);
-  double time = std::max(turns * bytes / 90, blocks * bytes / 5000) + turns * flops / 3000;
-  if (plan.split > 1) time += 500 + turns * tile.rows * tile.columns * 4.0 / 60;
-  if (kind == kAttention) {
-    time += turns * (steps * key_capacity(s, tile.rows) * 256.0 / 90 +
-                     4.0 * tile.rows * steps * kChunk * key_capacity(s, tile.rows) / 1500);
+  const double bytes = double(rows) * steps * small::kChunkBytes;
+  // The weights of a first turn are there already.
+  double time = std::max(turns * bytes / 90, blocks * bytes / 5000) +
+                (turns - 1) * double(tile.columns) * steps * small::kChunkBytes / 90;
+  time += turns * steps * tile.rows * tile.columns / 180.0;
+  if (plan.split > 1) time += 300 + turns * rows * tile.columns * 4.0 / 20;
+  time += turns * double(rows) * tile.columns / plan.split / tile.threads * 40;
+  if (kind == kAttention) time += turns * (steps * key_capacity(s, tile.rows) * 256.0 / 90);
+  if (gemm_shared(s, kind, plan, n, k) > kSharedLimit / 2) {
+    time += 1000;  // leaves no room for the successor's weights
   }
-  if (shared > kSharedLimit / 2) time += 1000;  // leaves no room for the successor's weights
   return time;
 }
 

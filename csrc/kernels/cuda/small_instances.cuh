@@ -7,9 +7,9 @@ namespace ft::cuda::small {
 
 template <typename T, int kKind>
 void list_tiles(const void** to) {
-#define FT_SMALL_ENTRY(index, rows, columns, warps_m, warps_n) \
-  to[index] = reinterpret_cast<const void*>(                   \
-      &small_gemm_kernel<T, kKind, rows, columns, warps_m, warps_n>);
+#define FT_SMALL_ENTRY(index, rows, columns, groups_m, groups_n, step) \
+  to[index] = reinterpret_cast<const void*>(                           \
+      &small_gemm_kernel<T, kKind, rows, columns, groups_m, groups_n, step>);
   FT_SMALL_TILES(FT_SMALL_ENTRY)
 #undef FT_SMALL_ENTRY
 }

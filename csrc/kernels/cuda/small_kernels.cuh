@@ -26,8 +26,9 @@ namespace ft::cuda::small {
 
 constexpr int kChunk = 64;  // columns of K a step holds: 128 bytes, one swizzled row
 constexpr int kChunkBytes = 128;
-constexpr int kMaxSplit = 8;   // largest portable cluster
-constexpr int kMaxParts = 32;  // moments a row: one lane each
+constexpr int kTileAlign = 1024;  // eight rows: the period of the swizzle
+constexpr int kMaxSplit = 8;      // largest portable cluster
+constexpr int kMaxParts = 32;     // moments a row: one lane each
 
 enum Kind {
   kNorm,       // LN(x) W^T + b, from input = x * gamma
@@ -37,18 +38,18 @@ enum Kind {
   kKinds
 };
 
-// index, rows of tokens, columns, warps along each
+// index, rows of tokens, columns, warpgroups along each, columns of one matrix instruction
 #define FT_SMALL_TILES(X) \
-  X(0, 32, 48, 2, 2)      \
-  X(1, 32, 64, 2, 4)      \
-  X(2, 32, 96, 2, 4)      \
-  X(3, 64, 48, 4, 2)      \
-  X(4, 64, 64, 4, 2)      \
-  X(5, 64, 96, 2, 4)      \
-  X(6, 64, 144, 2, 6)     \
-  X(7, 64, 192, 2, 4)     \
-  X(8, 128, 96, 4, 2)     \
-  X(9, 128, 128, 4, 2)
+  X(0, 64, 32, 1, 1, 32)  \
+  X(1, 64, 48, 1, 1, 48)  \
+  X(2, 64, 64, 1, 2, 32)  \
+  X(3, 64, 96, 1, 2, 48)  \
+  X(4, 64, 144, 1, 3, 48) \
+  X(5, 64, 192, 1, 2, 48) \
+  X(6, 128, 48, 2, 1, 48) \
+  X(7, 128, 64, 2, 1, 32) \
+  X(8, 128, 96, 2, 1, 48) \
+  X(9, 128, 128, 2, 1, 32)
 
 constexpr int kTiles = 10;
 
@@ -100,7 +101,8 @@ struct GemmLayout {
 
   __host__ __device__ GemmLayout(int kind, int tile_rows, int tile_columns, const GemmParams& p) {
     const int chunks = (p.k / kChunk + p.split - 1) / p.split;
-    const int share = (tile_rows + p.split - 1) / p.split;  // rows a block finishes
+    const int rows = tile_rows < p.tokens ? tile_rows : p.tokens;
+    const int share = (rows + p.split - 1) / p.split;  // most rows a block finishes
     const bool ends_branch = kind == kResidual || kind == kAttention;
     const int vector = 2 * (ends_branch ? tile_columns : chunks * kChunk);
     bounds = 0;
@@ -113,7 +115,7 @@ struct GemmLayout {
     affine = moments + share * round_up(p.parts, 2) * 8;
     affine_parts = affine + (ends_branch ? 0 : 2 * tile_columns * 4);
     sequences = affine_parts + (ends_branch ? 0 : p.split * 2 * tile_columns * 4);
-    weight = round_up(sequences + (kind == kAttention ? 4 * (p.batch + 1) : 0), kChunkBytes);
+    weight = round_up(sequences + (kind == kAttention ? 4 * (p.batch + 1) : 0), kTileAlign);
     input = weight + p.stages * tile_columns * kChunkBytes;
     keys = input + p.stages * tile_rows * kChunkBytes;
     sums = keys + (kind == kAttention ? 2 * chunks * p.key_capacity * kChunkBytes : 0);
@@ -206,6 +208,82 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
   }
 }
 
+// The matrix unit's description of a swizzled tile of 128-byte rows in shared memory.
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{kTileAlign / 16} << 32;
+  return kSwizzle128 | kEightRows | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
+}
+// What ordinary stores and copies of this thread wrote to shared memory, for the matrix unit.
+__device__ __forceinline__ void publish_to_matrix_unit() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void matrix_begin() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void matrix_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void matrix_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// d += A [64,16] B [kColumns,16]^T by a warpgroup, asynchronously.
+template <typename T, int kColumns>
+__device__ __forceinline__ void multiply_tile(float (*d)[4], uint64_t a, uint64_t b) {
+  static_assert(kColumns == 32 || kColumns == 48);
+  if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (kColumns == 32) {
+      asm volatile(
+          "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
+          "%0, %1, %2, %3, %4, %5, %6, %7, "
+          "%8, %9, %10, %11, %12, %13, %14, %15"
+          "}, %16, %17, 1, 1, 1, 0, 0;"
+          : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
+            "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
+            "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
+          : "l"(a), "l"(b));
+    } else {
+      asm volatile(
+          "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 {"
+          "%0, %1, %2, %3, %4, %5, %6, %7, "
+          "%8, %9, %10, %11, %12, %13, %14, %15, "
+          "%16, %17, %18, %19, %20, %21, %22, %23"
+          "}, %24, %25, 1, 1, 1, 0, 0;"
+          : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
+            "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
+            "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
+            "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+            "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3])
+          : "l"(a), "l"(b));
+    }
+  } else {
+    if constexpr (kColumns == 32) {
+      asm volatile(
+          "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+          "%0, %1, %2, %3, %4, %5, %6, %7, "
+          "%8, %9, %10, %11, %12, %13, %14, %15"
+          "}, %16, %17, 1, 1, 1, 0, 0;"
+          : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
+            "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
+            "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
+          : "l"(a), "l"(b));
+    } else {
+      asm volatile(
+          "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
+          "%0, %1, %2, %3, %4, %5, %6, %7, "
+          "%8, %9, %10, %11, %12, %13, %14, %15, "
+          "%16, %17, %18, %19, %20, %21, %22, %23"
+          "}, %24, %25, 1, 1, 1, 0, 0;"
+          : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
+            "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
+            "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
+            "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
+            "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3])
+          : "l"(a), "l"(b));
+    }
+  }
+}
+
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
@@ -233,6 +311,20 @@ __device__ __forceinline__ float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// x / 2 * (1 + erf(x / sqrt 2)) with Abramowitz and Stegun's 7.1.26: within 1.5e-7 of erf, half the
+// instructions of erff.
+__device__ __forceinline__ float gelu(float x) {
+  const float z = fabsf(x) * 0.70710678118654752f;
+  const float t = __fdividef(1.f, fmaf(0.3275911f, z, 1.f));
+  float poly = fmaf(1.061405429f, t, -1.453152027f);
+  poly = fmaf(poly, t, 1.421413741f);
+  poly = fmaf(poly, t, -0.284496736f);
+  poly = fmaf(poly, t, 0.254829592f);
+  const float tail = poly * t * power_of_two(z * z * -1.4426950408889634f);  // 1 - erf(z)
+  const float half = 0.5f * x;
+  return half + fabsf(half) * (1.f - tail);
 }
 
 template <typename T>
@@ -391,6 +483,9 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
   const bool any = own.y > own.x;
   const int low = __reduce_min_sync(0xffffffffu, any ? own.x - key0 : 0x7fffffff);
   const int high = __reduce_max_sync(0xffffffffu, any ? min(own.y, key_end) - key0 : 0);
+  // Blocks in [low_all, high_all) are seen by every row and need no mask.
+  const int low_all = __reduce_max_sync(0xffffffffu, any ? own.x - key0 : 0x7fffffff);
+  const int high_all = __reduce_min_sync(0xffffffffu, any ? own.y - key0 : 0);
 
   uint32_t q[kHeadDim / 16][4];
 #pragma unroll
@@ -422,24 +517,28 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
         multiply<T>(score[2 * pair + 1], q[k], b[2], b[3]);
       }
     }
+    if (block < low_all || block + 32 > high_all) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int key = block + j * 8 + lane % 4 * 2 + e % 2;
+          if (key < limit[e / 2].x || key >= limit[e / 2].y) score[j][e] = -INFINITY;
+        }
+      }
+    }
     float scale[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float top = maximum[i];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int key = block + j * 8 + lane % 4 * 2 + e;
-          float& s = score[j][2 * i + e];
-          s = key >= limit[i].x && key < limit[i].y ? s * scale_log2 : -INFINITY;
-          top = fmaxf(top, s);
-        }
+        top = fmaxf(top, fmaxf(score[j][2 * i], score[j][2 * i + 1]));
       }
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const float base = top == -INFINITY ? 0.f : top;
-      scale[i] = power_of_two(maximum[i] - base);
+      const float base = top == -INFINITY ? 0.f : top * scale_log2;
+      scale[i] = power_of_two(fmaf(maximum[i], scale_log2, -base));
       maximum[i] = top;
       sum[i] *= scale[i];
 #pragma unroll
@@ -447,7 +546,7 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& s = score[j][2 * i + e];
-          s = power_of_two(s - base);
+          s = power_of_two(fmaf(s, scale_log2, -base));
           sum[i] += s;
         }
       }
@@ -498,9 +597,9 @@ __device__ __forceinline__ void attend_all(uint32_t queries, int query_stride, u
                                            int head_dim, const int2* bounds, int2 range,
                                            float scale_log2) {
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int heads = chunks * kChunk / head_dim;
-  for (int unit = warp; unit < heads * (rows / 16); unit += warps) {
-    const int row0 = unit % (rows / 16) * 16, head = unit / (rows / 16);
+  const int heads = chunks * kChunk / head_dim, tiles = (rows + 15) / 16;
+  for (int unit = warp; unit < heads * tiles; unit += warps) {
+    const int row0 = unit % tiles * 16, head = unit / tiles;
     const int chunk = head * head_dim / kChunk;
     const uint32_t q = queries + chunk * query_stride;
     const uint32_t k = keys + chunk * key_stride, v = values + chunk * key_stride;
@@ -512,40 +611,19 @@ __device__ __forceinline__ void attend_all(uint32_t queries, int query_stride, u
   }
 }
 
-// The weight fragments of 16 columns of K: kNi tiles of 8 output columns from `column` on.
-template <int kNi>
-__device__ __forceinline__ void load_weights(uint32_t (&b)[kNi][2], uint32_t chunk, int column,
-                                             int k) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int j = 0; j + 1 < kNi; j += 2) {
-    uint32_t r[4];
-    load_matrix4(r,
-                 chunk + swizzled(column + j * 8 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
-    b[j][0] = r[0];
-    b[j][1] = r[1];
-    b[j + 1][0] = r[2];
-    b[j + 1][1] = r[3];
-  }
-  if constexpr (kNi % 2 == 1) {
-    load_matrix2(b[kNi - 1][0], b[kNi - 1][1],
-                 chunk + swizzled(column + (kNi - 1) * 8 + lane % 8, k * 2 + lane / 8 % 2));
-  }
-}
-
 // ---- kernels -----------------------------------------------------------------------------------
 
 // Grid (split, column tiles, row tiles), clusters of `split`.
-template <typename T, int kKind, int kRows, int kColumns, int kWarpsM, int kWarpsN>
-__global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
+template <typename T, int kKind, int kRows, int kColumns, int kGroupsM, int kGroupsN, int kStep>
+__global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
     small_gemm_kernel(const __grid_constant__ GemmParams p) {
-  constexpr int kThreads = 32 * kWarpsM * kWarpsN;
-  constexpr int kMi = kRows / kWarpsM / 16, kNi = kColumns / kWarpsN / 8;
+  constexpr int kThreads = 128 * kGroupsM * kGroupsN;
+  constexpr int kGroupColumns = kColumns / kGroupsN;
   constexpr int kPitch = kColumns + 8;  // floats; 8 or 24 mod 32 keeps the stores off one bank
   constexpr bool kEndsBranch = kKind == kResidual || kKind == kAttention;
-  static_assert(kRows % (16 * kWarpsM) == 0 && kColumns % (8 * kWarpsN) == 0);
+  static_assert(kRows == 64 * kGroupsM && kGroupColumns % kStep == 0);
 
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   const GemmLayout at(kKind, kRows, kColumns, p);
   const uint32_t base = shared_address(shared);
 
@@ -555,10 +633,11 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
   const int chunks = (rank + 1) * (p.k / kChunk) / p.split - chunk0;
   const int filled = min(p.stages, chunks);
   const int columns = min(kColumns, p.n - column0), rows = min(kRows, p.tokens - token0);
-  const int share = (kRows + p.split - 1) / p.split;
+  const int share = (rows + p.split - 1) / p.split;
   const int first = rank * share, end = min(first + share, rows);  // rows this block finishes
-  const int warp_row = warp / kWarpsN * (kRows / kWarpsM);
-  const int warp_column = warp % kWarpsN * (kColumns / kWarpsN);
+  const int group_row = warp / 4 / kGroupsN * 64,
+            group_column = warp / 4 % kGroupsN * kGroupColumns;
+  const int warp_row = group_row + warp % 4 * 16;
 
   const T* const weight =
       static_cast<const T*>(p.weight) + static_cast<size_t>(column0) * p.k + chunk0 * kChunk;
@@ -593,16 +672,13 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
   int committed = 1;
   if (p.split > 1) cluster_arrive();  // a block must be running before others write to it
 
-  uint32_t owner[kMi][2];  // where partial sums of this thread's rows go
+  uint32_t owner[2];  // where partial sums of this thread's two rows go
 #pragma unroll
-  for (int i = 0; i < kMi; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + i * 16 + half * 8 + lane / 4;
-      const uint32_t address =
-          base + at.sums + ((rank * share + row % share) * kPitch + warp_column + lane % 4 * 2) * 4;
-      owner[i][half] = address_in_rank(address, row / share);
-    }
+  for (int half = 0; half < 2; ++half) {
+    const int row = min(warp_row + half * 8 + lane / 4, rows - 1);
+    owner[half] = address_in_rank(
+        base + at.sums + ((rank * share + row % share) * kPitch + group_column + lane % 4 * 2) * 4,
+        row / share);
   }
 
   int2* const bounds = reinterpret_cast<int2*>(shared + at.bounds);
@@ -622,31 +698,30 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
     wait_copies<0>();
     __syncthreads();
     if (p.split > 1) cluster_wait();
-    if (p.moments != nullptr && warp < kWarpsN) {
-      float product[kNi][4] = {};
+    for (int tile = warp; p.moments != nullptr && tile < kColumns / 8; tile += kThreads / 32) {
+      float sum[4] = {};
 #pragma unroll 1
-      for (int k = 0; k < chunks * (kChunk / 16); ++k) {
-        // Row 0 of the fragment is gamma, row 1 beta.
-        uint32_t a[4] = {0, 0, 0, 0}, b[kNi][2];
-        if (lane < 8) {
-          const unsigned char* const from =
-              shared + (lane < 4 ? at.gamma : at.beta) + (k * 16 + lane % 4 * 2) * 2;
-          a[0] = *reinterpret_cast<const uint32_t*>(from);
-          a[2] = *reinterpret_cast<const uint32_t*>(from + 16);
-        }
-        load_weights<kNi>(b, base + at.weight + k / 4 * kColumns * kChunkBytes, warp_column, k % 4);
+      for (int k = 0; k < chunks * 2; ++k) {  // 32 columns of K
+        uint32_t b[4];
+        load_matrix4(b, base + at.weight + k / 2 * kColumns * kChunkBytes +
+                            swizzled(tile * 8 + lane % 8, k % 2 * 4 + lane / 8));
 #pragma unroll
-        for (int j = 0; j < kNi; ++j) multiply<T>(product[j], a, b[j][0], b[j][1]);
+        for (int half = 0; half < 2; ++half) {
+          // Row 0 of the fragment is gamma, row 1 beta.
+          uint32_t a[4] = {0, 0, 0, 0};
+          if (lane < 8) {
+            const unsigned char* const from =
+                shared + (lane < 4 ? at.gamma : at.beta) + (k * 32 + half * 16 + lane % 4 * 2) * 2;
+            a[0] = *reinterpret_cast<const uint32_t*>(from);
+            a[2] = *reinterpret_cast<const uint32_t*>(from + 16);
+          }
+          multiply<T>(sum, a, b[2 * half], b[2 * half + 1]);
+        }
       }
       if (lane < 8) {
-        for (int s = 0; s < p.split; ++s) {
-          const uint32_t to = address_in_rank(
-              base + at.affine_parts +
-                  ((rank * 2 + lane / 4) * kColumns + warp_column + lane % 4 * 2) * 4,
-              s);
-#pragma unroll
-          for (int j = 0; j < kNi; ++j) store_in_rank(to + j * 32, product[j][0], product[j][1]);
-        }
+        const uint32_t to = base + at.affine_parts +
+                            ((rank * 2 + lane / 4) * kColumns + tile * 8 + lane % 4 * 2) * 4;
+        for (int s = 0; s < p.split; ++s) store_in_rank(address_in_rank(to, s), sum[0], sum[1]);
       }
     }
     if (p.split > 1) {
@@ -710,8 +785,9 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
   if constexpr (kKind == kAttention) {
     wait_copies<0>();
     __syncthreads();
-    attend_all<T>(base + at.input, kRows * kChunkBytes, keys, values, key_stride, kRows, chunks,
+    attend_all<T>(base + at.input, kRows * kChunkBytes, keys, values, key_stride, rows, chunks,
                   p.head_dim, bounds, range, p.scale_log2);
+    publish_to_matrix_unit();
     __syncthreads();
   } else {
 #pragma unroll 1
@@ -723,16 +799,18 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
     }
   }
 
-  float product[kMi][kNi][4] = {};
+  float product[kGroupColumns / 8][4] = {};
+  matrix_begin();
 #pragma unroll 1
   for (int c = 0, stage = 0; c < chunks; ++c) {
-    const uint32_t a_chunk = base + at.input + stage * kRows * kChunkBytes;
-    const uint32_t w_chunk = base + at.weight + stage * kColumns * kChunkBytes;
     if constexpr (kKind != kAttention) {
+      const int next = c - 1 + p.stages;  // into the stage that chunk c - 1 leaves
+      const bool refill = kKind == kResidual && c > 0 && next < chunks;
       wait_copies_but(committed - (c + 2));
+      publish_to_matrix_unit();
+      if (refill) matrix_wait();
       __syncthreads();
-      const int next = c - 1 + p.stages;  // into the stage that chunk c - 1 left
-      if (kKind == kResidual && c > 0 && next < chunks) {
+      if (refill) {
         const int free = stage == 0 ? p.stages - 1 : stage - 1;
         copy_tile<T, kColumns, kThreads>(base + at.weight + free * kColumns * kChunkBytes,
                                          weight + next * kChunk, p.k, columns);
@@ -742,30 +820,30 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
         ++committed;
       }
     }
+    const uint64_t a = tile_descriptor(base + at.input + (stage * kRows + group_row) * kChunkBytes);
+    const uint64_t b =
+        tile_descriptor(base + at.weight + (stage * kColumns + group_column) * kChunkBytes);
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
-      uint32_t a[kMi][4], b[kNi][2];
 #pragma unroll
-      for (int i = 0; i < kMi; ++i) {
-        load_matrix4(a[i], a_chunk + swizzled(warp_row + i * 16 + lane % 16, k * 2 + lane / 16));
-      }
-      load_weights<kNi>(b, w_chunk, warp_column, k);
-#pragma unroll
-      for (int i = 0; i < kMi; ++i) {
-#pragma unroll
-        for (int j = 0; j < kNi; ++j) multiply<T>(product[i][j], a[i], b[j][0], b[j][1]);
+      for (int j = 0; j < kGroupColumns / kStep; ++j) {
+        multiply_tile<T, kStep>(product + j * (kStep / 8), a + k * 2,
+                                b + k * 2 + j * kStep * kChunkBytes / 16);
       }
     }
+    matrix_commit();
     stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
+  matrix_wait();
 
   // ---- each row's partial sums to the block that finishes it ----
 #pragma unroll
-  for (int i = 0; i < kMi; ++i) {
+  for (int half = 0; half < 2; ++half) {
+    if (warp_row + half * 8 + lane / 4 < rows) {
 #pragma unroll
-    for (int j = 0; j < kNi; ++j) {
-      store_in_rank(owner[i][0] + j * 32, product[i][j][0], product[i][j][1]);
-      store_in_rank(owner[i][1] + j * 32, product[i][j][2], product[i][j][3]);
+      for (int j = 0; j < kGroupColumns / 8; ++j) {
+        store_in_rank(owner[half] + j * 32, product[j][2 * half], product[j][2 * half + 1]);
+      }
     }
   }
   if (p.split > 1) cluster_arrive();
@@ -797,20 +875,22 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
       const int column = step * 64 + lane16 * 4;
       if (row >= end || column >= columns) continue;
       const float* const from = sums + (row - first) * kPitch + column;
-      float4 part[kMaxSplit];
-#pragma unroll
-      for (int s = 0; s < kMaxSplit; ++s) {
-        part[s] = s < p.split ? *reinterpret_cast<const float4*>(from + s * share * kPitch)
-                              : make_float4(0.f, 0.f, 0.f, 0.f);
-      }
       float* const x = value[step];
-      x[0] = part[0].x, x[1] = part[0].y, x[2] = part[0].z, x[3] = part[0].w;
+      x[0] = x[1] = x[2] = x[3] = 0.f;
 #pragma unroll
-      for (int s = 1; s < kMaxSplit; ++s) {
-        x[0] += part[s].x;
-        x[1] += part[s].y;
-        x[2] += part[s].z;
-        x[3] += part[s].w;
+      for (int s0 = 0; s0 < kMaxSplit; s0 += 4) {
+        if (s0 >= p.split) break;
+        float4 part[4];
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          part[s] = s0 + s < p.split
+                        ? *reinterpret_cast<const float4*>(from + (s0 + s) * share * kPitch)
+                        : make_float4(0.f, 0.f, 0.f, 0.f);
+        }
+        x[0] += (part[0].x + part[1].x) + (part[2].x + part[3].x);
+        x[1] += (part[0].y + part[1].y) + (part[2].y + part[3].y);
+        x[2] += (part[0].z + part[1].z) + (part[2].z + part[3].z);
+        x[3] += (part[0].w + part[1].w) + (part[2].w + part[3].w);
       }
       const size_t at_output = static_cast<size_t>(token0 + row) * p.n + column0 + column;
       if constexpr (kEndsBranch) {
@@ -846,7 +926,7 @@ __global__ void __launch_bounds__(32 * kWarpsM * kWarpsN)
       }
       if constexpr (kKind == kNormGelu) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] = 0.5f * x[e] * (1.f + erff(x[e] * 0.70710678118654752f));
+        for (int e = 0; e < 4; ++e) x[e] = gelu(x[e]);
       }
       const uint2 packed = make_uint2(Pair<T>::pack(x[0], x[1]), Pair<T>::pack(x[2], x[3]));
       *reinterpret_cast<uint2*>(static_cast<T*>(p.output) + at_output) = packed;
@@ -885,7 +965,7 @@ template <typename T>
 __global__ void __launch_bounds__(128)
     small_attention_kernel(const __grid_constant__ AttentionParams p) {
   constexpr int kRows = 64;
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   int2* const bounds = reinterpret_cast<int2*>(shared);
   int* const sequences = reinterpret_cast<int*>(shared + kRows * 8);
   const uint32_t queries =
@@ -911,7 +991,7 @@ __global__ void __launch_bounds__(128)
   commit();
   wait_copies<0>();
   __syncthreads();
-  attend_all<T>(queries, 0, keys, values, 0, kRows, 1, p.head_dim, bounds, range, p.scale_log2);
+  attend_all<T>(queries, 0, keys, values, 0, rows, 1, p.head_dim, bounds, range, p.scale_log2);
   __syncthreads();
   const unsigned char* const context = shared + (queries - shared_address(shared));
   for (int v = threadIdx.x; v < rows * 8; v += blockDim.x) {
