@@ -106,6 +106,7 @@ class Pipeline:
     labels         names of the classes; None takes the traced file's
     model_name, model_version   for Open Inference Protocol answers
     observe        gets the figures of every batch
+    clock          seconds, for those figures
     """
 
     def __init__(
@@ -119,10 +120,12 @@ class Pipeline:
         model_name: str = "model",
         model_version: str | None = None,
         observe: Callable[[BatchStats], None] = _ignore,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         _check(config, info, tokenizer)
         self._engine = engine
         self._observe = observe
+        self._clock = clock
         self._max_batch_tokens = config.max_batch_tokens
         edges = config.length_buckets
         self._edges = default_buckets(info.max_positions) if edges is None else edges
@@ -156,7 +159,7 @@ class Pipeline:
     def run(self, data: Sequence[Mapping[str, Any]]) -> list[Reply]:
         """One reply a request, in order. Raises EngineLost when the worker has to be restarted."""
         stats = BatchStats(requests=len(data))
-        clock = time.perf_counter
+        clock = self._clock
         replies: list[Reply | None] = [None] * len(data)
         marks = [clock()]
 

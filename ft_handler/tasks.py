@@ -285,6 +285,8 @@ def _answers(
     least  spans with less than this share of their window's best score are left out
     """
     span, text = windows.context.span, windows.text
+    # The best spans share most of their ends.
+    places: dict[int, tuple[int, int]] = {}
     answers: dict[str, dict[str, Any]] = {}
     for w, (base, _) in enumerate(windows.spans):
         floor = scores[w][0] * least
@@ -292,9 +294,10 @@ def _answers(
             # Sorted: what follows is smaller still, or past the window's end (negative).
             if score < floor or score < 0:
                 break
-            begin, stop = span(base + first, align_to_words)
-            if last != first:
-                stop = span(base + last, align_to_words)[1]
+            for token in (base + first, base + last):
+                if token not in places:
+                    places[token] = span(token, align_to_words)
+            begin, stop = places[base + first][0], places[base + last][1]
             answer = text[begin:stop]
             key = answer.lower()
             known = answers.get(key)

@@ -174,7 +174,9 @@ def test_offsets_are_characters_of_the_clients_text(tokenizer):
 
 
 ODD_CHARACTERS = st.sampled_from("aBé1 .,-'\u0301\u4e2d\u3000\n\tßΣ\u200b\U0001f600")
-ODD_WORDS = st.sampled_from([*WORDS, "[SEP]", "[MASK]x", "", "don't", "a" * 101, "é" * 60])
+ODD_WORDS = st.sampled_from(
+    [*WORDS, "The", "FILM.", "[SEP]", "[sep]", "[MASK]x", "", "don't", "a" * 101, "é" * 60]
+)
 ODD_TEXTS = (
     st.text(ODD_CHARACTERS | st.characters(exclude_categories=["Cs"]), max_size=40)
     | st.lists(ODD_WORDS).map(" ".join)
@@ -187,7 +189,8 @@ def test_remembered_chunks_read_as_the_library_reads(tokenizer, texts, capacity)
     memory, whole = RememberedChunks(tokenizer, capacity), WholeTexts(tokenizer)
     for n in (1, 2, 5, 5):
         assert memory.ids(texts[:n]) == whole.ids(texts[:n])
-        assert len(memory._ids) <= max(capacity, len({*" ".join(texts).split(" ")}))
+        most = max(capacity, len({*" ".join(texts).split(" ")}))
+        assert len(memory._ids) <= most + len(memory._words)
     for reader in (memory, whole):
         found, origins = reader.located(texts)
         assert found == whole.ids(texts)
@@ -198,6 +201,13 @@ def test_remembered_chunks_read_as_the_library_reads(tokenizer, texts, capacity)
                 word = encoding.token_to_word(token)
                 if word is not None:
                     assert origin.span(token, True) == encoding.word_to_chars(word)
+
+
+def test_cased_tokenizers_keep_the_case(tiny_tokenizer):
+    cased = load_tokenizer(tiny_tokenizer, do_lower_case=False)
+    assert RememberedChunks(cased).ids(["The film", "FILM"]) == WholeTexts(cased).ids(
+        ["The film", "FILM"]
+    )
 
 
 def test_chunks_are_not_remembered_where_words_may_span_blanks(tokenizer):
