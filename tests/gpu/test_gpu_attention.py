@@ -97,8 +97,11 @@ def test_many_sequences(batch: int, longest: int) -> None:
     check(lengths, 2, 64, torch.float16)
 
 
-def test_more_sequences_than_a_planning_round() -> None:
-    check([1, 2, 3] * 800, 2, 64, torch.float16)
+@pytest.mark.parametrize("lengths", [[1, 2, 3] * 800, ([1] + [0] * 1023) * 4, [40, 30] * 1100])
+def test_more_sequences_than_a_planning_round(lengths: list[int]) -> None:
+    qkv, cu = draw(sum(lengths), 2, 64, torch.float16), offsets(lengths)
+    exact = reference.varlen_attention(qkv, cu, max(lengths), 2)
+    assert error(attend(qkv, cu, max(lengths), 2), exact) < 2e-3
 
 
 @pytest.mark.parametrize("head_dim", [6, 32, 64, 80, 128])

@@ -19,8 +19,9 @@ bool packs(AttentionKernel kernel) {
 int64_t tile_bound(const AttentionShape& shape, AttentionKernel kernel, int tile_rows) {
   const int64_t batch = shape.batch, tokens = shape.tokens;
   if (packs(kernel)) {
-    // Two neighbouring tiles hold more than tile_rows rows, else they would be one.
-    const int64_t by_tokens = 2 * tokens / tile_rows + 1;
+    // Two neighbouring tiles hold more than tile_rows rows, else they would be one; only a round of
+    // planning ends a tile early.
+    const int64_t by_tokens = 2 * tokens / tile_rows + 1 + batch / kPlanThreads;
     return batch < by_tokens ? batch : by_tokens;
   }
   const int64_t by_length = batch * ((shape.max_seqlen + tile_rows - 1) / tile_rows);
