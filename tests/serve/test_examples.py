@@ -45,7 +45,7 @@ def run_page(page: str, folder: Path) -> str:
             env={**os.environ, "TMPDIR": str(folder / "tmp")},
         )
         try:
-            code = process.wait(240)
+            code = process.wait(400)
         finally:
             left = [p for p in psutil.process_iter() if _in_session(p, process.pid)]
             for survivor in left:
