@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -49,7 +50,53 @@ Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::empty(sizes, dtype);
 }
 
-Tensor workspace(int64_t bytes) { return empty({std::max<int64_t>(bytes, 1)}, ScalarType::Byte); }
+// This thread's scratch memory, kept from call to call: memory fresh from the system costs a page
+// fault every few KiB, some milliseconds for an encoder's worth.
+class Workspace {
+ public:
+  void* of(int64_t bytes) {
+    if (bytes > size_) {
+      release();
+      const int64_t size = (bytes + kStep - 1) / kStep * kStep;
+      memory_ = ::operator new(size, std::align_val_t{64});
+      size_ = size;
+      cpu::prefer_large_pages(memory_, size_);
+    }
+    return memory_;
+  }
+  // Gives back what an unusually large call left.
+  void trim() {
+    if (size_ > kKept) release();
+  }
+  ~Workspace() { release(); }
+
+ private:
+  static constexpr int64_t kStep = int64_t{1} << 21, kKept = int64_t{256} << 20;
+
+  void release() {
+    if (memory_) ::operator delete(memory_, std::align_val_t{64});
+    memory_ = nullptr;
+    size_ = 0;
+  }
+  void* memory_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Lends the calling thread's workspace to one op; ops never call each other.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : memory_(mine().of(bytes)) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { mine().trim(); }
+  void* get() const { return memory_; }
+
+ private:
+  static Workspace& mine() {
+    thread_local Workspace workspace;
+    return workspace;
+  }
+  void* memory_;
+};
 
 // Contiguous, floating, on the CPU.
 Tensor checked_float(const Tensor& tensor, const char* name, std::vector<int64_t> shape) {
@@ -329,9 +376,9 @@ Tensor embedding_layer_norm(const Tensor& input_ids, const Tensor& token_type_id
   const int64_t tokens = input_ids.size(0), hidden = word.size(1);
   Tensor out = empty({tokens, hidden}, word.scalar_type());
   const cpu::Threads threads = torch_threads();
-  const Tensor space = workspace(cpu::embedding_workspace(hidden, threads));
+  const Scratch space(cpu::embedding_workspace(hidden, threads));
   cpu::embedding_layer_norm(in.pointers(eps), tokens, hidden, dtype_of(word),
-                            out.mutable_data_ptr(), space.mutable_data_ptr(), threads);
+                            out.mutable_data_ptr(), space.get(), threads);
   return out;
 }
 
@@ -359,8 +406,8 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias,
   Tensor out = empty({tokens, n}, whole.scalar_type());
   if (tokens == 0) return out;
   const cpu::Threads threads = torch_threads();
-  const Tensor space = workspace(cpu::linear_workspace(tokens, n, threads));
-  cpu::linear(op, tokens, out.mutable_data_ptr(), space.mutable_data_ptr(), threads);
+  const Scratch space(cpu::linear_workspace(tokens, n, threads));
+  cpu::linear(op, tokens, out.mutable_data_ptr(), space.get(), threads);
   return out;
 }
 
@@ -383,9 +430,9 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max
   const Sequences s = checked_sequences(cu_seqlens, tokens, max_seqlen);
   Tensor out = empty({tokens, hidden}, whole.scalar_type());
   const cpu::Threads threads = torch_threads();
-  const Tensor space = workspace(cpu::attention_workspace(s.longest, head_dim, threads));
+  const Scratch space(cpu::attention_workspace(s.longest, head_dim, threads));
   cpu::varlen_attention(array_of(whole), s.bounds, s.batch, s.longest, num_heads, head_dim,
-                        dtype_of(whole), out.mutable_data_ptr(), space.mutable_data_ptr(), threads);
+                        dtype_of(whole), out.mutable_data_ptr(), space.get(), threads);
   return out;
 }
 
@@ -405,10 +452,10 @@ Tensor residual_layer_norm(const Tensor& input, const OptTensor& bias, const Ten
   }
   Tensor out = empty({tokens, hidden}, x.scalar_type());
   const cpu::Threads threads = torch_threads();
-  const Tensor space = workspace(cpu::layer_norm_workspace(hidden, threads));
+  const Scratch space(cpu::layer_norm_workspace(hidden, threads));
   cpu::residual_layer_norm(array_of(x), added_bias, array_of(r), array_of(g), array_of(b),
                            static_cast<float>(eps), tokens, hidden, dtype_of(x),
-                           out.mutable_data_ptr(), space.mutable_data_ptr(), threads);
+                           out.mutable_data_ptr(), space.get(), threads);
   return out;
 }
 
@@ -424,9 +471,9 @@ Tensor bias_gelu(const Tensor& input, const OptTensor& bias) {
   }
   Tensor out = empty({tokens, n}, x.scalar_type());
   const cpu::Threads threads = torch_threads();
-  const Tensor space = workspace(cpu::bias_gelu_workspace(n, threads));
+  const Scratch space(cpu::bias_gelu_workspace(n, threads));
   cpu::bias_gelu(array_of(x), added_bias, tokens, n, dtype_of(x), out.mutable_data_ptr(),
-                 space.mutable_data_ptr(), threads);
+                 space.get(), threads);
   return out;
 }
 
@@ -484,8 +531,8 @@ Tensor encoder(const Tensor& input_ids, const Tensor& token_type_ids, const OptT
   op.eps = static_cast<float>(eps);
   op.out_dtype = dtype_of(word);
   const cpu::Threads threads = torch_threads();
-  const Tensor space = workspace(cpu::encoder_workspace(op, threads));
-  cpu::encoder(op, out.mutable_data_ptr(), space.mutable_data_ptr(), threads);
+  const Scratch space(cpu::encoder_workspace(op, threads));
+  cpu::encoder(op, out.mutable_data_ptr(), space.get(), threads);
   return out;
 }
 

@@ -308,6 +308,20 @@ int64_t pair_attention_scratch(int64_t longest, int64_t head_dim) {
          kTailRows * kPairLd * 2 + 64 * 8;
 }
 
+// The first `count` of 32 or 16 elements, zeros after them.
+inline Vec up_to_32(const uint16_t* p, int64_t count) {
+  Vec v = {};
+  if (count >= 32) return load(reinterpret_cast<const float*>(p));
+  std::memcpy(&v, p, count * 2);
+  return v;
+}
+inline HVec up_to_16(const uint16_t* p, int64_t count) {
+  if (count >= 16) return *reinterpret_cast<const HVecU*>(p);
+  HVec v = {};
+  if (count > 0) std::memcpy(&v, p, count * 2);
+  return v;
+}
+
 // As attention() in impl.h, on pairs: q, k and v in bfloat16, probabilities rounded to it.
 void attention_pairs(const Attention& t, void* scratch) {
   [[maybe_unused]] const TileState state{};
@@ -337,10 +351,7 @@ void attention_pairs(const Attention& t, void* scratch) {
     for (int64_t i = 0; i < deep; i += 2 * kLanes) {
       Vec square[kLanes];
       for (int64_t e = 0; e < kLanes; ++e) {
-        square[e] = Vec{};
-        if (j + e < length) {
-          std::memcpy(&square[e], k + (j + e) * t.ld + i, smaller(2 * kLanes, d - i) * 2);
-        }
+        square[e] = j + e < length ? up_to_32(k + (j + e) * t.ld + i, d - i) : Vec{};
       }
       transpose(square);
       for (int64_t e = 0; e < kLanes; ++e) {
@@ -350,11 +361,9 @@ void attention_pairs(const Attention& t, void* scratch) {
   }
   for (int64_t i = 0; i < deep; i += kLanes) {
     uint16_t* column = values + i / kWide * kWide * width + i % kWide * 2;
-    const int64_t count = larger(0, smaller(kLanes, d - i));
     for (int64_t j = 0; j < width; j += 2) {
-      HVec even = {}, odd = {};
-      if (j < length) std::memcpy(&even, v + j * t.ld + i, count * 2);
-      if (j + 1 < length) std::memcpy(&odd, v + (j + 1) * t.ld + i, count * 2);
+      const HVec even = j < length ? up_to_16(v + j * t.ld + i, d - i) : HVec{};
+      const HVec odd = j + 1 < length ? up_to_16(v + (j + 1) * t.ld + i, d - i) : HVec{};
       const UVec pair =
           __builtin_convertvector(even, UVec) | (__builtin_convertvector(odd, UVec) << 16);
       store(reinterpret_cast<float*>(column + j * kWide), reinterpret_cast<Vec>(pair));
