@@ -643,26 +643,39 @@ def say(message: str) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars, one group a row, shorter is better."""
+    """Bars, shorter is better: one a system for a single row, else one group a row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    if len(rows) == 1:
+        ms = dict(sorted(rows[0]["ms"].items(), key=lambda item: -item[1]))
+        figure, axis = pyplot.subplots(figsize=(8, 0.35 * len(ms) + 1), layout="constrained")
+        colours = ["black" if name.startswith("ours") else "tab:blue" for name in ms]
+        bars = axis.barh(list(ms), list(ms.values()), color=colours)
+        axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        axis.set_xlabel("milliseconds, median")
+        axis.set_title(f"{rows[0]['workload']}, {rows[0]['tokens']} tokens", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=150)
+        return
     columns = list(dict.fromkeys(column for row in rows for column in row["ms"]))
-    figure, axis = pyplot.subplots(figsize=(max(8, 1.6 * len(rows)), 5), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(1.2 * len(rows) + 2, 5), layout="constrained")
     width = 0.85 / len(columns)
+    palette = pyplot.get_cmap("tab10")
     for i, column in enumerate(columns):
         places = [j + i * width for j, row in enumerate(rows) if column in row["ms"]]
         heights = [row["ms"][column] for row in rows if column in row["ms"]]
-        colour = {"color": "black"} if column.startswith("ours") else {}
-        axis.bar(places, heights, width, label=column, **colour)
+        colour = {"ours": "black", "ours_eager": "dimgray"}.get(column, palette(i % 10))
+        axis.bar(places, heights, width, label=column, color=colour)
     middle = width * (len(columns) - 1) / 2
     axis.set_xticks([j + middle for j in range(len(rows))])
     axis.set_xticklabels([row["workload"] for row in rows], rotation=30, ha="right", fontsize=8)
     axis.set_ylabel("milliseconds, median")
     axis.set_yscale("log")
     axis.legend(fontsize=7, ncols=2)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
