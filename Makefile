@@ -19,9 +19,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(QUIET)
 # What an installed package is made from; a change reinstalls it.
 SOURCES := pyproject.toml setup.py $(shell find ft_handler csrc -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
-# Without a GPU here the demo and the tests need no CUDA kernels, and building them takes minutes.
-ifeq ($(shell nvidia-smi -L 2>/dev/null),)
+# Without a GPU here the demo and the tests need no CUDA kernels, and building them takes minutes;
+# with one, only its own architecture is needed.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)
+ifeq ($(GPUS),)
 export FT_HANDLER_CUDA ?= 0
+else
+export TORCH_CUDA_ARCH_LIST ?= $(GPUS)
 endif
 
 .PHONY: help demo serve test bench clean
