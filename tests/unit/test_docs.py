@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import pytest
 
 from ft_handler import __version__
 from ft_handler.cli import BENCHMARKS, COMMANDS
-from ft_handler.config import ENVIRONMENT, settings_table
+from ft_handler.codec import _CLASSIFICATION, _QUESTION, Codec, encode_error
+from ft_handler.config import ENVIRONMENT, HandlerConfig, settings_table
+from ft_handler.errors import MalformedRequest, RequestTooLarge, UnusableRequest
 from ft_handler.metrics import METRICS
+from ft_handler.types import ClassificationParams, QuestionParams
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -120,3 +124,57 @@ def test_changelog_has_this_version() -> None:
 def test_ci_calls_the_readme_test_command() -> None:
     assert "make test" in page(".ci/run")
     assert "make test" in page("README.md")
+
+
+def codec_for(mode: str) -> Codec:
+    """A codec with the documented defaults."""
+    if mode == "question_answering":
+        return Codec(mode, QuestionParams(1, None, 15, 384, 64, False, True), HandlerConfig())
+    return Codec(mode, ClassificationParams(None, None, True), HandlerConfig())
+
+
+def documents(section: str) -> list[object]:
+    """The JSON documents of a section's blocks: a block is one, or has one a line."""
+    found: list[object] = []
+    for block in re.findall(r"^```json\n(.*?)^```", section, re.M | re.S):
+        try:
+            found.append(json.loads(block))
+        except ValueError:
+            found += [json.loads(line) for line in block.splitlines()]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("title", "mode", "count"),
+    [
+        ("Sequence classification", "sequence_classification", 4),
+        ("Question answering", "question_answering", 1),
+        ("Open Inference v2", "sequence_classification", 1),
+    ],
+)
+def test_documented_requests_are_understood(title: str, mode: str, count: int) -> None:
+    sections = re.split(r"^## ", page("docs/http.md"), flags=re.M)
+    section = next(s for s in sections if s.startswith(title))
+    codec = codec_for(mode)
+    requests = documents(section)
+    assert len(requests) == count
+    for request in requests:
+        assert codec.decode({"body": request}).inputs
+
+
+def test_documented_errors_are_the_errors() -> None:
+    text = page("docs/http.md")
+    for error in (MalformedRequest, RequestTooLarge, UnusableRequest):
+        assert f"| {error.status} | `{error.__name__}` |" in text
+    codec = codec_for("sequence_classification")
+    with pytest.raises(MalformedRequest) as refused:
+        codec.decode({"body": {"txt": "wrong key"}})
+    (shown,) = documents(re.split(r"^## Errors", text, flags=re.M)[1])
+    assert json.loads(encode_error(refused.value).body) == shown
+
+
+def test_documented_parameters_are_known() -> None:
+    sections = re.split(r"^## ", page("docs/http.md"), flags=re.M)
+    for title, readers in (("Sequence", _CLASSIFICATION), ("Question", _QUESTION)):
+        section = next(s for s in sections if s.startswith(title))
+        assert set(rows(section)) == set(readers)
