@@ -1,10 +1,8 @@
-"""GEMM variants, their epilogues and the whole encoder stack on one GPU: right first, then timed.
+"""Linear layers and the whole encoder stack against plain torch on one GPU: right, then timed.
 
-Every time is the median of CUDA-graph replays; the linear layers of a graph have weights of their
-own, so that no layer finds its weights in the cache that a model would not find there.
+Every time is the median of CUDA-graph replays. gemm_variants.cu times the linear layers alone.
 
     python benchmarks/cuda/gemm.py parity
-    python benchmarks/cuda/gemm.py variants [workload ...]
     python benchmarks/cuda/gemm.py encoder [workload ...]
     python benchmarks/cuda/gemm.py kernels [workload ...]
 """
@@ -12,6 +10,8 @@ own, so that no layer finds its weights in the cache that a model would not find
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -44,7 +44,7 @@ EPS = 1e-12
 
 
 def workloads(wanted: list[str]) -> list[tuple[str, str, np.ndarray]]:
-    """(name, size, lengths [B]) of every workload, or of those whose name contains a wanted text."""
+    """(name, size, lengths [B]) of every workload whose name contains a wanted text."""
     rng = np.random.default_rng(0)
     rows = []
     for size, (kind, batch, longest) in WORKLOADS:
@@ -155,55 +155,6 @@ def parity() -> None:
         print(f"{key:40s} {share:.3f} of the budget at {case}")
 
 
-def variants(wanted: list[str]) -> dict[str, object]:
-    """Microseconds of every plan of every linear layer, beside F.linear."""
-    ops = torch.ops.fastertransformer
-    results: dict[str, object] = {}
-    for name, size, lengths in workloads(wanted):
-        _, hidden, wide, _ = SIZES[size]
-        rows, layers = int(lengths.sum()), 12
-        layer_kinds = {
-            "qkv": (3 * hidden, hidden, False, False),
-            "out": (hidden, hidden, False, True),
-            "up": (wide, hidden, True, False),
-            "down": (hidden, wide, False, True),
-        }
-        for kind, (n, k, gelu, norm) in layer_kinds.items():
-            w = torch.randn(layers, n, k, device="cuda").mul_(k**-0.5).half()
-            bias, gamma, beta = (torch.randn(n, device="cuda").half() for _ in range(3))
-            x = torch.randn(rows, k, device="cuda").half()
-            residual = torch.randn(rows, n, device="cuda").half()
-            graphs = {}
-            graphs["F.linear"] = graphed(
-                lambda: [functional.linear(x, w[i], bias) for i in range(12)]
-            )
-            plans = ops.gemm_candidates(w[0], rows, gelu, norm, norm).split("\n")
-            for index, plan in enumerate(plans):
-                set_plan(w, rows, gelu, norm, norm, plan)
-                label = plan.split(":")[1] if plan.startswith("sm90") else f"lt{index}"
-
-                def body() -> None:
-                    for i in range(layers):
-                        if norm:
-                            ops.linear_layer_norm(x, w[i], bias, residual, gamma, beta, EPS)
-                        else:
-                            ops.linear(x, w[i], bias, None, gelu)
-
-                graphs[label] = graphed(body)
-            times = interleaved(graphs, 8)
-            flops = 2e-6 * rows * n * k
-            us = {label: round(t * 1e3 / layers, 2) for label, t in times.items()}
-            results[f"{name} {kind}"] = us
-            best = min((t, label) for label, t in us.items() if label != "F.linear")
-            ours = {label: t for label, t in us.items() if not label.startswith("lt")}
-            print(
-                f"{name:26s} {rows:6d} {kind:5s} best {best[1]} {best[0]}"
-                f" ({flops / best[0]:.0f} TFLOP/s) {ours}",
-                flush=True,
-            )
-    return results
-
-
 class Packed(torch.nn.Module):
     """The stack in plain torch over packed tokens, with FlashAttention-2."""
 
@@ -231,7 +182,7 @@ class Packed(torch.nn.Module):
                     functional.scaled_dot_product_attention(
                         *(t[a:b].transpose(0, 1)[None] for t in (q, k, v))
                     )[0].transpose(0, 1)
-                    for a, b in zip(bounds, bounds[1:], strict=False)
+                    for a, b in itertools.pairwise(bounds)
                 ]
                 attended = torch.cat(parts)
             else:
@@ -290,12 +241,19 @@ def encoder_inputs(
     return model, (embedded.to(dtype), cu), ours, embedded
 
 
+def linear_layers(model: Packed, inputs: dict[int, torch.Tensor]) -> None:
+    """The stack's linear layers and nothing else; `inputs` by width."""
+    for layer in model.layers:
+        for part in (layer.qkv, layer.out, layer.up, layer.down):
+            part(inputs[part.in_features])
+
+
 @torch.no_grad()
 def encoder(wanted: list[str]) -> dict[str, object]:
     """Milliseconds of the stack: ours, packed torch, the linear layers alone; and the errors."""
     results: dict[str, object] = {}
     for name, size, lengths in workloads(wanted):
-        layers, hidden, wide, _ = SIZES[size]
+        _, hidden, wide, _ = SIZES[size]
         longest, tokens = int(lengths.max()), int(lengths.sum())
         model, (x, cu), ours, embedded = encoder_inputs(size, lengths, torch.float16)
         row: dict[str, float] = {"tokens": tokens}
@@ -308,25 +266,20 @@ def encoder(wanted: list[str]) -> dict[str, object]:
             row["difference"] = relative_error(ours(), half(x, cu, longest).float())
         inputs = {hidden: x, wide: torch.randn(tokens, wide, device="cuda").half()}
 
-        def gemms() -> None:
-            for layer in half.layers:
-                for part in (layer.qkv, layer.out, layer.up, layer.down):
-                    part(inputs[part.in_features])
-
         graphs = {
             "ours": graphed(ours),
-            "packed": graphed(lambda: half(x, cu, longest)),
-            "gemms": graphed(gemms),
+            "packed": graphed(functools.partial(half, x, cu, longest)),
+            "gemms": graphed(functools.partial(linear_layers, half, inputs)),
         }
         row |= interleaved(graphs, 20)
         results[name] = row
         print(
             f"{name:26s} {tokens:6d} "
             + " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "tokens")
-            + f" | /packed {row['ours'] / row['packed']:.3f} /gemms {row['ours'] / row['gemms']:.3f}",
+            + f" | of packed {row['ours'] / row['packed']:.3f}"
+            + f" of gemms {row['ours'] / row['gemms']:.3f}",
             flush=True,
         )
-        del model, half, ours, graphs
     return results
 
 
@@ -357,7 +310,7 @@ def kernels(wanted: list[str]) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["parity", "variants", "encoder", "kernels"])
+    parser.add_argument("what", choices=["parity", "encoder", "kernels"])
     parser.add_argument("workloads", nargs="*", help="texts that a workload's name must contain")
     parser.add_argument("--library", default=os.environ.get("FT_HANDLER_LIBRARY"))
     parser.add_argument("--output", type=Path, help="a JSON file")
@@ -371,8 +324,6 @@ def main() -> None:
     results: dict[str, object] = {}
     if given.what == "parity":
         parity()
-    elif given.what == "variants":
-        results = variants(given.workloads)
     elif given.what == "encoder":
         results = encoder(given.workloads)
     else:

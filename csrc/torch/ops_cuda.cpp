@@ -1,5 +1,5 @@
 // The ops on CUDA tensors: guard, check, allocate, launch. No synchronisation except where an
-// output's size is known to the device alone (remove_padding) and in tune_gemm, which measures.
+// output's size is known to the device alone (remove_padding).
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -492,52 +492,66 @@ Tensor encoder(Tensor input_ids, Tensor token_type_ids, std::optional<Tensor> po
   return out;
 }
 
-// Measures one linear layer's candidates; a JSON list, best first: [{"plan", "us"}].
-std::string tune_gemm(Tensor weight, int64_t rows, bool gelu, bool residual, double norm_eps,
-                      int64_t repeats) {
+// LayerNorm(input * weight^T + bias + residual), the norm in the product's epilogue where it fits.
+Tensor linear_layer_norm(Tensor input, Tensor weight, Tensor bias, Tensor residual, Tensor gamma,
+                         Tensor beta, double eps) {
+  const char* op = "linear_layer_norm";
+  FT_CHECK_FLOAT(input);
+  FT_CHECK_DIM(input, 2);
+  FT_CHECK_DTYPE(weight, input.scalar_type());
+  check_device(op, input, "weight", weight);
+  const auto [n, k] = weight_size(weight);
+  FT_CHECK_SIZE(input, 1, k);
+  check_vector(op, "bias", input, bias, n);
+  check_vector(op, "gamma", input, gamma, n);
+  check_vector(op, "beta", input, beta, n);
+  check_device(op, input, "residual", residual);
+  FT_CHECK_DTYPE(residual, input.scalar_type());
+  FT_CHECK(residual.dim() == 2 && residual.size(0) == input.size(0) && residual.size(1) == n,
+           "residual must be [", input.size(0), ", ", n, "], is ", shape_of(residual));
+  const OnDeviceOf device(input);
+  const Tensor x = packed(input), w = packed(weight), b = packed(bias), r = packed(residual),
+               g = packed(gamma), c = packed(beta);
+  Tensor out = empty_like_rows(x, {x.size(0), n});
+  if (x.size(0) == 0) return out;
+  const Tensor workspace = bytes_like(x, cuda::gemm_workspace_bytes());
+  const Tensor scratch = empty_like_rows(x, {x.size(0), n});
+  const cuda::Gemm gemm{pointer(x),         pointer(w),         pointer(b),
+                        pointer(r),         out.data_ptr(),     narrow_int(x.size(0), "rows"),
+                        narrow_int(n, "n"), narrow_int(k, "k"), false,
+                        dtype_of(x)};
+  const cuda::GemmNorm norm{pointer(g), pointer(c), static_cast<float>(eps), nullptr};
+  check_status(cuda::linear_layer_norm(gemm, norm, scratch.data_ptr(), workspace.data_ptr(),
+                                       device.launch()),
+               op, "input ", shape_of(x), ", weight ", shape_of(w), ", ",
+               dtype_name(x.scalar_type()));
+  return out;
+}
+
+// The plans worth timing for one linear layer, one a line.
+std::string gemm_candidates(Tensor weight, int64_t rows, bool gelu, bool residual, bool norm) {
   FT_CHECK_FLOAT(weight);
-  FT_CHECK(repeats > 0, "repeats must be positive");
   const auto [n, k] = weight_size(weight);
   const OnDeviceOf device(weight);
-  const Tensor w = packed(weight);
-  const int m = cuda::gemm_row_class(narrow_int(rows, "rows"));
-  const Tensor x = empty_like_rows(w, {m, k}), y = empty_like_rows(w, {m, n}),
-               r = empty_like_rows(w, {m, n}), scratch = empty_like_rows(w, {m, n}),
-               vectors = empty_like_rows(w, {3, n}),
-               workspace = bytes_like(w, cuda::gemm_workspace_bytes());
-  // Random values: multiplying zeros draws less power and runs faster than real data.
-  for (const Tensor* t : {&x, &r, &vectors}) {
-    std::array<StableIValue, 4> stack{
-        torch::stable::detail::from(*t), torch::stable::detail::from(0.0),
-        torch::stable::detail::from(1.0), torch::stable::detail::from(std::nullopt)};
-    FT_CHECK(torch_call_dispatcher("aten::normal_", "", stack.data(), TORCH_ABI_VERSION) == 0,
-             "tune_gemm: filling random inputs failed");
-    torch::stable::detail::to<Tensor>(stack[0]);
-  }
-  const auto row = [&](int i) {
-    return static_cast<const char*>(vectors.data_ptr()) + size_t(i) * n * vectors.element_size();
-  };
-  const cuda::Gemm gemm{pointer(x),
-                        pointer(w),
-                        row(0),
-                        residual ? pointer(r) : nullptr,
-                        y.data_ptr(),
-                        m,
+  // Only alignment is read of the pointers, and torch's allocations have the best there is.
+  void* const any = weight.data_ptr();
+  const cuda::Gemm gemm{any,
+                        any,
+                        any,
+                        residual ? any : nullptr,
+                        any,
+                        cuda::gemm_row_class(narrow_int(rows, "rows")),
                         narrow_int(n, "n"),
                         narrow_int(k, "k"),
                         gelu,
-                        dtype_of(w)};
-  const cuda::GemmNorm norm{row(1), row(2), static_cast<float>(norm_eps), nullptr};
-  std::vector<cuda::GemmCandidate> found;
-  check_status(cuda::time_gemm_candidates(gemm, norm_eps > 0 ? &norm : nullptr, scratch.data_ptr(),
-                                          workspace.data_ptr(), device.launch(),
-                                          narrow_int(repeats, "repeats"), &found),
-               "tune_gemm", "rows ", m, ", weight ", shape_of(w));
-  std::string json = "[";
-  for (const auto& candidate : found)
-    json += (json.size() > 1 ? ", " : "") + ("{\"plan\": \"" + candidate.plan) +
-            "\", \"us\": " + std::to_string(candidate.microseconds) + "}";
-  return json + "]";
+                        dtype_of(weight)};
+  const cuda::GemmNorm with_norm{any, any, 1e-12f, nullptr};
+  std::vector<std::string> plans;
+  check_status(cuda::gemm_candidates(gemm, norm ? &with_norm : nullptr, &plans), "gemm_candidates",
+               "rows ", rows, ", weight ", shape_of(weight));
+  std::string lines;
+  for (const std::string& plan : plans) lines += (lines.empty() ? "" : "\n") + plan;
+  return lines;
 }
 
 // Makes a measured plan the choice for its shape class on `device`.
@@ -569,9 +583,9 @@ int64_t gemm_row_class(int64_t rows) { return cuda::gemm_row_class(narrow_int(ro
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastertransformer, m) {
   m.def(
-      "tune_gemm(Tensor weight, int rows, bool gelu, bool residual, float norm_eps, int repeats) "
-      "-> "
-      "str");
+      "linear_layer_norm(Tensor input, Tensor weight, Tensor bias, Tensor residual, Tensor gamma, "
+      "Tensor beta, float eps) -> Tensor");
+  m.def("gemm_candidates(Tensor weight, int rows, bool gelu, bool residual, bool norm) -> str");
   m.def(
       "load_gemm_plan(int device, str dtype, int rows, int n, int k, bool gelu, bool residual, "
       "bool norm, str plan) -> ()");
@@ -593,7 +607,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CUDA, m) {
   m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));
   m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
   m.impl("encoder", TORCH_BOX(&encoder));
-  m.impl("tune_gemm", TORCH_BOX(&tune_gemm));
+  m.impl("linear_layer_norm", TORCH_BOX(&linear_layer_norm));
+  m.impl("gemm_candidates", TORCH_BOX(&gemm_candidates));
 }
 
 }  // namespace ft

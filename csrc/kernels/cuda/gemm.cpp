@@ -191,15 +191,17 @@ cudaError_t find_plan(const Gemm& gemm, const GemmNorm* norm, Plan* plan) {
   return cudaSuccess;
 }
 
-// Everything after the product that cuBLASLt does not fuse.
+// The product, and after it whatever its kernel does not fuse.
 cudaError_t run_plan(const Plan& plan, const Gemm& gemm, const GemmNorm* norm, void* scratch,
                      void* workspace, Launch launch) {
-  if (plan.sm90_variant >= 0) return gemm_sm90(plan.sm90_variant, gemm, norm, launch);
+  const bool ours = plan.sm90_variant >= 0;
+  if (ours && (norm == nullptr || gemm_sm90_norms(plan.sm90_variant)))
+    return gemm_sm90(plan.sm90_variant, gemm, norm, launch);
   Gemm product = gemm;
   if (norm != nullptr) product.output = scratch;
-  cudaError_t status = cublaslt_linear(product, plan.algo, workspace, launch.stream);
-  if (status != cudaSuccess) return status;
-  if (gemm.gelu)
+  cudaError_t status = ours ? gemm_sm90(plan.sm90_variant, product, nullptr, launch)
+                            : cublaslt_linear(product, plan.algo, workspace, launch.stream);
+  if (status == cudaSuccess && gemm.gelu && !ours)
     status = bias_gelu(product.output, nullptr, gemm.rows, gemm.n, gemm.dtype, product.output,
                        nullptr, launch);
   if (status == cudaSuccess && norm != nullptr)

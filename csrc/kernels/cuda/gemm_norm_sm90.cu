@@ -13,13 +13,11 @@ const void* norm_kernel(int variant, bool bfloat16) {
     case 1:
       return pick(NormPingPong64x192{});
     case 2:
-      return pick(NormPingPong64x256{});
-    case 3:
-      return pick(NormTogether128x192{});
-    case 4:
-      return pick(NormTogether128x256{});
-    default:
       return pick(NormPingPong64x128{});
+    case 3:
+      return pick(NormPingPong64x256{});
+    default:
+      return pick(NormPingPong128x128{});
   }
 }
 

@@ -28,8 +28,24 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
                : "memory");
 }
 
-// Waits until the phase of this parity has completed.
+// Waits until the phase of this parity has completed. No cluster scope here or in the arrival
+// below: it would compile to a fence of the whole GPU and an L1 invalidation, half a microsecond a
+// round, and what these barriers guard is read and written by the tensor cores and the copy engine
+// alone.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra ready;\n"
+      "bra again;\n"
+      "ready:\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// The same, for data that other blocks of the cluster wrote.
+__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "again:\n"
@@ -49,8 +65,7 @@ __device__ __forceinline__ uint32_t in_block(uint32_t address, uint32_t rank) {
 }
 
 __device__ __forceinline__ void barrier_arrive_remote(uint32_t mapped) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
 }
 
 // Writes 8 bytes into another block's shared memory and counts them on its barrier.
@@ -72,9 +87,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
+// Execution alone: what must be visible has its own fence or barrier.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.arrive.relaxed.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;\n" ::
           : "memory");
 }

@@ -25,6 +25,12 @@ const void* norm_kernel(int variant, bool bfloat16);    // gemm_norm_sm90.cu
 
 namespace {
 
+// Microseconds, fitted to measurements on an H200: fixed + rounds * (round + k / 64 * block (+
+// gelu)), where a round is one tile for every cluster that the chip runs at a time.
+struct Cost {
+  float fixed, round, block, gelu;
+};
+
 struct Variant {
   const char* name;
   const void* (*kernel)(int, bool);
@@ -33,13 +39,12 @@ struct Variant {
   int box_rows;  // of an output box
   int cluster, sharers, threads, shared_bytes;
   bool norm;
-  // Time of a tile over that of its products at the tensor cores' full rate, measured.
-  float cost;
+  Cost cost;
 };
 
 template <typename Config>
 constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), int index,
-                          float cost) {
+                          Cost cost) {
   return {name,
           kernel,
           index,
@@ -55,18 +60,26 @@ constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), in
 }
 
 constexpr std::array kVariants{
-    variant<sm90::PingPong128x192>("ping-pong 128x192", sm90::linear_kernel, 0, 1.0f),
-    variant<sm90::PingPong128x128>("ping-pong 128x128", sm90::linear_kernel, 1, 1.15f),
-    variant<sm90::PingPong64x128>("ping-pong 64x128", sm90::linear_kernel, 2, 1.7f),
-    variant<sm90::Together128x192>("together 128x192", sm90::linear_kernel, 3, 1.0f),
-    variant<sm90::Together128x128>("together 128x128", sm90::linear_kernel, 4, 1.15f),
-    variant<sm90::Together128x256>("together 128x256", sm90::linear_kernel, 5, 1.1f),
-    variant<sm90::NormPingPong128x192>("norm ping-pong 128x192", sm90::norm_kernel, 0, 1.0f),
-    variant<sm90::NormPingPong64x192>("norm ping-pong 64x192", sm90::norm_kernel, 1, 1.4f),
-    variant<sm90::NormPingPong64x256>("norm ping-pong 64x256", sm90::norm_kernel, 2, 1.3f),
-    variant<sm90::NormTogether128x192>("norm together 128x192", sm90::norm_kernel, 3, 1.0f),
-    variant<sm90::NormTogether128x256>("norm together 128x256", sm90::norm_kernel, 4, 1.0f),
-    variant<sm90::NormPingPong64x128>("norm ping-pong 64x128", sm90::norm_kernel, 5, 1.5f),
+    variant<sm90::PingPong128x192>("ping-pong 128x192", sm90::linear_kernel, 0,
+                                   {2.3f, 0.8f, 0.50f, 1.3f}),
+    variant<sm90::PingPong128x192Alone>("ping-pong 128x192 alone", sm90::linear_kernel, 1,
+                                        {2.1f, 1.0f, 0.50f, 0.9f}),
+    variant<sm90::PingPong128x128>("ping-pong 128x128", sm90::linear_kernel, 2,
+                                   {1.7f, 1.2f, 0.33f, 0.7f}),
+    variant<sm90::PingPong64x128>("ping-pong 64x128", sm90::linear_kernel, 3,
+                                  {1.7f, 0.9f, 0.21f, 0.3f}),
+    variant<sm90::Together128x128>("together 128x128", sm90::linear_kernel, 4,
+                                   {0.4f, 2.1f, 0.33f, 0.7f}),
+    variant<sm90::NormPingPong128x192>("norm ping-pong 128x192", sm90::norm_kernel, 0,
+                                       {1.2f, 3.8f, 0.48f, 0.f}),
+    variant<sm90::NormPingPong64x192>("norm ping-pong 64x192", sm90::norm_kernel, 1,
+                                      {0.9f, 1.7f, 0.30f, 0.f}),
+    variant<sm90::NormPingPong64x128>("norm ping-pong 64x128", sm90::norm_kernel, 2,
+                                      {0.6f, 1.7f, 0.23f, 0.f}),
+    variant<sm90::NormPingPong64x256>("norm ping-pong 64x256", sm90::norm_kernel, 3,
+                                      {0.f, 2.3f, 0.41f, 0.f}),
+    variant<sm90::NormPingPong128x128>("norm ping-pong 128x128", sm90::norm_kernel, 4,
+                                       {0.f, 3.1f, 0.37f, 0.f}),
 };
 
 constexpr int kBlockK = 64;
@@ -184,6 +197,12 @@ const Launchable& launchable(int v, bool bfloat16, int device) {
 
 int tiles_of(int total, int tile) { return (total + tile - 1) / tile; }
 
+// Tiles that a whole cluster works on at a time.
+int cluster_tiles_of(const Variant& variant, const Gemm& gemm) {
+  const int m_tiles = tiles_of(gemm.rows, variant.m);
+  return variant.norm ? m_tiles : tiles_of(m_tiles, variant.cluster) * tiles_of(gemm.n, variant.n);
+}
+
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace
@@ -192,36 +211,42 @@ int gemm_sm90_variants() { return static_cast<int>(kVariants.size()); }
 
 const char* gemm_sm90_name(int variant) { return kVariants[variant].name; }
 
+bool gemm_sm90_norms(int variant) { return kVariants[variant].norm; }
+
 bool gemm_sm90_supports(int v, const Gemm& gemm, const GemmNorm* norm) {
   static const bool enabled = environment_switch("FT_HANDLER_SM90_GEMM", true);
   const DeviceProperties* device = nullptr;
   if (!enabled || current_device(&device) != cudaSuccess) return false;
   const Variant& variant = kVariants[v];
   if (device->major != 9 || device->minor != 0 || gemm.dtype == DType::kFloat32) return false;
-  if (variant.norm != (norm != nullptr)) return false;
+  if (variant.norm && norm == nullptr) return false;
   if (variant.norm && (gemm.n != variant.n * variant.cluster || gemm.gelu)) return false;
   return gemm.n % 8 == 0 && gemm.k % 8 == 0 && aligned(gemm.input) && aligned(gemm.weight) &&
          aligned(gemm.residual) && aligned(gemm.output) && aligned(gemm.bias);
 }
 
 int gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm) {
+  const DeviceProperties* device = nullptr;
+  if (current_device(&device) != cudaSuccess) return -1;
+  const float elements = static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
+  const float gflop = 2e-9f * elements * static_cast<float>(gemm.k);
+  // What cuBLASLt takes, fitted likewise, with the passes over memory that it needs afterwards.
+  float least = 3.2f + gflop * (gemm.k < 2048 ? 1.45f : 1.25f);
+  if (norm != nullptr) least += 1.8f + elements * 1.7e-6f;
+  if (gemm.gelu) least += 1.6f + elements * 1.3e-6f;
   int best = -1;
-  float least = 0.f;
   for (int v = 0; v < gemm_sm90_variants(); ++v) {
     if (!gemm_sm90_supports(v, gemm, norm)) continue;
     const Variant& variant = kVariants[v];
-    const DeviceProperties* device = nullptr;
-    if (current_device(&device) != cudaSuccess) return -1;
     const Launchable& ready = launchable(v, gemm.dtype == DType::kBFloat16, device->index);
     if (ready.status != cudaSuccess) continue;
-    const int m_tiles = tiles_of(gemm.rows, variant.m);
-    const int cluster_tiles =
-        variant.norm ? m_tiles : tiles_of(m_tiles, variant.cluster) * tiles_of(gemm.n, variant.n);
-    const float rounds = static_cast<float>(tiles_of(cluster_tiles, ready.clusters));
-    // A round is its products; the last epilogue, worth about 320 of k, is hidden behind nothing.
-    const float time = static_cast<float>(variant.m * variant.n) * variant.cost *
-                       (rounds * static_cast<float>(gemm.k) + 320.f);
-    if (best < 0 || time < least) {
+    const float rounds =
+        static_cast<float>(tiles_of(cluster_tiles_of(variant, gemm), ready.clusters));
+    const Cost& cost = variant.cost;
+    float time = cost.fixed + rounds * (cost.round + static_cast<float>(gemm.k) / 64 * cost.block +
+                                        (gemm.gelu ? cost.gelu : 0.f));
+    if (norm != nullptr && !variant.norm) time += 1.5f + elements * 1.0e-6f;  // a kernel of its own
+    if (time < least) {
       best = v;
       least = time;
     }
@@ -241,11 +266,10 @@ cudaError_t gemm_sm90(int v, const Gemm& gemm, const GemmNorm* norm, Launch laun
   p.n = gemm.n;
   p.k_blocks = tiles_of(gemm.k, kBlockK);
   p.n_tiles = tiles_of(gemm.n, variant.n);
-  const int m_tiles = tiles_of(gemm.rows, variant.m);
-  p.cluster_tiles = variant.norm ? m_tiles : tiles_of(m_tiles, variant.cluster) * p.n_tiles;
+  p.cluster_tiles = cluster_tiles_of(variant, gemm);
   p.gelu = gemm.gelu;
   p.residual = gemm.residual != nullptr;
-  if (norm != nullptr) {
+  if (variant.norm) {
     p.gamma = norm->gamma;
     p.beta = norm->beta;
     p.eps = norm->eps;
@@ -291,6 +315,7 @@ namespace ft::cuda {
 
 int gemm_sm90_variants() { return 0; }
 const char* gemm_sm90_name(int) { return ""; }
+bool gemm_sm90_norms(int) { return false; }
 bool gemm_sm90_supports(int, const Gemm&, const GemmNorm*) { return false; }
 int gemm_sm90_choose(const Gemm&, const GemmNorm*) { return -1; }
 cudaError_t gemm_sm90(int, const Gemm&, const GemmNorm*, Launch) { return cudaErrorNotSupported; }

@@ -11,10 +11,13 @@ int gemm_sm90_variants();
 // Short name of a variant, such as "pingpong 128x192 2x1".
 const char* gemm_sm90_name(int variant);
 
+// Whether `variant` does the layer norm itself; otherwise a kernel of its own has to follow.
+bool gemm_sm90_norms(int variant);
+
 // Whether `variant` can run this problem on the current device (alignment, sizes, epilogue, chip).
 bool gemm_sm90_supports(int variant, const Gemm& gemm, const GemmNorm* norm);
 
-// The variant expected to be fastest, or -1 when none serves.
+// The variant expected to be fastest, or -1 when none serves or cuBLASLt is expected to be faster.
 int gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm);
 
 // Enqueues `variant`.

@@ -1,0 +1,24 @@
+#include "kernels/cuda/gemm_sm90.cuh"
+
+namespace ft::cuda::sm90 {
+
+const void* linear_kernel(int variant, bool bfloat16) {
+  const auto pick = [&]<typename Config>(Config) -> const void* {
+    return bfloat16 ? reinterpret_cast<const void*>(gemm_kernel<__nv_bfloat16, Config>)
+                    : reinterpret_cast<const void*>(gemm_kernel<__half, Config>);
+  };
+  switch (variant) {
+    case 0:
+      return pick(PingPong128x192{});
+    case 1:
+      return pick(PingPong128x192Alone{});
+    case 2:
+      return pick(PingPong128x128{});
+    case 3:
+      return pick(PingPong64x128{});
+    default:
+      return pick(Together128x128{});
+  }
+}
+
+}  // namespace ft::cuda::sm90
