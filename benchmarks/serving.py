@@ -403,10 +403,7 @@ def main(given: list[str] | None = None) -> None:
         options = ServeOptions(
             model_store=folder / "store", models=("none",), token_auth=False, model_api=True,
             port=port, grpc_port=port + 3,
-            overrides={
-                "job_queue_size": "2000", "metrics_mode": "prometheus",
-                "vmargs": f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
-            },
+            overrides={"job_queue_size": "2000"},
         )  # fmt: skip
         with (folder / "server.log").open("w") as log:
             server = Server(options, cwd=folder, output=log)

@@ -40,6 +40,15 @@ KEY_FILE = "key_file.json"
 #: Lines every start prints on a machine without a GPU or on a newer Java; they mean nothing.
 NOISE = ("WARNING: sun.reflect.Reflection.getCallerClass", "nvidia-smi not available")
 
+#: What config.properties leaves open; TorchServe's own defaults would load archives from any URL,
+#: print a log line for every metric, and query GPUs with bindings that fail.
+SAFE_DEFAULTS = {
+    "allowed_urls": "no-url-is-allowed",
+    "disable_system_metrics": "true",
+    "metrics_config": str(METRICS_CONFIG),
+    "metrics_mode": "prometheus",
+}
+
 #: config.properties key -> what TorchServe takes when the key is missing.
 ADDRESSES = {
     "inference_address": "http://127.0.0.1:8080",
@@ -158,8 +167,8 @@ def effective_properties(options: ServeOptions) -> dict[str, str]:
     if options.model_store is not None:
         properties["model_store"] = str(options.model_store.resolve())
     properties.setdefault("model_store", str(Path("model_store").resolve()))
-    properties.setdefault("metrics_config", str(METRICS_CONFIG))
-    properties.setdefault("disable_system_metrics", "true")
+    for key, value in SAFE_DEFAULTS.items():
+        properties.setdefault(key, value)
     if options.token_auth is not None:
         properties["disable_token_authorization"] = str(not options.token_auth).lower()
     if options.model_api is not None:

@@ -159,11 +159,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 @pytest.fixture(scope="session")
 def running(start_server: Callable[..., Running], store: Path) -> Running:
     """The shared server: `cls` loaded at the start, `qa` registered through the management API."""
-    running = start_server(
-        store,
-        ["cls.mar"],
-        overrides={"metrics_mode": "prometheus", "allowed_urls": "no-url-is-allowed"},
-    )
+    running = start_server(store, ["cls.mar"])
     answer = running.manage("POST", "/models", url="qa.mar", initial_workers=1, synchronous="true")
     assert answer.status_code == 200, answer.text
     return running
