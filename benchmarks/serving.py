@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from ft_handler import build_info, load_library
-from ft_handler.serve import LOG_CONFIG, ServeOptions, Server
+from ft_handler.serve import ServeOptions, Server
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from load import load as bundled_load
