@@ -1,0 +1,495 @@
+"""Every CPU op against its eager twin, at awkward shapes, in every float type.
+
+`test_every_instruction_set` runs this file once more for each other instruction set that the
+processor has, so everything here holds for all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ft_handler
+from ft_handler import reference
+
+ft_handler.load_library()
+ops = torch.ops.fastertransformer
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+# fp32 sums in another order than the twin's; half types round inputs and outputs.
+BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+LENGTHS = [1, 7, 113, 511]
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    """Equal to within the type's bound, relative above 1 and absolute below."""
+    assert got.dtype == dtype
+    bound = BOUNDS[dtype]
+    torch.testing.assert_close(got.float(), want, rtol=bound, atol=bound)
+
+
+def bounds_of(lengths: list[int]) -> Tensor:
+    """cu_seqlens of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def encoder_inputs(
+    dtype: torch.dtype, lengths: list[int], heads: int = 2, head_dim: int = 32, inner: int = 72
+) -> dict[str, Any]:
+    """Random arguments of `encoder`, raw weights, two layers."""
+    hidden, layers, tokens = heads * head_dim, 2, sum(lengths)
+
+    def draw(*shape: int, centre: float = 0.0) -> Tensor:
+        return (torch.randn(*shape) * 0.1 + centre).to(dtype)
+
+    return {
+        "input_ids": torch.randint(0, 30, (tokens,)),
+        "token_type_ids": torch.randint(0, 2, (tokens,)),
+        "position_ids": None,
+        "cu_seqlens": bounds_of(lengths),
+        "max_seqlen": max(lengths, default=0),
+        "word": draw(30, hidden),
+        "position": draw(512, hidden),
+        "token_type": draw(2, hidden),
+        "emb_gamma": draw(hidden, centre=1),
+        "emb_beta": draw(hidden),
+        "qkv_weight": draw(layers, 3 * hidden, hidden),
+        "qkv_bias": draw(layers, 3 * hidden),
+        "out_weight": draw(layers, hidden, hidden),
+        "out_bias": draw(layers, hidden),
+        "ln1_gamma": draw(layers, hidden, centre=1),
+        "ln1_beta": draw(layers, hidden),
+        "up_weight": draw(layers, inner, hidden),
+        "up_bias": draw(layers, inner),
+        "down_weight": draw(layers, hidden, inner),
+        "down_bias": draw(layers, hidden),
+        "ln2_gamma": draw(layers, hidden, centre=1),
+        "ln2_beta": draw(layers, hidden),
+        "num_heads": heads,
+        "eps": 1e-12,
+    }
+
+
+def prepared(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments with the weights as the op wants them."""
+    return {k: ops.prepare_weight(v) if k.endswith("_weight") else v for k, v in inputs.items()}
+
+
+# ---- linear -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("tokens", "n", "k"), [(1, 1, 2), (7, 50, 66), (113, 97, 160), (300, 130, 420), (150, 800, 64)]
+)
+def test_linear(dtype: torch.dtype, tokens: int, n: int, k: int) -> None:
+    x, w = torch.randn(tokens, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
+    bias, residual = torch.randn(n).to(dtype), torch.randn(tokens, n).to(dtype)
+    weight = ops.prepare_weight(w)
+    for b in (None, bias):
+        for r in (None, residual):
+            for gelu in (False, True):
+                got = ops.linear(x, weight, b, r, gelu)
+                close(got, reference.linear(x, w, b, r, gelu), dtype)
+
+
+def test_linear_reads_strided_inputs() -> None:
+    x, w, residual = torch.randn(48, 20).T, torch.randn(30, 48), torch.randn(30, 20).T
+    got = ops.linear(x, ops.prepare_weight(w.T.contiguous().T), None, residual, False)
+    close(got, reference.linear(x, w, None, residual, False), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_prepared_weight_is_about_as_large_as_the_raw_one(dtype: torch.dtype) -> None:
+    w = torch.zeros(3, 384, 384, dtype=dtype)
+    assert ops.prepare_weight(w).numel() <= w.numel() * w.element_size() + 4096
+
+
+def test_linear_refuses_what_was_not_prepared() -> None:
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+    with pytest.raises(RuntimeError, match="weight must be what prepare_weight returned"):
+        ops.linear(x, w, None, None, False)
+    blob = ops.prepare_weight(w)
+    with pytest.raises(RuntimeError, match="weight is not what prepare_weight returned"):
+        ops.linear(x, torch.zeros_like(blob), None, None, False)
+    with pytest.raises(RuntimeError, match="weight has the wrong size"):
+        ops.linear(x, blob[:-64], None, None, False)
+    with pytest.raises(RuntimeError, match=r"weight must hold 1 x \[-1, 9\]"):
+        ops.linear(torch.randn(3, 9), blob, None, None, False)
+    with pytest.raises(RuntimeError, match=r"bias must have shape \[4\], has \[5\]"):
+        ops.linear(x, blob, torch.randn(5), None, False)
+    with pytest.raises(RuntimeError, match=r"input must have dtype float32.*float64"):
+        ops.linear(x.double(), blob, None, None, False)
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("head_dim", [2, 6, 32, 48, 64, 80, 128])
+def test_attention_head_sizes(dtype: torch.dtype, head_dim: int) -> None:
+    lengths = [1, 7, 0, 113, 32]
+    qkv = torch.randn(sum(lengths), 3 * 3 * head_dim).to(dtype)
+    got = ops.varlen_attention(qkv, bounds_of(lengths), 113, 3)
+    close(got, reference.varlen_attention(qkv, bounds_of(lengths), 113, 3), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("length", [*LENGTHS, 1100])
+def test_attention_lengths(dtype: torch.dtype, length: int) -> None:
+    qkv = (torch.randn(length, 3 * 64) * 2).to(dtype)
+    got = ops.varlen_attention(qkv, bounds_of([length]), 4096, 2)
+    close(got, reference.varlen_attention(qkv, bounds_of([length]), 4096, 2), dtype)
+
+
+def test_attention_of_large_scores_stays_finite() -> None:
+    qkv = torch.randn(40, 96) * 60
+    got = ops.varlen_attention(qkv, bounds_of([40]), 40, 1)
+    want = reference.varlen_attention(qkv, bounds_of([40]), 40, 1)
+    # Scores near 10^4 carry a rounding error of 10^-3, whoever computes them.
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_attention_keeps_sequences_apart(dtype: torch.dtype) -> None:
+    qkv = torch.randn(60, 96).to(dtype)
+    alone = ops.varlen_attention(qkv[20:33], bounds_of([13]), 13, 2)
+    qkv[:20], qkv[33:] = float("nan"), float("inf")
+    among = ops.varlen_attention(qkv, bounds_of([20, 13, 27]), 27, 2)
+    assert torch.equal(among[20:33], alone)
+
+
+def test_attention_refuses() -> None:
+    qkv = torch.randn(10, 96)
+    for cu, message in (
+        ([0, 5, 4, 10], "cu_seqlens must not decrease, goes from 5 to 4 at sequence 1"),
+        ([1, 10], "cu_seqlens must begin with 0, begins with 1"),
+        ([0, 9], "cu_seqlens must end with the number of tokens, 10, ends with 9"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.varlen_attention(qkv, torch.tensor(cu, dtype=torch.int32), 10, 1)
+    cu = bounds_of([10])
+    with pytest.raises(RuntimeError, match="max_seqlen must be at least the longest sequence, 10"):
+        ops.varlen_attention(qkv, cu, 9, 1)
+    with pytest.raises(RuntimeError, match="cu_seqlens must have dtype int32, has int64"):
+        ops.varlen_attention(qkv, cu.long(), 10, 1)
+    with pytest.raises(RuntimeError, match="num_heads must divide the hidden size 32, is 5"):
+        ops.varlen_attention(qkv, cu, 10, 5)
+    with pytest.raises(RuntimeError, match="head size must be even and at most 128, is 1"):
+        ops.varlen_attention(qkv, cu, 10, 32)
+    with pytest.raises(RuntimeError, match="head size must be even and at most 128, is 200"):
+        ops.varlen_attention(torch.randn(10, 600), cu, 10, 1)
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [2, 33, 384, 768])
+def test_residual_layer_norm(dtype: torch.dtype, width: int) -> None:
+    x, r = torch.randn(113, width).to(dtype), torch.randn(width, 113).to(dtype).T
+    gamma, beta = torch.randn(width).to(dtype), torch.randn(width).to(dtype)
+    for bias in (None, torch.randn(width).to(dtype)):
+        got = ops.residual_layer_norm(x, bias, r, gamma, beta, 1e-5)
+        close(got, reference.residual_layer_norm(x, bias, r, gamma, beta, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bias_gelu(dtype: torch.dtype) -> None:
+    x, bias = (torch.randn(37, 101) * 3).to(dtype), torch.randn(101).to(dtype)
+    for b in (None, bias):
+        close(ops.bias_gelu(x, b), reference.bias_gelu(x, b), dtype)
+
+
+def test_gelu_is_exact_to_fp32_rounding() -> None:
+    x = torch.cat([torch.linspace(-12, 12, 20011), torch.tensor([0.0, -1e30, 1e30, -1e-30])])
+    got = ops.bias_gelu(x[None], None)[0].double()
+    want = F.gelu(x.double())
+    assert ((got - want).abs() <= 4e-7 * x.double().abs().clamp(min=1)).all()
+    assert torch.isnan(ops.bias_gelu(torch.tensor([[float("nan")]]), None)).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("ids", [torch.int64, torch.int32])
+def test_embedding_layer_norm(dtype: torch.dtype, ids: torch.dtype) -> None:
+    lengths = [5, 1, 0, 40]
+    inputs = encoder_inputs(dtype, lengths)
+    args = [inputs[k] for k in ("word", "position", "token_type", "emb_gamma", "emb_beta")]
+    words, kinds = inputs["input_ids"].to(ids), inputs["token_type_ids"].to(ids)
+    cu = inputs["cu_seqlens"]
+    for positions in (None, torch.randint(0, 512, (46,), dtype=torch.int32)):
+        got = ops.embedding_layer_norm(words, kinds, positions, cu, *args, 1e-12)
+        want = reference.embedding_layer_norm(words, kinds, positions, cu, *args, 1e-12)
+        close(got, want, dtype)
+
+
+def test_ids_outside_their_tables_are_refused() -> None:
+    inputs = prepared(encoder_inputs(torch.float32, [4, 3]))
+
+    def run(**changed: Any) -> None:
+        ops.encoder(*{**inputs, **changed}.values())
+
+    for name, token, value, limit in (
+        ("input_ids", 2, 30, 30),
+        ("input_ids", 6, -1, 30),
+        ("token_type_ids", 0, 2, 2),
+    ):
+        bad = inputs[name].clone()
+        bad[token] = value
+        message = rf"{name} must be in \[0, {limit}\), has {value} at token {token}"
+        with pytest.raises(RuntimeError, match=message):
+            run(**{name: bad})
+    with pytest.raises(RuntimeError, match=r"position_ids must be in \[0, 512\), has 512"):
+        run(position_ids=torch.full((7,), 512, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="must fit the position table of 3"):
+        run(position=inputs["position"][:3])
+    with pytest.raises(RuntimeError, match=r"qkv_weight must hold 2 x \[192, 64\]"):
+        run(qkv_weight=inputs["out_weight"])
+    with pytest.raises(RuntimeError, match="position must have the dtype of word, float32"):
+        run(position=inputs["position"].half())
+
+
+# ---- encoder ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 32), (1, 64), (11, 6), (1, 128)])
+def test_encoder(dtype: torch.dtype, heads: int, head_dim: int) -> None:
+    for lengths in ([1], LENGTHS, [3, 0, 2]):
+        inputs = encoder_inputs(dtype, lengths, heads, head_dim)
+        got = ops.encoder(*prepared(inputs).values())
+        close(got, reference.encoder(**inputs), dtype)
+
+
+def plain_torch_encoder(p: dict[str, Any]) -> Tensor:
+    """The same layers in the inputs' own type, as a library that keeps to it computes them."""
+    hidden, cu = p["word"].shape[1], p["cu_seqlens"].tolist()
+    positions = reference.positions_of(p["cu_seqlens"], cu[-1])
+    x = p["word"][p["input_ids"]] + p["position"][positions] + p["token_type"][p["token_type_ids"]]
+    x = F.layer_norm(x, (hidden,), p["emb_gamma"], p["emb_beta"], p["eps"])
+    for i in range(p["qkv_weight"].shape[0]):
+        qkv = F.linear(x, p["qkv_weight"][i], p["qkv_bias"][i])
+        context = torch.empty_like(x)
+        for a, b in itertools.pairwise(cu):
+            q, k, v = (
+                t.reshape(b - a, p["num_heads"], -1).transpose(0, 1)[None]
+                for t in qkv[a:b].split(hidden, 1)
+            )
+            attended = F.scaled_dot_product_attention(q, k, v)[0]
+            context[a:b] = attended.transpose(0, 1).reshape(b - a, hidden)
+        x = x + F.linear(context, p["out_weight"][i], p["out_bias"][i])
+        x = F.layer_norm(x, (hidden,), p["ln1_gamma"][i], p["ln1_beta"][i], p["eps"])
+        inner = F.gelu(F.linear(x, p["up_weight"][i], p["up_bias"][i]))
+        x = x + F.linear(inner, p["down_weight"][i], p["down_bias"][i])
+        x = F.layer_norm(x, (hidden,), p["ln2_gamma"][i], p["ln2_beta"][i], p["eps"])
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_errs_at_most_twice_as_much_as_torch(dtype: torch.dtype) -> None:
+    inputs = encoder_inputs(dtype, [1, 7, 113, 64], heads=4, head_dim=32, inner=256)
+    want = reference.encoder(**inputs)
+    ours = (ops.encoder(*prepared(inputs).values()).float() - want).abs().max()
+    theirs = (plain_torch_encoder(inputs).float() - want).abs().max()
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nothing_in_nothing_out(dtype: torch.dtype) -> None:
+    inputs = prepared(encoder_inputs(dtype, []))
+    assert ops.encoder(*inputs.values()).shape == (0, 64)
+    inputs["cu_seqlens"] = torch.zeros(3, dtype=torch.int32)  # two empty sequences
+    assert ops.encoder(*inputs.values()).shape == (0, 64)
+    none = torch.zeros(0, 64, dtype=dtype)
+    gamma = torch.ones(64, dtype=dtype)
+    cu = torch.zeros(1, dtype=torch.int32)
+    weight = ops.prepare_weight(torch.ones(48, 64, dtype=dtype))
+    assert ops.linear(none, weight, None, None, False).shape == (0, 48)
+    assert ops.varlen_attention(none.repeat(1, 3), cu, 0, 2).shape == (0, 64)
+    assert ops.residual_layer_norm(none, None, none, gamma, gamma, 1e-5).shape == (0, 64)
+    assert ops.bias_gelu(none, None).shape == (0, 64)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_sequence_does_not_see_its_batch(dtype: torch.dtype) -> None:
+    inputs = prepared(encoder_inputs(dtype, [9, 100, 31]))
+    among = ops.encoder(*inputs.values())[9:109]
+    inputs["input_ids"] = inputs["input_ids"][9:109]
+    inputs["token_type_ids"] = inputs["token_type_ids"][9:109]
+    inputs["cu_seqlens"] = bounds_of([100])
+    assert torch.equal(ops.encoder(*inputs.values()), among)
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    inputs = prepared(encoder_inputs(dtype, [511, 113, 7], heads=3, inner=300))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(ops.encoder(*inputs.values()))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+def test_one_thread_means_one_thread() -> None:
+    """With torch.set_num_threads(1) the op starts no thread, seen in a process of its own."""
+    code = (
+        "import os, torch, ft_handler; torch.set_num_threads(1); ft_handler.load_library();"
+        "o = torch.ops.fastertransformer; w = o.prepare_weight(torch.randn(512, 512));"
+        "count = lambda: len(os.listdir('/proc/self/task')); before = count();"
+        "o.linear(torch.randn(600, 512), w, None, None, True); assert count() == before"
+    )
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("counting threads needs /proc")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_concurrent_calls_do_not_mix() -> None:
+    cases = []
+    for lengths in ([5, 80], [113], [1, 1, 40], [200]):
+        inputs = prepared(encoder_inputs(torch.float32, lengths))
+        cases.append((inputs, ops.encoder(*inputs.values())))
+    wrong: list[int] = []
+
+    def work(case: int) -> None:
+        inputs, want = cases[case]
+        for _ in range(10):
+            if not torch.equal(ops.encoder(*inputs.values()), want):
+                wrong.append(case)
+
+    pool = [threading.Thread(target=work, args=(i % len(cases),)) for i in range(8)]
+    for thread in pool:
+        thread.start()
+    for thread in pool:
+        thread.join()
+    assert not wrong
+
+
+# ---- padding ------------------------------------------------------------------------------------
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> Tensor:
+    """Masks [B,S] with holes anywhere but in column 0."""
+    batch, seqlen = draw(st.integers(0, 5)), draw(st.integers(1, 9))
+    rows = [
+        [1, *draw(st.lists(st.integers(0, 1), min_size=seqlen - 1, max_size=seqlen - 1))]
+        for _ in range(batch)
+    ]
+    return torch.tensor(rows, dtype=torch.int64).reshape(batch, seqlen)
+
+
+@settings(max_examples=60)
+@given(
+    masks(),
+    st.sampled_from([torch.int64, torch.int32, torch.bool]),
+    st.sampled_from([torch.int64, torch.int32]),
+)
+def test_padding_round_trip(mask: Tensor, mask_type: torch.dtype, id_type: torch.dtype) -> None:
+    ids = torch.arange(mask.numel(), dtype=id_type).reshape(mask.shape)
+    got = ops.remove_padding(ids, ids + 1, mask.to(mask_type))
+    want = reference.remove_padding(ids, ids + 1, mask)
+    for a, b in zip(got[:5], want[:5], strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    assert got[5] == want[5]
+    packed = torch.randn(got[0].shape[0], 3)
+    restored = ops.restore_padding(packed, got[3], *mask.shape, -7.0)
+    assert torch.equal(restored, reference.restore_padding(packed, got[3], *mask.shape, -7.0))
+    assert (restored[mask == 0] == -7.0).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+def test_restore_padding_shapes(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    packed = torch.randn(3, *shape).to(dtype)
+    indices = torch.tensor([0, 4, 5])
+    got = ops.restore_padding(packed, indices, 2, 3, -10000.0)
+    assert got.shape == (2, 3, *shape)
+    assert torch.equal(got, reference.restore_padding(packed, indices, 2, 3, -10000.0))
+
+
+def test_padding_refuses() -> None:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="keeps none of row 1"):
+        ops.remove_padding(ids, ids, torch.tensor([[1, 0, 0], [0, 0, 0]]))
+    with pytest.raises(RuntimeError, match="row 0 drops it"):
+        ops.remove_padding(ids, ids, torch.tensor([[0, 1, 1], [1, 0, 0]]))
+    with pytest.raises(RuntimeError, match=r"attention_mask must have the shape of input_ids"):
+        ops.remove_padding(ids, ids, torch.ones(2, 4))
+    with pytest.raises(RuntimeError, match="attention_mask must have dtype int64, int32 or bool"):
+        ops.remove_padding(ids, ids, torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="input_ids must have dtype int64 or int32"):
+        ops.remove_padding(ids.float(), ids, ids + 1)
+    with pytest.raises(RuntimeError, match=r"token_indices must be in \[0, 6\), has 6"):
+        ops.restore_padding(torch.randn(1, 2), torch.tensor([6]), 2, 3, 0.0)
+
+
+def test_strided_padding_inputs() -> None:
+    ids, mask = torch.arange(12).reshape(4, 3).T, torch.tensor([[1, 1, 0, 1]] * 3)
+    got = ops.remove_padding(ids, ids, mask.T.contiguous().T)
+    want = reference.remove_padding(ids, ids, mask)
+    assert all(torch.equal(a, b) for a, b in zip(got[:5], want[:5], strict=True))
+
+
+# ---- instruction sets ---------------------------------------------------------------------------
+
+
+def test_build_info_names_the_instruction_set() -> None:
+    info = json.loads(ops.build_info())
+    assert info["cpu_isa"] in info["cpu_isas"]
+    assert info["cpu_isas"][-1] == "portable"
+    forced = os.environ.get("FT_HANDLER_CPU_ISA")
+    assert info["cpu_isa"] == (forced or info["cpu_isas"][0])
+    assert {"version", "torch_build", "cuda_archs", "cuda_version", "tf32"} <= set(info)
+
+
+def test_every_instruction_set() -> None:
+    if os.environ.get("FT_HANDLER_CPU_ISA"):
+        pytest.skip("one instruction set is forced")
+    for isa in json.loads(ops.build_info())["cpu_isas"][1:]:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+                *(__file__, "-k", "not one_thread and not unknown"),
+            ],
+            env={**os.environ, "FT_HANDLER_CPU_ISA": isa},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert done.returncode == 0, f"{isa}:\n{done.stdout[-4000:]}"
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    code = "import torch, ft_handler; ft_handler.load_library(); "
+    code += "torch.ops.fastertransformer.build_info()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FT_HANDLER_CPU_ISA": "mmx"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "FT_HANDLER_CPU_ISA must be one of" in done.stderr
+    assert "is mmx" in done.stderr
