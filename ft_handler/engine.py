@@ -184,17 +184,22 @@ class _InFlight:
                 return (flat[: n * width].reshape(n, width).copy(),)
             total, rows = self._batch.total, self._rows
             return flat[:total].copy(), flat[rows : rows + total].copy()
-        except RuntimeError as error:
+        except _FAILURES as error:
             raise _translate(error) from error
         finally:
             self._engine.release(self._slot)
 
 
-def _translate(error: RuntimeError) -> Exception:
+#: What a forward raises: TorchScript's own errors are no RuntimeError.
+_FAILURES = (RuntimeError, torch.jit.Error)
+
+
+def _translate(error: Exception) -> Exception:
     """Name a device failure without the word that makes TorchServe answer 507 to a whole batch."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return OutOfDeviceMemory("the GPU has no room for this batch")
     text = str(error).replace("CUDA", "GPU").replace("cuda", "gpu")
+    # TorchScript hands an allocator's error on as a plain one; only its text still tells.
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in text:
+        return OutOfDeviceMemory("the GPU has no room for this batch")
     if isinstance(error, getattr(torch, "AcceleratorError", ())) or "GPU error" in text:
         return EngineLost(text)
     return RuntimeError(text)
@@ -301,7 +306,7 @@ class CudaEngine:
                     output = self._forward(inputs, tokens, sequences, longest)
                 slot.host_out[: len(output)].copy_(output, non_blocking=True)
                 slot.done.record(self._stream)
-            except RuntimeError as error:
+            except _FAILURES as error:
                 self._free.append(slot)
                 raise _translate(error) from error
         return _InFlight(self, slot, batch, tokens if self._question_answering else None)
