@@ -37,6 +37,8 @@ def install() -> bool:
             "TorchServe %s is not %s: its own receive path stays", ts.__version__, TESTED_VERSION
         )
         return False
+    if isinstance(getattr(protocol._retrieve_buffer, "__self__", None), Reader):
+        return True  # another model of this process came first; its buffer may hold bytes
     reader = Reader()
     protocol._retrieve_buffer = reader.take
     protocol._retrieve_int = reader.integer

@@ -60,6 +60,11 @@ class FtHandler:
             raise ConfigError(f"the archive has no {config.model_file} (setting 'model_file')")
         model = load_model(model_path, device, model_dir)
         info = model.info
+        if info.model_type != "thsext":
+            raise ConfigError(
+                f"{config.model_file} is of model_type '{info.model_type}', which pads and is there "
+                "for comparison: trace with --model_type thsext"
+            )
         lower = config.do_lower_case
         if lower is None and not (model_dir / config.tokenizer_file).is_file():
             lower = info.do_lower_case

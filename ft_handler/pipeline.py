@@ -387,9 +387,10 @@ def _check(config: HandlerConfig, info: ModelInfo, tokenizer: Tokenizer) -> None
 
 
 def _out_of_memory(error: Exception) -> bool:
-    # Torch's CPU allocator raises a plain RuntimeError.
+    # Torch's CPU allocator raises a plain RuntimeError, and so does what wraps std::bad_alloc.
     return isinstance(error, (OutOfDeviceMemory, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError)
+        and ("can't allocate memory" in str(error) or "bad_alloc" in str(error))
     )
 
 

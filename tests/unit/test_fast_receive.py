@@ -174,6 +174,9 @@ def test_installed_it_answers_like_the_stock_path(protocol, stock, monkeypatch):
     before = protocol.create_predict_response
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert fast_receive.install() is True
+    reader = protocol._retrieve_buffer
+    assert fast_receive.install() is True
+    assert protocol._retrieve_buffer == reader
     replies = [(400, "Bad Request", {"content-type": "application/json"}, b"{}")]
     args = (["text"], {0: "a"}, "ok", 200, context_of(replies))
     assert stock.create_predict_response(*args) == before(*args)

@@ -91,6 +91,13 @@ def test_mistakes_stop_the_worker_and_are_logged(archive, caplog):
         ready(archive)
 
 
+def test_a_padded_model_is_refused(archive, monkeypatch):
+    model = LoadedModel(None, model_info(model_type="ths", remove_padding=False))
+    monkeypatch.setattr(handler_module, "load_model", lambda path, device, library: model)
+    with pytest.raises(ConfigError, match="--model_type thsext"):
+        ready(archive)
+
+
 def test_metrics_are_emitted_once_a_batch(archive):
     handler, context = ready(archive)
     assert context.emitted == []
