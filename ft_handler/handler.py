@@ -62,8 +62,8 @@ class FtHandler:
         info = model.info
         if info.model_type != "thsext":
             raise ConfigError(
-                f"{config.model_file} is of model_type '{info.model_type}', which pads and is there "
-                "for comparison: trace with --model_type thsext"
+                f"{config.model_file} is of model_type '{info.model_type}', which pads and is "
+                "there for comparison: trace with --model_type thsext"
             )
         lower = config.do_lower_case
         if lower is None and not (model_dir / config.tokenizer_file).is_file():
