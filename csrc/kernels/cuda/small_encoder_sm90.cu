@@ -114,6 +114,7 @@ double estimate(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n
 bool choose(const SmallShape& s, Kind kind, int n, int k, SmallGemmPlan* best, double* cost) {
   bool found = false;
   for (int tile = 0; tile < kTiles; ++tile) {
+    if (kTileTable[tile].rows > 64 && s.tokens <= 64) continue;
     for (int split = 1; split <= std::min(kMaxSplit, k / kChunk); ++split) {
       const int steps = ceil_div(k / kChunk, split);
       for (int stages = std::min(steps, 6); stages >= 2 || stages == steps; --stages) {
@@ -180,6 +181,7 @@ struct Chain {
   const SmallShape& shape;
   const small::Functions& functions;
   cudaStream_t stream;
+  bool far_ahead;
   bool started = false;
 
   cudaError_t launch(const void* function, std::atomic<uint64_t>& allowed, dim3 grid, int threads,
@@ -215,6 +217,7 @@ struct Chain {
   }
 
   cudaError_t gemm(Kind kind, const SmallGemmPlan& plan, GemmParams& p) {
+    p.far_ahead = far_ahead;
     static std::atomic<uint64_t> allowed[2][kKinds][kTiles];
     const Tile& tile = kTileTable[plan.tile];
     const GemmLayout layout(kind, tile.rows, tile.columns, p);
@@ -265,6 +268,7 @@ bool small_plan(const SmallShape& s, SmallPlan* plan) {
   if (!choose(s, kNormGelu, i, h, &plan->up, &ignored)) return false;
   if (!choose(s, kResidual, h, i, &plan->down, &ignored)) return false;
   if (!choose(s, kResidual, h, h, &plan->out, &plain)) return false;
+  plan->far_ahead = true;
   plan->fuse_attention = s.tokens <= 128 && choose(s, kAttention, h, h, &with_attention, &fused);
   if (plan->fuse_attention) plan->out = with_attention;
   return plan->fuse_attention || attention_shared(s) <= kSharedLimit;
@@ -288,7 +292,7 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
     return static_cast<const unsigned char*>(base) + 2 * element;
   };
   Chain chain{s, s.dtype == DType::kFloat16 ? small::kHalfFunctions : small::kBFloat16Functions,
-              stream};
+              stream, plan.far_ahead};
   const Kind out_kind = plan.fuse_attention ? kAttention : kResidual;
   const int width1 = kTileTable[plan.out.tile].columns, width2 = kTileTable[plan.down.tile].columns;
   cudaError_t error = cudaSuccess;

@@ -72,6 +72,7 @@ struct GemmParams {
   int key_capacity;  // rows of K and V held in shared memory, a multiple of 32
   int head_dim;
   float eps, scale_log2;
+  bool far_ahead;  // successors may start at once, else when this kernel has its inputs on the way
 };
 
 struct AttentionParams {
@@ -678,7 +679,7 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
                          static_cast<size_t>(token0) * (kKind == kAttention ? 3 * p.k : p.k) +
                          chunk0 * kChunk;
 
-  dependents_may_start();
+  if (p.far_ahead) dependents_may_start();
 
   // ---- what no predecessor writes ----
 #pragma unroll 1
@@ -703,7 +704,7 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
   }
   commit();
   int committed = 1;
-  if (tid == 0) {
+  if (p.split > 1 && tid == 0) {
     expect_bytes(base + at.barrier, p.split * max(end - first, 0) * kColumns * 4);
   }
   if (p.split > 1) cluster_arrive();  // a block must be running before others write to it
@@ -839,6 +840,8 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
     if (!ring) commit();
   }
 
+  if (!p.far_ahead) dependents_may_start();
+
   float product[kGroupColumns / 8][4] = {};
   matrix_begin();
 #pragma unroll 1
@@ -890,8 +893,12 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
     if (warp_row + half * 8 + lane / 4 < rows) {
 #pragma unroll
       for (int j = 0; j < kGroupColumns / 8; ++j) {
-        send_to_rank(owner[half] + j * 32, owner_barrier[half], product[j][2 * half],
-                     product[j][2 * half + 1]);
+        const float x = product[j][2 * half], y = product[j][2 * half + 1];
+        if (p.split > 1) {
+          send_to_rank(owner[half] + j * 32, owner_barrier[half], x, y);
+        } else {  // the counted store is an illegal instruction outside a cluster
+          store_in_rank(owner[half] + j * 32, x, y);
+        }
       }
     }
   }
@@ -908,7 +915,11 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
   constexpr int kPass = kThreads / 16;
   float2 norm = row_norm(first + tid / 16);
   float2 next_norm = share > kPass ? row_norm(first + kPass + tid / 16) : norm;
-  if (end > first) wait_for_bytes(base + at.barrier);
+  if (p.split == 1) {
+    __syncthreads();
+  } else if (end > first) {
+    wait_for_bytes(base + at.barrier);
+  }
   const float* const sums = reinterpret_cast<const float*>(shared + at.sums);
 #pragma unroll 1
   for (int row0 = first; row0 < end; row0 += kPass) {
