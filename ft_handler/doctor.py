@@ -135,7 +135,7 @@ def environment() -> str:
 
 def _apart(name: str) -> str:
     """Run one probe in a process of its own: native code may end a process, not just raise."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).absolute().parent.parent)  # of a link, where the link stands
     search = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     done = subprocess.run(
         [sys.executable, *(["-S"] if sys.flags.no_site else []), "-m", "ft_handler.doctor", name],
