@@ -47,12 +47,16 @@ SmallShape small_shape(const EncoderShape& s) {
 }
 #endif
 
+// Above this many tokens the chain of whole-chip GEMMs is ahead on an H200.
+[[maybe_unused]] constexpr int kFewTokens = 64;
+
 // Whether the few-token path takes this shape on the current device; FT_HANDLER_SMALL=0 forbids it.
 bool takes_small_path([[maybe_unused]] const EncoderShape& s) {
 #ifdef FT_WITH_SM90
   static const bool allowed = environment_switch("FT_HANDLER_SMALL", true);
   const DeviceProperties* device = nullptr;
-  return allowed && s.dtype != DType::kFloat32 && current_device(&device) == cudaSuccess &&
+  return allowed && s.tokens <= kFewTokens && s.dtype != DType::kFloat32 &&
+         current_device(&device) == cudaSuccess &&
          small_encoder_supported(small_shape(s), device->all);
 #else
   return false;

@@ -25,10 +25,16 @@ const void* norm_kernel(int variant, bool bfloat16);    // gemm_norm_sm90.cu
 
 namespace {
 
-// Microseconds, fitted to measurements on an H200: fixed + rounds * (round + k / 64 * block (+
-// gelu)), where a round is one tile for every cluster that the chip runs at a time.
+// Microseconds, fitted to measurements on an H200 (docs/kernels.md):
+// fixed + rounds * (round + k / 64 * block (+ gelu)).
 struct Cost {
   float fixed, round, block, gelu;
+};
+
+// The same for cuBLASLt and the passes over memory after it:
+// fixed + gflop * rate (+ those beyond 15 * more) + million elements of the output * element.
+struct LibraryCost {
+  float fixed, rate, more, element;
 };
 
 struct Variant {
@@ -61,25 +67,25 @@ constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), in
 
 constexpr std::array kVariants{
     variant<sm90::PingPong128x192>("ping-pong 128x192", sm90::linear_kernel, 0,
-                                   {2.3f, 0.8f, 0.50f, 1.3f}),
+                                   {4.1f, 0.9f, 0.45f, 1.4f}),
     variant<sm90::PingPong128x192Alone>("ping-pong 128x192 alone", sm90::linear_kernel, 1,
-                                        {2.1f, 1.0f, 0.50f, 0.9f}),
+                                        {3.7f, 1.3f, 0.45f, 0.9f}),
     variant<sm90::PingPong128x128>("ping-pong 128x128", sm90::linear_kernel, 2,
-                                   {1.7f, 1.2f, 0.33f, 0.7f}),
+                                   {2.8f, 1.2f, 0.31f, 0.9f}),
     variant<sm90::PingPong64x128>("ping-pong 64x128", sm90::linear_kernel, 3,
-                                  {1.7f, 0.9f, 0.21f, 0.3f}),
+                                  {2.3f, 1.0f, 0.19f, 0.4f}),
     variant<sm90::Together128x128>("together 128x128", sm90::linear_kernel, 4,
-                                   {0.4f, 2.1f, 0.33f, 0.7f}),
+                                   {1.7f, 2.1f, 0.31f, 0.8f}),
     variant<sm90::NormPingPong128x192>("norm ping-pong 128x192", sm90::norm_kernel, 0,
-                                       {1.2f, 3.8f, 0.48f, 0.f}),
+                                       {4.8f, 1.7f, 0.57f, 0.f}),
     variant<sm90::NormPingPong64x192>("norm ping-pong 64x192", sm90::norm_kernel, 1,
-                                      {0.9f, 1.7f, 0.30f, 0.f}),
+                                      {2.7f, 0.9f, 0.33f, 0.f}),
     variant<sm90::NormPingPong64x128>("norm ping-pong 64x128", sm90::norm_kernel, 2,
-                                      {0.6f, 1.7f, 0.23f, 0.f}),
+                                      {1.9f, 1.2f, 0.26f, 0.f}),
     variant<sm90::NormPingPong64x256>("norm ping-pong 64x256", sm90::norm_kernel, 3,
-                                      {0.f, 2.3f, 0.41f, 0.f}),
+                                      {3.6f, 0.f, 0.50f, 0.f}),
     variant<sm90::NormPingPong128x128>("norm ping-pong 128x128", sm90::norm_kernel, 4,
-                                       {0.f, 3.1f, 0.37f, 0.f}),
+                                       {3.9f, 1.1f, 0.42f, 0.f}),
 };
 
 constexpr int kBlockK = 64;
@@ -178,6 +184,10 @@ const Launchable& launchable(int v, bool bfloat16, int device) {
     made.kernel = variant.kernel(variant.index, bfloat16);
     made.status = cudaFuncSetAttribute(made.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        variant.shared_bytes);
+    if (made.status == cudaSuccess)
+      made.status =
+          cudaFuncSetAttribute(made.kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
     if (made.status != cudaSuccess) return;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -228,24 +238,30 @@ bool gemm_sm90_supports(int v, const Gemm& gemm, const GemmNorm* norm) {
 int gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm) {
   const DeviceProperties* device = nullptr;
   if (current_device(&device) != cudaSuccess) return -1;
-  const float elements = static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
-  const float gflop = 2e-9f * elements * static_cast<float>(gemm.k);
-  // What cuBLASLt takes, fitted likewise, with the passes over memory that it needs afterwards.
-  float least = 3.2f + gflop * (gemm.k < 2048 ? 1.45f : 1.25f);
-  if (norm != nullptr) least += 1.8f + elements * 1.7e-6f;
-  if (gemm.gelu) least += 1.6f + elements * 1.3e-6f;
+  const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
+  const LibraryCost library = gemm.gelu         ? LibraryCost{5.0f, 0.81f, 0.38f, 2.1f}
+                              : norm == nullptr ? LibraryCost{3.5f, 1.42f, 0.24f, 0.f}
+                              : gemm.k < 2048   ? LibraryCost{5.3f, 0.32f, 0.89f, 3.2f}
+                                                : LibraryCost{8.3f, 1.19f, 0.63f, 0.f};
+  const float gflop = 2e-3f * elements * static_cast<float>(gemm.k);
+  float least = library.fixed + gflop * library.rate + std::max(0.f, gflop - 15.f) * library.more +
+                elements * library.element;
   int best = -1;
   for (int v = 0; v < gemm_sm90_variants(); ++v) {
     if (!gemm_sm90_supports(v, gemm, norm)) continue;
     const Variant& variant = kVariants[v];
     const Launchable& ready = launchable(v, gemm.dtype == DType::kBFloat16, device->index);
     if (ready.status != cudaSuccess) continue;
-    const float rounds =
-        static_cast<float>(tiles_of(cluster_tiles_of(variant, gemm), ready.clusters));
+    const int tiles = cluster_tiles_of(variant, gemm);
+    // A round is a tile for every cluster that the chip runs at a time; the last, partial one has
+    // the memory to itself.
+    float rounds = static_cast<float>(tiles / ready.clusters);
+    if (const int rest = tiles % ready.clusters; rest > 0)
+      rounds += 0.6f + 0.4f * static_cast<float>(rest) / static_cast<float>(ready.clusters);
     const Cost& cost = variant.cost;
     float time = cost.fixed + rounds * (cost.round + static_cast<float>(gemm.k) / 64 * cost.block +
                                         (gemm.gelu ? cost.gelu : 0.f));
-    if (norm != nullptr && !variant.norm) time += 1.5f + elements * 1.0e-6f;  // a kernel of its own
+    if (norm != nullptr && !variant.norm) time += 1.5f + elements;  // a kernel of its own
     if (time < least) {
       best = v;
       least = time;
