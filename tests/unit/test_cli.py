@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
-@pytest.mark.parametrize("name", ["trace", "archive", "serve", "handler-path", "doctor"])
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_every_command_has_help(name: str) -> None:
     done = run(name, "--help")
     assert done.returncode == 0, done.stderr
