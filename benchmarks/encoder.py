@@ -268,6 +268,7 @@ def ctranslate2_folder(shape: tuple[int, int, int, int], folder: Path) -> Path:
         num_hidden_layers=shape[0], hidden_size=shape[1], intermediate_size=shape[2],
         num_attention_heads=shape[3],
     )  # fmt: skip
+    transformers.utils.logging.disable_progress_bar()
     # The converter reads an attribute that newer transformers dropped.
     transformers.BertConfig.position_embedding_type = "absolute"
     source = folder / "checkpoint"

@@ -108,7 +108,9 @@ def make_checkpoint(mix: str, shape: tuple[int, int, int, int], vocab: Path, fol
         BertForSequenceClassification,
         BertTokenizerFast,
     )
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     layers, hidden, inner, heads = shape
     config = BertConfig(
         num_hidden_layers=layers, hidden_size=hidden, intermediate_size=inner,
