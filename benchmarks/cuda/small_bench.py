@@ -75,11 +75,11 @@ class Model:
         self.hidden = self.x.clone()
 
     def plan(self) -> list[int] | None:
-        out = (ctypes.c_int * 14)()
+        out = (ctypes.c_int * 13)()
         return list(out) if self.lib.small_bench_plan(self.shape, out) else None
 
     def _arguments(self, plan: list[int]) -> tuple[Any, ...]:
-        return (self.shape, (ctypes.c_int * 14)(*plan), self.pointers, ctypes.c_float(1e-12),
+        return (self.shape, (ctypes.c_int * 13)(*plan), self.pointers, ctypes.c_float(1e-12),
                 ctypes.c_void_p(self.cu.data_ptr()), ctypes.c_void_p(self.hidden.data_ptr()),
                 ctypes.c_void_p(self.workspace.data_ptr()))  # fmt: skip
 
@@ -155,12 +155,10 @@ class Model:
 
     def tune(self, plan: list[int], seconds: float) -> tuple[list[int], float]:
         """Coordinate descent over the four GEMMs, timing the whole chain."""
-        limit = time.monotonic() + seconds
-        near = [*plan[:13], 1 - plan[13]]
-        print(f"   kernels far ahead {plan[13]}: {self.time(plan):.4f}, {near[13]}: {self.time(near):.4f}")
-        starts = [min((list(plan), near), key=self.time)]
+        best, limit = self.time(plan), time.monotonic() + seconds
+        starts = [list(plan)]
         if self.tokens > 64:  # the other place for attention
-            other = list(starts[0])
+            other = list(plan)
             other[12] = 1 - other[12]
             for c in self.candidates(1, bool(other[12])):
                 other[3:6] = c

@@ -47,14 +47,14 @@ struct SmallGemmPlan {
 struct SmallPlan {
   SmallGemmPlan qkv, out, up, down;
   bool fuse_attention;  // attention in the prologue of the output projection, else a kernel
-  bool far_ahead;       // kernels may start several links ahead to fetch weights, else one
 };
 
 // The plan for a shape; false when the shape is not served here (another head size than 32 or 64,
 // widths not multiples of 64, too many tokens or too long for shared memory).
 bool small_plan(const SmallShape& shape, SmallPlan* plan);
 
-// True when small_encoder serves this shape on this device (compute capability 9.0 only).
+// True when small_encoder is the way to run this shape on this device: compute capability 9.0, and
+// few enough tokens (64) that it was measured ahead of larger kernels.
 bool small_encoder_supported(const SmallShape& shape, const cudaDeviceProp& device);
 
 // Bytes of workspace small_encoder needs, a multiple of 256.
