@@ -1,8 +1,7 @@
-"""Linear layers and the whole encoder stack against plain torch on one GPU: right, then timed.
+"""The whole encoder stack beside plain torch on one GPU: its error, its time, its kernels.
 
 Every time is the median of CUDA-graph replays. gemm_variants.cu times the linear layers alone.
 
-    python benchmarks/cuda/gemm.py parity
     python benchmarks/cuda/gemm.py encoder [workload ...]
     python benchmarks/cuda/gemm.py kernels [workload ...]
 """
@@ -92,67 +91,6 @@ def interleaved(graphs: dict[str, torch.cuda.CUDAGraph], repeats: int = 20) -> d
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     return float((out.float() - reference).norm() / reference.norm())
-
-
-def set_plan(
-    weight: torch.Tensor, rows: int, gelu: bool, residual: bool, norm: bool, plan: str
-) -> None:
-    dtype = str(weight.dtype).removeprefix("torch.")
-    torch.ops.fastertransformer.load_gemm_plan(
-        0, dtype, rows, weight.shape[-2], weight.shape[-1], gelu, residual, norm, plan
-    )
-
-
-def parity() -> None:
-    """Every plan against fp32, beside what plain torch's error is."""
-    ops = torch.ops.fastertransformer
-    generator = torch.Generator("cuda").manual_seed(1)
-
-    def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, device="cuda", generator=generator) * scale).to(dtype)
-
-    worst: dict[str, tuple[float, str]] = {}
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for n, k in ((2304, 768), (768, 768), (3072, 768), (768, 3072), (1024, 1024), (200, 72)):
-            for rows in (1, 63, 129, 515, 1344):
-                x = random(rows, k, dtype=dtype)
-                w = random(n, k, dtype=dtype, scale=k**-0.5)
-                bias, gamma, beta = (random(n, dtype=dtype) for _ in range(3))
-                residual = random(rows, n, dtype=dtype)
-                exact = x.float() @ w.float().t() + bias.float()
-                for kind in ("bias", "gelu", "residual", "norm"):
-                    gelu, norm = kind == "gelu", kind == "norm"
-                    added = kind in ("residual", "norm")
-                    plain = functional.linear(x, w, bias)
-                    want, usual = exact, plain
-                    if gelu:
-                        want, usual = functional.gelu(exact), functional.gelu(plain)
-                    if added:
-                        want, usual = exact + residual.float(), plain + residual
-                    if norm:
-                        want = functional.layer_norm(want, (n,), gamma.float(), beta.float(), EPS)
-                        usual = functional.layer_norm(usual, (n,), gamma, beta, EPS)
-                    budget = 2 * relative_error(usual, want) + 1e-6
-                    plans = ops.gemm_candidates(w, rows, gelu, added, norm).split("\n")
-                    for plan in plans:
-                        if plan.startswith("cublaslt") and plan != plans[-1]:
-                            continue
-                        set_plan(w, rows, gelu, added, norm, plan)
-                        if norm:
-                            out = ops.linear_layer_norm(x, w, bias, residual, gamma, beta, EPS)
-                        else:
-                            out = ops.linear(x, w, bias, residual if added else None, gelu)
-                        torch.cuda.synchronize()
-                        share = relative_error(out, want) / budget
-                        label = plan.split(":")[1] if plan.startswith("sm90") else "cublaslt"
-                        case = f"{dtype} {kind} rows {rows} n {n} k {k}"
-                        if not share <= 1:  # NaN too
-                            print("WRONG", label, case, f"error / budget = {share:.3g}", flush=True)
-                        key = f"{label} {kind} {str(dtype)[6:]}"
-                        if not share <= worst.get(key, (-1.0, ""))[0]:
-                            worst[key] = (share, case)
-    for key, (share, case) in sorted(worst.items()):
-        print(f"{key:40s} {share:.3f} of the budget at {case}")
 
 
 class Packed(torch.nn.Module):
@@ -310,7 +248,7 @@ def kernels(wanted: list[str]) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["parity", "encoder", "kernels"])
+    parser.add_argument("what", choices=["encoder", "kernels"])
     parser.add_argument("workloads", nargs="*", help="texts that a workload's name must contain")
     parser.add_argument("--library", default=os.environ.get("FT_HANDLER_LIBRARY"))
     parser.add_argument("--output", type=Path, help="a JSON file")
@@ -321,13 +259,7 @@ def main() -> None:
         from ft_handler import load_library
 
         load_library()
-    results: dict[str, object] = {}
-    if given.what == "parity":
-        parity()
-    elif given.what == "encoder":
-        results = encoder(given.workloads)
-    else:
-        results = kernels(given.workloads)
+    results = encoder(given.workloads) if given.what == "encoder" else kernels(given.workloads)
     if given.output:
         given.output.write_text(json.dumps(results, indent=1))
 

@@ -16,67 +16,6 @@ namespace ft::cuda::sm90 {
 template <int kN, typename T>
 struct Wgmma;
 
-#define FT_WGMMA_64(type)                                                                         \
-  asm volatile(                                                                                   \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                 \
-      " {"                                                                                        \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "     \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                           \
-      "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                                          \
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]), "+f"(acc[4]), "+f"(acc[5]),       \
-        "+f"(acc[6]), "+f"(acc[7]), "+f"(acc[8]), "+f"(acc[9]), "+f"(acc[10]), "+f"(acc[11]),     \
-        "+f"(acc[12]), "+f"(acc[13]), "+f"(acc[14]), "+f"(acc[15]), "+f"(acc[16]), "+f"(acc[17]), \
-        "+f"(acc[18]), "+f"(acc[19]), "+f"(acc[20]), "+f"(acc[21]), "+f"(acc[22]), "+f"(acc[23]), \
-        "+f"(acc[24]), "+f"(acc[25]), "+f"(acc[26]), "+f"(acc[27]), "+f"(acc[28]), "+f"(acc[29]), \
-        "+f"(acc[30]), "+f"(acc[31])                                                              \
-      : "l"(a), "l"(b), "r"(accumulate))
-
-template <typename T>
-struct Wgmma<64, T> {
-  static __device__ __forceinline__ void run(float (&acc)[32], uint64_t a, uint64_t b,
-                                             int accumulate) {
-    if constexpr (std::is_same_v<T, __half>) {
-      FT_WGMMA_64("f16");
-    } else {
-      FT_WGMMA_64("bf16");
-    }
-  }
-};
-#undef FT_WGMMA_64
-
-#define FT_WGMMA_96(type)                                                                         \
-  asm volatile(                                                                                   \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"                                                \
-      "wgmma.mma_async.sync.aligned.m64n96k16.f32." type "." type                                 \
-      " {"                                                                                        \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "     \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "     \
-      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"                                \
-      "}, %48, %49, p, 1, 1, 0, 0;\n}\n"                                                          \
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]), "+f"(acc[4]), "+f"(acc[5]),       \
-        "+f"(acc[6]), "+f"(acc[7]), "+f"(acc[8]), "+f"(acc[9]), "+f"(acc[10]), "+f"(acc[11]),     \
-        "+f"(acc[12]), "+f"(acc[13]), "+f"(acc[14]), "+f"(acc[15]), "+f"(acc[16]), "+f"(acc[17]), \
-        "+f"(acc[18]), "+f"(acc[19]), "+f"(acc[20]), "+f"(acc[21]), "+f"(acc[22]), "+f"(acc[23]), \
-        "+f"(acc[24]), "+f"(acc[25]), "+f"(acc[26]), "+f"(acc[27]), "+f"(acc[28]), "+f"(acc[29]), \
-        "+f"(acc[30]), "+f"(acc[31]), "+f"(acc[32]), "+f"(acc[33]), "+f"(acc[34]), "+f"(acc[35]), \
-        "+f"(acc[36]), "+f"(acc[37]), "+f"(acc[38]), "+f"(acc[39]), "+f"(acc[40]), "+f"(acc[41]), \
-        "+f"(acc[42]), "+f"(acc[43]), "+f"(acc[44]), "+f"(acc[45]), "+f"(acc[46]), "+f"(acc[47])  \
-      : "l"(a), "l"(b), "r"(accumulate))
-
-template <typename T>
-struct Wgmma<96, T> {
-  static __device__ __forceinline__ void run(float (&acc)[48], uint64_t a, uint64_t b,
-                                             int accumulate) {
-    if constexpr (std::is_same_v<T, __half>) {
-      FT_WGMMA_96("f16");
-    } else {
-      FT_WGMMA_96("bf16");
-    }
-  }
-};
-#undef FT_WGMMA_96
-
 #define FT_WGMMA_128(type)                                                                        \
   asm volatile(                                                                                   \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                \

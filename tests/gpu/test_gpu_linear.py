@@ -1,0 +1,92 @@
+"""Linear layers on the GPU, every plan of them, against the eager twin."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ft_handler import load_library, reference, tune
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ROWS = [1, 63, 129, 515, 1344]
+# [n, k]: BERT's, widths with a norm variant each, and widths that only cuBLASLt takes.
+SIZES = [(2304, 768), (768, 768), (768, 3072), (1024, 1024), (200, 72), (30, 50)]
+EPS = 1e-12
+
+
+@pytest.fixture(autouse=True)
+def _library() -> None:
+    load_library()
+
+
+def within_twice(ours: Tensor, plain: Tensor, exact: Tensor) -> bool:
+    """Whether our error is at most twice plain PyTorch's (fp32: rounding alone, 1e-6)."""
+    assert ours.shape == exact.shape
+
+    def error(x: Tensor) -> float:
+        value = float((x.double() - exact.double()).norm() / exact.double().norm())
+        return value if math.isfinite(value) else math.inf
+
+    return error(ours) <= max(2 * error(plain), 1e-6)
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", ["bias", "gelu", "residual", "norm"])
+def test_every_plan(size: tuple[int, int], dtype: torch.dtype, kind: str) -> None:
+    ops = torch.ops.fastertransformer
+    n, k = size
+    gelu, norm, added = kind == "gelu", kind == "norm", kind in ("residual", "norm")
+    w = normal(n, k, dtype=dtype, scale=k**-0.5)
+    bias, gamma, beta = (normal(n, dtype=dtype) for _ in range(3))
+    name = str(dtype).removeprefix("torch.")
+    for rows in ROWS:
+        x, residual = normal(rows, k, dtype=dtype), normal(rows, n, dtype=dtype)
+        exact = reference.linear(x, w, bias, residual if added else None, gelu)
+        plain = F.linear(x, w, bias)
+        plain = F.gelu(plain) if gelu else plain + residual if added else plain
+        if norm:
+            exact = F.layer_norm(exact.float(), (n,), gamma.float(), beta.float(), EPS)
+            plain = F.layer_norm(plain, (n,), gamma, beta, EPS)
+        for plan in ops.gemm_candidates(w, rows, gelu, added, norm).split("\n"):
+            ops.load_gemm_plan(0, name, rows, n, k, gelu, added, norm, plan)
+            if norm:
+                ours = ops.linear_layer_norm(x, w, bias, residual, gamma, beta, EPS)
+            else:
+                ours = ops.linear(x, w, bias, residual if added else None, gelu)
+            assert within_twice(ours, plain, exact), f"{rows} rows, plan {plan}"
+
+
+def test_without_bias_and_without_rows() -> None:
+    ops = torch.ops.fastertransformer
+    x, w = normal(77, 768, dtype=torch.float16), normal(768, 768, dtype=torch.float16, scale=0.036)
+    exact = reference.linear(x, w, None, None, False)
+    assert within_twice(ops.linear(x, w, None, None, False), F.linear(x, w), exact)
+    assert ops.linear(x[:0], w, None, None, False).shape == (0, 768)
+
+
+def test_refusals_name_the_op_and_the_shapes() -> None:
+    ops = torch.ops.fastertransformer
+    x, w = normal(4, 64, dtype=torch.float16), normal(32, 48, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="input must have size 48 on axis 1"):
+        ops.linear(x, w, None, None, False)
+    with pytest.raises(RuntimeError, match="tune again"):
+        ops.load_gemm_plan(0, "float16", 4, 32, 48, False, False, False, "sm90:no such kernel")
+
+
+def test_a_measured_table_is_written_and_loaded(tmp_path) -> None:
+    entry = tune.measure(tune.Layer(768, 768, norm=True), 100, "float16", copies=2)
+    assert entry.rows == torch.ops.fastertransformer.gemm_row_class(100)
+    path = tmp_path / "table.json"
+    tune.write_table(path, torch.cuda.get_device_name(), [entry])
+    assert tune.load_table(path) == 1
