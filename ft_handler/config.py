@@ -28,7 +28,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "FT_HANDLER_TUNE": "Path of a GEMM table written by `ft-handler tune`.",
     "FT_HANDLER_SM90_GEMM": "0 leaves every product to cuBLASLt (read by the library itself).",
     "FT_HANDLER_SMALL": "0 turns the few-token encoder off (read by the library itself).",
-    "FT_HANDLER_CUBLASLT": "Path of libcublasLt, tried before torch's (read by the library itself).",
+    "FT_HANDLER_CUBLASLT": "A libcublasLt to try before torch's (read by the library itself).",
     "FT_HANDLER_SHARED": "Folder of optional development data for tests and benchmarks.",
     "TS_DECODE_INPUT_REQUEST": "TorchServe's: false hands JSON and text over as bytes.",
     "LOCAL_RANK": "TorchServe's: the rank of a worker process; only rank 0 answers.",
