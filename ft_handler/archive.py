@@ -28,6 +28,7 @@ OPTIONAL_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "setup_config.json",
+    "gemm_table.json",
 )
 
 _temporary_folder = threading.Lock()

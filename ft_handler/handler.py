@@ -16,7 +16,7 @@ import torch
 from ft_handler import fast_receive, metrics
 from ft_handler.config import HandlerConfig, limit_tokenizer_threads
 from ft_handler.engine import engine_for
-from ft_handler.errors import ConfigError, EngineLost, FtHandlerError
+from ft_handler.errors import ConfigError, EngineLost, EnvironmentProblem, FtHandlerError
 from ft_handler.model import ModelInfo, load_model
 from ft_handler.pipeline import BatchStats, Pipeline
 from ft_handler.tokenization import load_tokenizer
@@ -25,6 +25,7 @@ from ft_handler.types import Reply
 logger = logging.getLogger(__name__)
 
 LABELS_FILE = "index_to_name.json"
+GEMM_TABLE = "gemm_table.json"
 
 
 class FtHandler:
@@ -69,6 +70,8 @@ class FtHandler:
         if lower is None and not (model_dir / config.tokenizer_file).is_file():
             lower = info.do_lower_case
         tokenizer = load_tokenizer(model_dir, config.tokenizer_file, lower)
+        if device.type == "cuda":
+            load_gemm_plans(model_dir, device)  # before graphs are captured
         engine = engine_for(
             model,
             device,
@@ -145,6 +148,26 @@ def choose_device(wish: str, gpu_id: int | None) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError("setting 'device' is cuda, but torch sees no GPU")
     return torch.device("cuda", gpu_id or 0)
+
+
+def load_gemm_plans(model_dir: Path, device: torch.device) -> None:
+    """Use the archive's table of `ft-handler tune`, else the machine's own, else none.
+
+    Raises EnvironmentProblem for a table of the machine's that does not fit its GPU; an archive may
+    travel, so a table in it that does not fit is left alone with a warning.
+    """
+    from ft_handler.tune import load_table
+
+    carried = model_dir / GEMM_TABLE
+    if carried.is_file():
+        try:
+            count = load_table(carried, device.index or 0)
+        except EnvironmentProblem as error:
+            logger.warning("the archive's GEMM table is not used: %s", error)
+            count = load_table(None, device.index or 0)
+    else:
+        count = load_table(None, device.index or 0)
+    logger.info("%d measured GEMM plans", count)
 
 
 def read_labels(model_dir: Path, info: ModelInfo) -> dict[int, str] | None:
