@@ -120,8 +120,15 @@ def load(url: str, bodies: Path, kind: str, connections: int, seconds: float) ->
         errors += int(err or 0)
     ordered = sorted(latencies)
     if not ordered:
-        return {"requests_per_s": 0.0, "p50_ms": 0.0, "p99_ms": 0.0, "errors": errors}
+        return {
+            "requests": 0,
+            "requests_per_s": 0.0,
+            "p50_ms": 0.0,
+            "p99_ms": 0.0,
+            "errors": errors,
+        }
     return {
+        "requests": len(ordered),
         "requests_per_s": len(ordered) / seconds,
         "p50_ms": ordered[len(ordered) // 2] * 1e3,
         "p99_ms": ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1e3,

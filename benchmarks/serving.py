@@ -202,6 +202,7 @@ def wrk_load(url: str, bodies: Path, kind: str, connections: int, seconds: float
     if not found:
         raise RuntimeError(f"wrk failed: {done.stdout[-300:]}{done.stderr[-300:]}")
     return {
+        "requests": int(found[1]),
         "requests_per_s": int(found[1]) / (int(found[2]) / 1e6),
         "p50_ms": float(found[3]),
         "p99_ms": float(found[4]),
@@ -323,11 +324,13 @@ def measure(
                     for key in ("requests_per_s", "p50_ms", "p99_ms"):
                         row[key] = statistics.median(f[key] for f in figures_of)
                     row["errors"] = sum(f["errors"] for f in figures_of)
+                    fewest = min(f["requests"] for f in figures_of)
                     rows.append(row)
                     print(
                         f"{row['system']:10} {mix:6} workers {workers} connections {connections:4} "
                         f"{row['requests_per_s']:9.0f} req/s  p50 {row['p50_ms']:8.1f} ms  "
-                        f"p99 {row['p99_ms']:8.1f} ms  errors {row['errors']}",
+                        f"p99 {row['p99_ms']:8.1f} ms  errors {row['errors']}"
+                        + ("  few answers: raise --seconds" if fewest < 100 else ""),
                         flush=True,
                     )
             for name in names:
@@ -382,7 +385,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-batch-delay", type=int, default=5, help="milliseconds")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8, help="a measurement")
+    parser.add_argument("--seconds", type=float, default=15, help="a measurement")
     parser.add_argument("--warm-up", type=float, default=3, help="seconds, once a system")
     parser.add_argument("--generator", choices=("auto", "wrk", "bundled"), default="auto")
     parser.add_argument(
