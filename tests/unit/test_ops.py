@@ -342,7 +342,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append(ops.encoder(*inputs.values()))
     finally:
@@ -372,11 +372,11 @@ def test_concurrent_calls_do_not_mix() -> None:
 
     def work(case: int) -> None:
         inputs, want = cases[case]
-        for _ in range(10):
+        for _ in range(4):
             if not torch.equal(ops.encoder(*inputs.values()), want):
                 wrong.append(case)
 
-    pool = [threading.Thread(target=work, args=(i % len(cases),)) for i in range(8)]
+    pool = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
     for thread in pool:
         thread.start()
     for thread in pool:
