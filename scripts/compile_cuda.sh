@@ -14,7 +14,8 @@ FT_HANDLER_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0" \
     python -m pip --disable-pip-version-check wheel --quiet . --no-deps --wheel-dir "$wheels"
 # One binary for both: what was built with CUDA must load where there is none.
 python -m zipfile -e "$wheels"/*.whl "$wheels/unpacked"
-PYTHONPATH=$wheels/unpacked python - <<'PYTHON'
+cd "$wheels/unpacked"
+python - <<'PYTHON'
 import ft_handler
 
 path = ft_handler.load_library()
