@@ -180,19 +180,14 @@ void run_gemm(const Gemm& g, int64_t tokens, const Scratch& scratch, const Threa
   const int64_t panels = ceil_div(g.n, tiling.nr);
   const int64_t blocks = ceil_div(tokens, tiling.row_block);
   // Wide tasks reuse their rows most; about 8 a thread, and as many for each, level the threads.
-  const int64_t least = ceil_div(g.n, kPanelColumns), most = std::max(least, ceil_div(g.n, 64));
-  int64_t across = std::clamp(ceil_div(8 * threads.count, blocks), least, most);
+  const int64_t least = ceil_div(g.n, kPanelColumns);
+  int64_t across =
+      std::clamp(ceil_div(8 * threads.count, blocks), least, std::max(least, ceil_div(g.n, 64)));
   while (across < panels && blocks * across % threads.count != 0) ++across;
   const int64_t rows = ceil_div(ceil_div(tokens, blocks), tiling.mr) * tiling.mr;
-  // The last rows go in narrower tasks, which fill the gaps that the wide ones leave at the end.
-  const int64_t wide = (ceil_div(tokens, rows) - 1) * across;
-  const int64_t narrow =
-      threads.count > 1 ? std::clamp(4 * across, across, std::max(across, most)) : across;
-  for_tasks(threads, wide + narrow, [&](int64_t task, int worker) {
-    const int64_t m0 = std::min(task, wide) / across * rows;
-    const int64_t parts = task < wide ? across : narrow;
-    const int64_t part = task < wide ? task % across : task - wide;
-    k.gemm(g, m0, std::min(tokens, m0 + rows), panels * part / parts, panels * (part + 1) / parts,
+  for_tasks(threads, ceil_div(tokens, rows) * across, [&](int64_t task, int worker) {
+    const int64_t m0 = task / across * rows, part = task % across;
+    k.gemm(g, m0, std::min(tokens, m0 + rows), panels * part / across, panels * (part + 1) / across,
            scratch.of(worker));
   });
 }
