@@ -32,7 +32,9 @@ def traced(
         if (mode, data_type) not in made:
             folder = tmp_path_factory.mktemp("traced")
             source = make_tiny_bert(mode, num_hidden_layers=3, initializer_range=0.1)
-            options = TraceOptions(mode, str(source), folder, data_type=data_type)
+            options = TraceOptions(
+                mode=mode, model_name_or_path=str(source), output=folder, data_type=data_type
+            )
             trace(options)
             made[mode, data_type] = folder / "traced_model.pt"
         return made[mode, data_type]

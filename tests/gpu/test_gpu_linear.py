@@ -26,14 +26,19 @@ def _library() -> None:
 
 
 def within_twice(ours: Tensor, plain: Tensor, exact: Tensor) -> bool:
-    """Whether our error is at most twice plain PyTorch's (fp32: rounding alone, 1e-6)."""
+    """Whether our error is at most twice plain PyTorch's, or rounding alone explains it.
+
+    Rounding alone is 1e-6 in fp32, else half a unit in the last place: in a single row of 30 values
+    plain PyTorch's own error halves and doubles by luck.
+    """
     assert ours.shape == exact.shape
 
     def error(x: Tensor) -> float:
         value = float((x.double() - exact.double()).norm() / exact.double().norm())
         return value if math.isfinite(value) else math.inf
 
-    return error(ours) <= max(2 * error(plain), 1e-6)
+    rounding = 1e-6 if ours.dtype == torch.float32 else torch.finfo(ours.dtype).eps / 2
+    return error(ours) <= max(2 * error(plain), rounding)
 
 
 def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
