@@ -110,7 +110,8 @@ class GraphPlan:
     @classmethod
     def of(cls, max_tokens: int, max_sequences: int, max_length: int) -> GraphPlan:
         """Classes up to `max_tokens` tokens, `max_sequences` sequences of `max_length` tokens."""
-        tokens, step = [], 32
+        tokens: list[int] = []
+        step = 32
         while not tokens or tokens[-1] < max_tokens:
             size = (tokens[-1] if tokens else 0) + step
             tokens.append(size)
@@ -241,7 +242,7 @@ class CudaEngine:
         self._max_tokens, self._max_sequences = self._plan.tokens[-1], self._plan.sequences[-1]
         self._width = 2 if self._question_answering else self.num_labels
         with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._inputs = torch.zeros(
                 2 * self._max_tokens + self._max_sequences + 1, dtype=torch.int32, device=device
             )

@@ -27,7 +27,18 @@ WORKLOADS: dict[str, tuple[tuple[int, int, int, int], list[int]]] = {
     "base ragged b16 s64": (BASE, []),
     "base fixed b8 s128": (BASE, [128] * 8),
 }
-TILES = [(64, 32), (64, 48), (64, 64), (64, 96), (64, 144), (64, 192), (128, 48), (128, 64), (128, 96), (128, 128)]  # fmt: skip
+TILES = [
+    (64, 32),
+    (64, 48),
+    (64, 64),
+    (64, 96),
+    (64, 144),
+    (64, 192),
+    (128, 48),
+    (128, 64),
+    (128, 96),
+    (128, 128),
+]
 
 
 def ragged(batch: int, longest: int, total: int) -> list[int]:
@@ -58,20 +69,37 @@ class Model:
             return (torch.randn(*shape, device="cuda", generator=g) * scale + center).to(dtype)
 
         self.w = [
-            draw(layers, 3 * h, h, scale=1.5 * h**-0.5), draw(layers, 3 * h, scale=0.1),
-            draw(layers, h, h, scale=h**-0.5), draw(layers, h, scale=0.1),
-            draw(layers, h, scale=0.1, center=1.0), draw(layers, h, scale=0.1),
-            draw(layers, i, h, scale=h**-0.5), draw(layers, i, scale=0.1),
-            draw(layers, h, i, scale=i**-0.5), draw(layers, h, scale=0.1),
-            draw(layers, h, scale=0.1, center=1.0), draw(layers, h, scale=0.1),
-        ]  # fmt: skip
+            draw(layers, 3 * h, h, scale=1.5 * h**-0.5),
+            draw(layers, 3 * h, scale=0.1),
+            draw(layers, h, h, scale=h**-0.5),
+            draw(layers, h, scale=0.1),
+            draw(layers, h, scale=0.1, center=1.0),
+            draw(layers, h, scale=0.1),
+            draw(layers, i, h, scale=h**-0.5),
+            draw(layers, i, scale=0.1),
+            draw(layers, h, i, scale=i**-0.5),
+            draw(layers, h, scale=0.1),
+            draw(layers, h, scale=0.1, center=1.0),
+            draw(layers, h, scale=0.1),
+        ]
         self.tokens = sum(lengths)
         self.x = draw(self.tokens, h, scale=1.0)
         self.cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
-        self.shape = (ctypes.c_int * 8)({torch.float16: 1, torch.bfloat16: 2}[dtype], self.tokens, len(lengths), max(lengths), h, i, heads, layers)  # fmt: skip
+        self.shape = (ctypes.c_int * 8)(
+            {torch.float16: 1, torch.bfloat16: 2}[dtype],
+            self.tokens,
+            len(lengths),
+            max(lengths),
+            h,
+            i,
+            heads,
+            layers,
+        )
         self.pointers = (ctypes.c_void_p * 12)(*[t.data_ptr() for t in self.w])
         lib.small_bench_workspace.restype = ctypes.c_size_t
-        self.workspace = torch.empty(lib.small_bench_workspace(self.shape), dtype=torch.uint8, device="cuda")  # fmt: skip
+        self.workspace = torch.empty(
+            lib.small_bench_workspace(self.shape), dtype=torch.uint8, device="cuda"
+        )
         self.hidden = self.x.clone()
 
     def plan(self) -> list[int] | None:
@@ -79,9 +107,15 @@ class Model:
         return list(out) if self.lib.small_bench_plan(self.shape, out) else None
 
     def _arguments(self, plan: list[int]) -> tuple[Any, ...]:
-        return (self.shape, (ctypes.c_int * 13)(*plan), self.pointers, ctypes.c_float(1e-12),
-                ctypes.c_void_p(self.cu.data_ptr()), ctypes.c_void_p(self.hidden.data_ptr()),
-                ctypes.c_void_p(self.workspace.data_ptr()))  # fmt: skip
+        return (
+            self.shape,
+            (ctypes.c_int * 13)(*plan),
+            self.pointers,
+            ctypes.c_float(1e-12),
+            ctypes.c_void_p(self.cu.data_ptr()),
+            ctypes.c_void_p(self.hidden.data_ptr()),
+            ctypes.c_void_p(self.workspace.data_ptr()),
+        )
 
     def ours(self, plan: list[int]) -> torch.Tensor:
         self.hidden.copy_(self.x)
@@ -104,7 +138,9 @@ class Model:
             parts = []
             for piece in qkv.split(self.lengths):
                 q, k, v = piece.view(-1, 3, self.heads, d).permute(1, 2, 0, 3)
-                parts.append((torch.softmax(q @ k.mT * d**-0.5, -1) @ v).transpose(0, 1).reshape(-1, self.h))  # fmt: skip
+                parts.append(
+                    (torch.softmax(q @ k.mT * d**-0.5, -1) @ v).transpose(0, 1).reshape(-1, self.h)
+                )
             x = F.layer_norm(x + F.linear(torch.cat(parts), ow, ob), [self.h], g1, b1, 1e-12)
             y = F.linear(F.gelu(F.linear(x, uw, ub)), dw, db)
             x = F.layer_norm(x + y, [self.h], g2, b2, 1e-12)
@@ -112,7 +148,10 @@ class Model:
 
     def gemms(self) -> float:
         """Median milliseconds of the layers' four linears alone, in a graph."""
-        xs = {self.h: self.x, self.i: torch.randn(self.tokens, self.i, device="cuda", dtype=self.dtype)}  # fmt: skip
+        xs = {
+            self.h: self.x,
+            self.i: torch.randn(self.tokens, self.i, device="cuda", dtype=self.dtype),
+        }
 
         def run() -> None:
             for layer in range(self.layers):
@@ -155,15 +194,16 @@ class Model:
 
     def tune(self, plan: list[int], seconds: float) -> tuple[list[int], float]:
         """Coordinate descent over the four GEMMs, timing the whole chain."""
-        best, limit = self.time(plan), time.monotonic() + seconds
+        limit = time.monotonic() + seconds
         starts = [list(plan)]
         if self.tokens > 64:  # the other place for attention
             other = list(plan)
             other[12] = 1 - other[12]
+            least = float("inf")
             for c in self.candidates(1, bool(other[12])):
                 other[3:6] = c
-                if (ms := self.time(other)) > 0 and (len(starts) == 1 or ms < ms_other):
-                    starts[1:], ms_other = [list(other)], ms
+                if 0 < (ms := self.time(other)) < least:
+                    starts[1:], least = [list(other)], ms
         results = []
         for plan in starts:
             best = self.time(plan)
@@ -208,22 +248,38 @@ def main() -> None:
         gemms = model.gemms()
         exact = model.torch(torch.float32)
 
-        def error(x: torch.Tensor) -> float:
+        def error(x: torch.Tensor, exact: torch.Tensor = exact) -> float:
             return float((x.float() - exact).norm() / exact.norm())
 
         plain, own = error(model.torch(torch.float16)), error(model.ours(plan))
-        row = {"workload": name, "tokens": model.tokens, "gemms": gemms, "ms": model.time(plan), "plan": plan,
-               "error_ratio": own / plain}  # fmt: skip
-        print(f"{name}: gemms {gemms:.4f} ours {row['ms']:.4f} ({row['ms'] / gemms:.2f}x) plan {plan} error {own:.2e} = {row['error_ratio']:.2f} x plain", flush=True)  # fmt: skip
+        row = {
+            "workload": name,
+            "tokens": model.tokens,
+            "gemms": gemms,
+            "ms": model.time(plan),
+            "plan": plan,
+            "error_ratio": own / plain,
+        }
+        print(
+            f"{name}: gemms {gemms:.4f} ours {row['ms']:.4f} ({row['ms'] / gemms:.2f}x) "
+            f"plan {plan} "
+            f"error {own:.2e} = {row['error_ratio']:.2f} x plain",
+            flush=True,
+        )
         if args.tune:
             tuned, ms = model.tune(plan, args.tune)
             own = error(model.ours(tuned))
             row |= {"tuned_plan": tuned, "tuned_ms": ms}
-            print(f"   tuned {ms:.4f} ({ms / gemms:.2f}x) plan {tuned} error {own / plain:.2f} x plain", flush=True)  # fmt: skip
+            print(
+                f"   tuned {ms:.4f} ({ms / gemms:.2f}x) plan {tuned} "
+                f"error {own / plain:.2f} x plain",
+                flush=True,
+            )
         rows.append(row)
     half = Model(lib, (4, 768, 3072, 12), [40, 20], torch.bfloat16)
     exact = half.torch(torch.float32)
-    errors = [float((x.float() - exact).norm() / exact.norm()) for x in (half.torch(torch.bfloat16), half.ours(half.plan() or []))]  # fmt: skip
+    answers = (half.torch(torch.bfloat16), half.ours(half.plan() or []))
+    errors = [float((x.float() - exact).norm() / exact.norm()) for x in answers]
     print(f"bf16: plain {errors[0]:.2e} ours {errors[1]:.2e}")
     if args.json:
         with open(args.json, "w") as file:
