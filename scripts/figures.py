@@ -19,12 +19,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def newest(kind: str, gpu: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The newest result of a kind by the date in its provenance."""
+    """The newest result of a kind by its date; one system alone compares nothing."""
     found = [
         (path, json.loads(path.read_text()))
         for path in RESULTS.glob(f"*-{kind}-*.json")
         if path.name.startswith("cpu-") != gpu
     ]
+    if kind == "serving":
+        found = [(p, d) for p, d in found if len({row["system"] for row in d["rows"]}) > 1]
     return max(found, key=lambda item: item[1]["provenance"]["date"], default=None)
 
 
