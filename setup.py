@@ -338,7 +338,6 @@ class BuildPyWithLibrary(build_py):
 
     def run(self) -> None:
         build_library(ROOT / "ft_handler" / "lib" / LIBRARY)
-        # A wheel made from a tree built for another torch or CUDA must not keep the old file.
         super().run()
 
 

@@ -11,7 +11,9 @@ FtHandlerError
 └── RequestError              one client request is refused: owns an HTTP status
     ├── MalformedRequest      400
     ├── RequestTooLarge       413
-    └── UnusableRequest       422
+    ├── UnusableRequest       422
+    ├── InternalError         500
+    └── OutOfMemory           503
 """
 
 from __future__ import annotations
@@ -84,3 +86,20 @@ class UnusableRequest(RequestError):
 
     status = 422
     reason = "Unprocessable Entity"
+
+
+class InternalError(RequestError):
+    """Our own failure (500); the message tells the client nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__("internal error")
+
+
+class OutOfMemory(RequestError):
+    """A single input did not fit into memory now (503)."""
+
+    status = 503
+    reason = "Service Unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("not enough memory for this input")

@@ -31,7 +31,14 @@ from ft_handler.batching import (
 from ft_handler.codec import Codec, encode_error
 from ft_handler.config import HandlerConfig
 from ft_handler.engine import Engine, Logits, Pending
-from ft_handler.errors import ConfigError, EngineLost, OutOfDeviceMemory, RequestError
+from ft_handler.errors import (
+    ConfigError,
+    EngineLost,
+    InternalError,
+    OutOfDeviceMemory,
+    OutOfMemory,
+    RequestError,
+)
 from ft_handler.tasks import Classification, QuestionAnswering
 from ft_handler.tokenization import QuestionEncoder, TextEncoder
 from ft_handler.types import (
@@ -53,23 +60,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STAGES = ("decode", "tokenize", "pack", "compute", "postprocess", "encode")
-
-
-class InternalError(RequestError):
-    """Our own failure (500); the message tells the client nothing of it."""
-
-    def __init__(self) -> None:
-        super().__init__("internal error")
-
-
-class OutOfMemory(RequestError):
-    """A single input did not fit into memory now (503)."""
-
-    status = 503
-    reason = "Service Unavailable"
-
-    def __init__(self) -> None:
-        super().__init__("not enough memory for this input")
 
 
 @dataclass(slots=True)

@@ -26,19 +26,20 @@ def _library() -> None:
 
 
 def within_twice(ours: Tensor, plain: Tensor, exact: Tensor) -> bool:
-    """Whether our error is at most twice plain PyTorch's, or rounding alone explains it.
+    """Whether our error is at most twice plain PyTorch's (fp32: rounding alone, 1e-6).
 
-    Rounding alone is 1e-6 in fp32, else half a unit in the last place: in a single row of 30 values
-    plain PyTorch's own error halves and doubles by luck.
+    `plain` and `exact` may have more rows than `ours`: the error of one short row halves and
+    doubles by luck, so the budget comes from many.
     """
-    assert ours.shape == exact.shape
+    assert ours.shape[1:] == exact.shape[1:]
+    assert plain.shape == exact.shape
 
     def error(x: Tensor) -> float:
-        value = float((x.double() - exact.double()).norm() / exact.double().norm())
+        wanted = exact[: len(x)].double()
+        value = float((x.double() - wanted).norm() / wanted.norm())
         return value if math.isfinite(value) else math.inf
 
-    rounding = 1e-6 if ours.dtype == torch.float32 else torch.finfo(ours.dtype).eps / 2
-    return error(ours) <= max(2 * error(plain), rounding)
+    return error(ours) <= max(2 * error(plain), 1e-6)
 
 
 def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -56,7 +57,8 @@ def test_every_plan(size: tuple[int, int], dtype: torch.dtype, kind: str) -> Non
     bias, gamma, beta = (normal(n, dtype=dtype) for _ in range(3))
     name = str(dtype).removeprefix("torch.")
     for rows in ROWS:
-        x, residual = normal(rows, k, dtype=dtype), normal(rows, n, dtype=dtype)
+        many = max(rows, 256)
+        x, residual = normal(many, k, dtype=dtype), normal(many, n, dtype=dtype)
         exact = reference.linear(x, w, bias, residual if added else None, gelu)
         plain = F.linear(x, w, bias)
         plain = F.gelu(plain) if gelu else plain + residual if added else plain
@@ -66,9 +68,10 @@ def test_every_plan(size: tuple[int, int], dtype: torch.dtype, kind: str) -> Non
         for plan in ops.gemm_candidates(w, rows, gelu, added, norm).split("\n"):
             ops.load_gemm_plan(0, name, rows, n, k, gelu, added, norm, plan)
             if norm:
-                ours = ops.linear_layer_norm(x, w, bias, residual, gamma, beta, EPS)
+                ours = ops.linear_layer_norm(x[:rows], w, bias, residual[:rows], gamma, beta, EPS)
             else:
-                ours = ops.linear(x, w, bias, residual if added else None, gelu)
+                ours = ops.linear(x[:rows], w, bias, residual[:rows] if added else None, gelu)
+            assert ours.shape == (rows, n)
             assert within_twice(ours, plain, exact), f"{rows} rows, plan {plan}"
 
 
