@@ -3,6 +3,10 @@
     python benchmarks/accuracy.py                                   # SST-2 and SQuAD, fp32
     python benchmarks/accuracy.py --task sst2 --data-type fp32 bf16 fp16
     python benchmarks/accuracy.py --task squad --limit 500 --device cuda
+    python benchmarks/accuracy.py --device cuda --data-type fp16 --neighbours
+
+--neighbours runs every sequence alone and among 63 others, drawn at random: the largest difference
+of a logit, and how many labels or answers change.
 
 Reads the sets and transformers' scores from $FT_HANDLER_SHARED (default ../shared). SQuAD is
 decoded as the adapter's card says: over all windows of 384 tokens that share 128, the span of at
@@ -17,21 +21,24 @@ import collections
 import gzip
 import json
 import os
+import random
 import re
 import string
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from ft_handler import TraceOptions, load_model
+from ft_handler.engine import Engine, engine_for
 from ft_handler.trace import TRACED_FILE, trace
+from ft_handler.types import PackedBatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from provenance import provenance
@@ -47,7 +54,16 @@ WINDOW, OVERLAP, LONGEST_ANSWER = 384, 128, 30
 TOKENS_A_BATCH = 8192
 
 
-def batches(lengths: list[int]) -> Iterator[list[int]]:
+class Input(NamedTuple):
+    """One model input; of SQuAD also where its context tokens stand and what they cover."""
+
+    ids: list[int]
+    type_ids: list[int]
+    context: slice = slice(0)
+    offsets: Sequence[tuple[int, int]] = ()
+
+
+def by_length(lengths: list[int]) -> Iterator[list[int]]:
     """Indices in groups of similar length under the token budget."""
     group: list[int] = []
     tokens = 0
@@ -61,19 +77,32 @@ def batches(lengths: list[int]) -> Iterator[list[int]]:
         yield group
 
 
-def run(module: Any, encodings: list[Any], device: str, name: str) -> list[list[np.ndarray]]:
-    """The packed entry over all encodings; per output, one array an encoding, in order."""
-    lengths = [len(e.ids) for e in encodings]
-    results: list[Any] = [None] * len(encodings)
+def shuffled(lengths: list[int]) -> Iterator[list[int]]:
+    """Indices in random groups of 64."""
+    order = random.Random(0).sample(range(len(lengths)), len(lengths))
+    yield from (order[i : i + 64] for i in range(0, len(order), 64))
+
+
+def alone(lengths: list[int]) -> Iterator[list[int]]:
+    """Every index by itself."""
+    yield from ([i] for i in range(len(lengths)))
+
+
+Grouping = Callable[[list[int]], Iterator[list[int]]]
+Results = list[list[np.ndarray]]
+
+
+def run(engine: Engine, sequences: list[Input], grouping: Grouping, name: str) -> Results:
+    """The handler's engine over all sequences; per sequence one array an output, in order."""
+    lengths = [len(s.ids) for s in sequences]
+    results: Results = [[] for _ in sequences]
     done, shown = 0, time.monotonic()
-    for group in batches(lengths):
+    for group in grouping(lengths):
         bounds = np.cumsum([0, *(lengths[i] for i in group)]).astype(np.int32)
-        ids = torch.tensor([t for i in group for t in encodings[i].ids], device=device)
-        types = torch.tensor([t for i in group for t in encodings[i].type_ids], device=device)
-        longest = max(lengths[i] for i in group)
-        cu_seqlens = torch.from_numpy(bounds).to(device)
-        with torch.inference_mode():
-            out = [part.cpu().numpy() for part in module.packed(ids, types, cu_seqlens, longest)]
+        ids = np.array([t for i in group for t in sequences[i].ids])
+        types = np.array([t for i in group for t in sequences[i].type_ids])
+        batch = PackedBatch(ids, types, bounds, max(lengths[i] for i in group))
+        out = engine.launch(batch).result()
         for row, i in enumerate(group):
             if len(out) == 1:
                 results[i] = [out[0][row]]
@@ -82,31 +111,48 @@ def run(module: Any, encodings: list[Any], device: str, name: str) -> list[list[
         done += len(group)
         if time.monotonic() - shown > 10:
             shown = time.monotonic()
-            print(f"  {name}: {done} of {len(encodings)} sequences", file=sys.stderr, flush=True)
+            print(f"  {name}: {done} of {len(sequences)} sequences", file=sys.stderr, flush=True)
     return results
 
 
-def sst2(module: Any, tokenizer: Tokenizer, shared: Path, limit: int | None, device: str) -> Any:
-    """Accuracy on SST-2 dev, and predictions that differ from transformers'."""
-    lines = (shared / "data/sst2/dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
-    rows = [line.split("\t", 1) for line in lines][:limit]
-    results = run(module, tokenizer.encode_batch([t for _, t in rows]), device, "sst2")
-    found = [int(r[0].argmax()) for r in results]
-    recorded = (shared / "models/predictions_sst2.jsonl").read_text().splitlines()[:limit]
-    theirs = [json.loads(line) for line in recorded]
-    worst = max(
-        float(np.abs(r[0] - np.array(t["logits"])).max())
-        for r, t in zip(results, theirs, strict=True)
+def apart(some: Results, others: Results) -> float:
+    """Largest difference of a logit."""
+    return max(
+        float(np.abs(a - b).max())
+        for x, y in zip(some, others, strict=True)
+        for a, b in zip(x, y, strict=True)
     )
-    correct = sum(int(label) == f for (label, _), f in zip(rows, found, strict=True))
-    return {
-        "examples": len(rows),
-        "accuracy": 100 * correct / len(rows),
-        "predictions_unlike_transformers_fp32": sum(
-            f != t["pred"] for f, t in zip(found, theirs, strict=True)
-        ),
-        "largest_logit_difference": worst,
-    }
+
+
+class Sst2:
+    """SST-2 dev: sentences and two labels."""
+
+    def __init__(self, tokenizer: Tokenizer, shared: Path, limit: int | None) -> None:
+        lines = (shared / "data/sst2/dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
+        rows = [line.split("\t", 1) for line in lines][:limit]
+        self.truth = [int(label) for label, _ in rows]
+        encodings = tokenizer.encode_batch([text for _, text in rows])
+        self.sequences = [Input(e.ids, e.type_ids) for e in encodings]
+        recorded = (shared / "models/predictions_sst2.jsonl").read_text().splitlines()[:limit]
+        self.theirs = [json.loads(line) for line in recorded]
+
+    def answers(self, results: Results) -> list[int]:
+        return [int(r[0].argmax()) for r in results]
+
+    def scores(self, results: Results) -> dict[str, Any]:
+        """Accuracy, and predictions that differ from transformers'."""
+        found = self.answers(results)
+        correct = sum(t == f for t, f in zip(self.truth, found, strict=True))
+        return {
+            "examples": len(found),
+            "accuracy": 100 * correct / len(found),
+            "predictions_unlike_transformers_fp32": sum(
+                f != t["pred"] for f, t in zip(found, self.theirs, strict=True)
+            ),
+            "largest_logit_difference": apart(
+                results, [[np.array(t["logits"])] for t in self.theirs]
+            ),
+        }
 
 
 def normalized(text: str) -> str:
@@ -125,63 +171,101 @@ def f1(prediction: str, truth: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def best_span(start: np.ndarray, end: np.ndarray, context: np.ndarray) -> tuple[float, int, int]:
-    """(score, first, last) of the best span whose tokens are in the context."""
-    a = np.where(context, start, -np.inf)[:, None]
-    b = np.where(context, end, -np.inf)[None, :]
-    scores = a + b
+def best_span(start: np.ndarray, end: np.ndarray) -> tuple[float, int, int]:
+    """(score, first, last) of the best span of a window's context tokens."""
+    scores = start[:, None] + end[None, :]
     n = len(start)
-    apart = np.arange(n)[None, :] - np.arange(n)[:, None]
-    scores[(apart < 0) | (apart >= LONGEST_ANSWER)] = -np.inf
+    distance = np.arange(n)[None, :] - np.arange(n)[:, None]
+    scores[(distance < 0) | (distance >= LONGEST_ANSWER)] = -np.inf
     at = int(scores.argmax())  # row by row: the first on a tie
     return float(scores.flat[at]), at // n, at % n
 
 
-def squad(module: Any, tokenizer: Tokenizer, shared: Path, limit: int | None, device: str) -> Any:
-    """Exact match and F1 on SQuAD v1.1 dev, and answers that differ from transformers'."""
-    with gzip.open(shared / "data/squad/dev-v1.1.json.gz", "rt", encoding="utf-8") as file:
-        articles = json.load(file)["data"]
-    questions = [
-        (qa["id"], qa["question"], paragraph["context"], [a["text"] for a in qa["answers"]])
-        for article in articles
-        for paragraph in article["paragraphs"]
-        for qa in paragraph["qas"]
-    ][:limit]
-    tokenizer.enable_truncation(WINDOW, stride=OVERLAP, strategy="only_second")
-    windows, owner = [], []
-    for i, (_, question, context, _) in enumerate(questions):
-        encoding = tokenizer.encode(question.lstrip(), context)
-        for window in (encoding, *encoding.overflowing):
-            windows.append(window)
-            owner.append(i)
-    results = run(module, windows, device, "squad")
-    best: list[tuple[float, str]] = [(-np.inf, "")] * len(questions)
-    for window, i, (start, end) in zip(windows, owner, results, strict=True):
-        context = np.array([s == 1 for s in window.sequence_ids])
-        score, first, last = best_span(start, end, context)
-        if score > best[i][0]:
-            text = questions[i][2][window.offsets[first][0] : window.offsets[last][1]]
-            best[i] = (score, text)
-    recorded = json.loads((shared / "models/predictions_squad.json").read_text())
-    answers = [text for _, text in best]
-    truths = [q[3] for q in questions]
-    exact = [
-        max(normalized(a) == normalized(t) for t in ts)
-        for a, ts in zip(answers, truths, strict=True)
-    ]
-    overlap = [max(f1(a, t) for t in ts) for a, ts in zip(answers, truths, strict=True)]
+class Squad:
+    """SQuAD v1.1 dev: questions, contexts in windows, accepted answers."""
+
+    def __init__(self, tokenizer: Tokenizer, shared: Path, limit: int | None) -> None:
+        with gzip.open(shared / "data/squad/dev-v1.1.json.gz", "rt", encoding="utf-8") as file:
+            articles = json.load(file)["data"]
+        self.questions = [
+            (qa["id"], qa["question"], paragraph["context"], [a["text"] for a in qa["answers"]])
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for qa in paragraph["qas"]
+        ][:limit]
+        self.recorded = json.loads((shared / "models/predictions_squad.json").read_text())
+        self.sequences: list[Input] = []
+        self.owner: list[int] = []
+        pairs = [(question.lstrip(), context) for _, question, context, _ in self.questions]
+        for i, encoding in enumerate(tokenizer.encode_batch(pairs)):
+            own = self.windows(encoding)
+            self.sequences += own
+            self.owner += [i] * len(own)
+
+    @staticmethod
+    def windows(encoding: Any) -> list[Input]:
+        """The context in windows of 384 tokens that share 128, each behind the whole question.
+
+        Cut here, not by the tokenizer: its versions disagree about the last windows.
+        """
+        ids, types, offsets = encoding.ids, encoding.type_ids, encoding.offsets
+        first, last = encoding.token_to_sequence, len(ids) - 1
+        begin = next(i for i in range(len(ids)) if first(i) == 1)
+        room = WINDOW - begin - 1
+        made = []
+        for at in range(begin, last, room - OVERLAP):
+            until = min(at + room, last)
+            made.append(
+                Input(
+                    [*ids[:begin], *ids[at:until], ids[last]],
+                    [*types[:begin], *types[at:until], types[last]],
+                    slice(begin, begin + until - at),
+                    offsets[at:until],
+                )
+            )
+            if until == last:
+                break
+        return made
+
+    def answers(self, results: Results) -> list[str]:
+        best: list[tuple[float, str]] = [(-np.inf, "")] * len(self.questions)
+        for window, i, (start, end) in zip(self.sequences, self.owner, results, strict=True):
+            score, first, last = best_span(start[window.context], end[window.context])
+            if score > best[i][0]:
+                text = self.questions[i][2][window.offsets[first][0] : window.offsets[last][1]]
+                best[i] = (score, text)
+        return [text for _, text in best]
+
+    def scores(self, results: Results) -> dict[str, Any]:
+        """Exact match and F1, and answers that differ from transformers'."""
+        answers = self.answers(results)
+        pairs = list(zip(answers, self.questions, strict=True))
+        exact = [max(normalized(a) == normalized(t) for t in q[3]) for a, q in pairs]
+        overlap = [max(f1(a, t) for t in q[3]) for a, q in pairs]
+        return {
+            "examples": len(answers),
+            "windows": len(self.sequences),
+            "em": 100 * float(np.mean(exact)),
+            "f1": 100 * float(np.mean(overlap)),
+            "answers_unlike_transformers_fp32": sum(a != self.recorded[q[0]] for a, q in pairs),
+        }
+
+
+TASKS: dict[str, type[Sst2] | type[Squad]] = {"sst2": Sst2, "squad": Squad}
+
+
+def neighbours(engine: Engine, task: Sst2 | Squad, name: str) -> dict[str, Any]:
+    """Every sequence alone against the same sequence among 63 others."""
+    single = run(engine, task.sequences, alone, f"{name}, alone")
+    among = run(engine, task.sequences, shuffled, f"{name}, among others")
+    changed = zip(task.answers(single), task.answers(among), strict=True)
     return {
-        "examples": len(questions),
-        "windows": len(windows),
-        "em": 100 * float(np.mean(exact)),
-        "f1": 100 * float(np.mean(overlap)),
-        "answers_unlike_transformers_fp32": sum(
-            a != recorded[q[0]] for a, q in zip(answers, questions, strict=True)
-        ),
+        "alone_or_among_63": {
+            "sequences": len(task.sequences),
+            "largest_logit_difference": apart(single, among),
+            "answers_that_change": sum(a != b for a, b in changed),
+        }
     }
-
-
-TASKS = {"sst2": sst2, "squad": squad}
 
 
 def recorded_scores(shared: Path) -> dict[str, dict[str, float]]:
@@ -201,6 +285,7 @@ def main() -> int:
     parser.add_argument("--data-type", nargs="+", choices=list(ALLOWED), default=["fp32"])
     parser.add_argument("--limit", type=int, help="first examples only; scores are not judged")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--neighbours", action="store_true", help="alone against among 63 others")
     parser.add_argument("--model", default=BASE, help="base checkpoint, a hub name or a folder")
     parser.add_argument("--json", type=Path, help="write the results here, with provenance")
     arguments = parser.parse_args()
@@ -223,10 +308,15 @@ def main() -> int:
                         data_type=data_type,
                     )
                 )
-                module = load_model(Path(folder) / TRACED_FILE, arguments.device).module
+                model = load_model(Path(folder) / TRACED_FILE, arguments.device)
+                engine = engine_for(model, torch.device(arguments.device))
+                engine.warm_up()
                 tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-                begun = time.perf_counter()
-                scores = TASKS[task](module, tokenizer, shared, arguments.limit, arguments.device)
+            begun = time.perf_counter()
+            data = TASKS[task](tokenizer, shared, arguments.limit)
+            scores = data.scores(run(engine, data.sequences, by_length, task))
+            if arguments.neighbours:
+                scores |= neighbours(engine, data, task)
             row = {"task": task, "data_type": data_type, "device": arguments.device, **scores}
             row["seconds"] = round(time.perf_counter() - begun, 1)
             rows.append(row)
@@ -242,6 +332,8 @@ def main() -> int:
                 f"{row['examples']} answers differ, {row['seconds']} s{verdict}",
                 flush=True,
             )
+            if arguments.neighbours:
+                print(f"  {row['alone_or_among_63']}", flush=True)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"provenance": provenance(), "rows": rows}, indent=1)

@@ -44,6 +44,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 # layers, hidden, intermediate, heads
 MODELS = {"minilm": (6, 384, 1536, 12), "base": (12, 768, 3072, 12), "large": (24, 1024, 4096, 16)}
 
+# GPU -> TFLOP/s in half precision and GB/s from memory that plain kernels were seen to reach.
+CEILINGS = {"NVIDIA H200": (790, 4300)}
+
 # The order matters: lengths are drawn row by row from one generator.
 CUDA_ROWS = [
     ("base", "fixed", 1, 32),
@@ -93,6 +96,16 @@ class Batch:
         """Multiply-adds counted twice: matrix products and attention, without pads."""
         products = 2 * self.total * (4 * hidden * hidden + 2 * hidden * inner)
         return layers * (products + sum(4 * n * n * hidden for n in self.lengths)) / 1e9
+
+    def gbyte(self, layers: int, hidden: int, inner: int) -> float:
+        """Weights once, every layer's results written once and read once, in half precision.
+
+        A layer hands on QKV (3 H a token), attention, two normalised sums (H each, the residual
+        read twice) and the inner activations.
+        """
+        weights = 4 * hidden * hidden + 2 * hidden * inner
+        a_token = 2 * (3 * hidden + hidden + 2 * hidden + inner) + 2 * hidden
+        return 2 * layers * (weights + self.total * a_token) / 1e9
 
 
 def bert(shape: tuple[int, int, int, int], longest: int) -> torch.nn.Module:
@@ -576,6 +589,10 @@ def cuda_row(
     }
     if "ours" in ms:
         row["tflops"] = row["gflop"] / ms["ours"]
+        row["gb_per_s"] = batch.gbyte(*shape[:3]) / ms["ours"] * 1e3
+        # What this chip reaches at best, where it is known; the smaller share says nothing.
+        if ceilings := CEILINGS.get(torch.cuda.get_device_name()):
+            row["of_ceilings"] = [row["tflops"] / ceilings[0], row["gb_per_s"] / ceilings[1]]
     if arguments.kernels:
         row["kernels"] = kernel_profile(ours)
     torch.compiler.reset()
@@ -612,6 +629,7 @@ def print_cuda(row: dict[str, Any]) -> None:
             line += f" | best other x{ms['ours'] / min(others):.3f}"
         if "gemms_graph" in ms:
             line += f" | GEMMs x{ms['ours'] / ms['gemms_graph']:.3f}"
+        line += f" | {row['tflops']:.0f} TFLOP/s {row['gb_per_s']:.0f} GB/s"
     print(line + f" | diff {row['max_difference_from_hf']:.1e}", flush=True)
     for column, why in row["missing"].items():
         print(f"  left out: {column}: {why}", flush=True)

@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -285,8 +286,11 @@ def measure(
     for workers in arguments.workers:
         for mix in arguments.mixes:
             names = [name for name, system in systems.items() if system["mix"] == mix]
+            loads = {}
             for name in names:
+                start = time.perf_counter()
                 scale(server, name, workers)
+                loads[name] = time.perf_counter() - start
             for connections in arguments.connections:
                 found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
                 for turn in range(arguments.rounds):
@@ -320,6 +324,8 @@ def measure(
                             {k: v for k, v in f.items() if k != "handler"} for f in figures_of
                         ],
                         "handler": figures_of[-1]["handler"],
+                        "batch_ms": batch_times(figures_of[-1], workers),
+                        "load_s": round(loads[name], 1),  # until every worker is ready
                     }
                     for key in ("requests_per_s", "p50_ms", "p99_ms"):
                         row[key] = statistics.median(f[key] for f in figures_of)
@@ -330,12 +336,25 @@ def measure(
                         f"{row['system']:10} {mix:6} workers {workers} connections {connections:4} "
                         f"{row['requests_per_s']:9.0f} req/s  p50 {row['p50_ms']:8.1f} ms  "
                         f"p99 {row['p99_ms']:8.1f} ms  errors {row['errors']}"
+                        + "".join(f"  {k} {v:.2f}" for k, v in row["batch_ms"].items())
                         + ("  few answers: raise --seconds" if fewest < 100 else ""),
                         flush=True,
                     )
             for name in names:
                 scale(server, name, 0)
     return rows
+
+
+def batch_times(figures: dict[str, Any], workers: int) -> dict[str, float]:
+    """Milliseconds of a batch in the handler's host code, on the device, and in the server."""
+    own = figures["handler"]
+    count = own.get("ft_host_seconds_count", 0)
+    if not count:
+        return {}
+    host, compute = (own[f"ft_{k}_seconds_sum"] / count * 1e3 for k in ("host", "compute"))
+    whole = figures["requests"] / figures["requests_per_s"] * workers / count * 1e3
+    parts = {"host": host, "compute": compute, "server": whole - host - compute}
+    return {name: round(value, 3) for name, value in parts.items()}
 
 
 def scale(server: Server, name: str, workers: int) -> None:

@@ -8,6 +8,7 @@ when its shape has none), copied out once, and waited for once, in `result`.
 from __future__ import annotations
 
 import bisect
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from ft_handler.model import LoadedModel
 
 Logits = tuple[NDArray[np.float32], ...]
+
+#: What the driver keeps for an instantiated graph beside its pool; measured.
+GRAPH_BYTES = 1 << 18
 
 
 class Pending(Protocol):
@@ -148,6 +152,12 @@ class GraphPlan:
                     least = below_sequences[sequences] + below_lengths[length]
                     if most > below_tokens[tokens] and least < tokens:
                         yield tokens, sequences, length
+
+
+def _ints(shape: tuple[int, int, int]) -> int:
+    """Integers that a batch of a class brings: ids, types, cu_seqlens."""
+    tokens, sequences, _ = shape
+    return 2 * tokens + sequences + 1
 
 
 @dataclass(slots=True)
@@ -287,7 +297,7 @@ class CudaEngine:
             tokens, sequences, longest = batch.total, batch.batch, batch.max_seqlen
         else:
             tokens, sequences, longest = shape
-        ints = 2 * tokens + sequences + 1
+        ints = _ints((tokens, sequences, longest))
         floats = self._width * (tokens if self._question_answering else sequences)
         with self._lock, torch.inference_mode(), torch.cuda.stream(self._stream):
             slot = self._slot(ints, floats)
@@ -326,7 +336,7 @@ class CudaEngine:
         return out[0].reshape(-1) if len(out) == 1 else torch.cat([o.reshape(-1) for o in out])
 
     def warm_up(self) -> dict[str, float]:
-        """Run a few batches, then capture graphs, small shapes first, until the budget is spent."""
+        """Run a few batches, then capture a graph of every class that the budget has room for."""
         start = time.perf_counter()
         for lengths in ([1], [7, 3], [self._plan.lengths[-1]]):
             for _ in range(3):  # TorchScript optimises in its first calls
@@ -334,7 +344,7 @@ class CudaEngine:
         warm = time.perf_counter() - start
         spent = 0
         if self._graph_memory > 0:
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.cuda.device(self._device):
                 spent = self._capture_all()
         return {
             "seconds": warm,
@@ -344,33 +354,40 @@ class CudaEngine:
         }
 
     def _capture_all(self) -> int:
-        torch.cuda.synchronize(self._device)
-        free_before, _ = torch.cuda.mem_get_info(self._device)
-        pool = torch.cuda.graph_pool_handle()
-        spent = 0
-        seen: set[int] = set()
+        """Capture what fits; returns the bytes that the graphs take."""
         # Largest first: the pool the graphs share is then laid out once.
-        for shape in sorted(self._plan.shapes(), reverse=True):
-            tokens, sequences, longest = shape
-            ints = 2 * tokens + sequences + 1
-            with torch.cuda.stream(self._stream):
-                # A captured forward must find lengths that are possible: one token, then none.
+        shapes = sorted(self._plan.shapes(), reverse=True)
+        with torch.cuda.stream(self._stream):
+            # Plans of GEMMs are made per token class, and never inside a capture.
+            workspaces = {}
+            for shape in {tokens: (tokens, n, longest) for tokens, n, longest in shapes}.values():
+                # Lengths that are possible: one token, then none.
                 self._inputs.zero_()
-                self._inputs[2 * tokens + 1 : ints] = 1
-                if tokens not in seen:
-                    # Plans of GEMMs are made per token class, and never inside a capture.
-                    self._forward(self._inputs[:ints], tokens, sequences, longest)
-                    seen.add(tokens)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-                output = self._forward(self._inputs[:ints], tokens, sequences, longest)
-            self._graphs[shape] = _Graph(graph, output)
-            free, _ = torch.cuda.mem_get_info(self._device)
-            spent = free_before - free
-            if spent > self._graph_memory:
-                break
-        torch.cuda.synchronize(self._device)
-        return spent
+                self._inputs[2 * shape[0] + 1 : _ints(shape)] = 1
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                self._forward(self._inputs[: _ints(shape)], *shape)
+                workspaces[shape[0]] = torch.cuda.max_memory_allocated() - before
+            torch.cuda.synchronize()
+            gc.collect()  # an object that dies during a capture may call the driver
+            torch.cuda.empty_cache()
+            # Of this process alone: another worker may be loading on the same GPU.
+            reserved = torch.cuda.memory_reserved()
+            pool = torch.cuda.graph_pool_handle()
+            for shape in shapes:
+                spent = torch.cuda.memory_reserved() - reserved
+                room = self._graph_memory - (len(self._graphs) + 1) * GRAPH_BYTES
+                if max(spent, workspaces[shape[0]]) > room:
+                    continue
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    output = self._forward(self._inputs[: _ints(shape)], *shape)
+                finally:
+                    graph.capture_end()
+                self._graphs[shape] = _Graph(graph, output)
+            torch.cuda.synchronize()
+            return torch.cuda.memory_reserved() - reserved + len(self._graphs) * GRAPH_BYTES
 
 
 def engine_for(

@@ -155,13 +155,19 @@ def test_a_launch_allocates_nothing_and_never_synchronises(traced):
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == count
 
 
-def test_a_small_budget_captures_few_graphs_and_the_rest_still_runs(traced):
+def test_the_budget_bounds_the_graphs_and_the_rest_still_runs(traced):
     model = load_model(traced("question_answering", "fp16"), "cuda")
-    few = engine(model, 1)
-    every = len(list(GraphPlan.of(1024, 16, model.info.max_positions).shapes()))
-    assert len(few._graphs) < every
+    made = CudaEngine(model, torch.device("cuda", 0), max_tokens=1024, max_sequences=16)
+    full = made.warm_up()
+    assert full["graphs"] == len(list(GraphPlan.of(1024, 16, model.info.max_positions).shapes()))
+    half = engine(model, int(full["graph_bytes"]) // 2)
+    assert 0 < len(half._graphs) < full["graphs"]
+    none = engine(model, 1)
+    assert not none._graphs
     batch = ragged(np.random.default_rng(7), 5)
-    assert [r.shape for r in few.launch(batch).result()] == [(batch.total,)] * 2
+    wanted = made.launch(batch).result()
+    for other in (half, none):
+        assert apart(other.launch(batch).result(), wanted) == 0
 
 
 def test_empty_batches_and_ids_out_of_range(traced):
