@@ -590,7 +590,7 @@ def cuda_row(
     if "ours" in ms:
         row["tflops"] = row["gflop"] / ms["ours"]
         row["gb_per_s"] = batch.gbyte(*shape[:3]) / ms["ours"] * 1e3
-        # What this chip reaches at best, where it is known; the smaller share says nothing.
+        # Shares of the two ceilings: the larger one says what bounds the row.
         if ceilings := CEILINGS.get(torch.cuda.get_device_name()):
             row["of_ceilings"] = [row["tflops"] / ceilings[0], row["gb_per_s"] / ceilings[1]]
     if arguments.kernels:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ft_handler.engine import CpuEngine, CudaEngine, GraphPlan, Logits, synthetic_batch
+from ft_handler.errors import OutOfDeviceMemory
 from ft_handler.model import LoadedModel, load_model
 from ft_handler.types import PackedBatch
 
@@ -168,6 +169,24 @@ def test_the_budget_bounds_the_graphs_and_the_rest_still_runs(traced):
     wanted = made.launch(batch).result()
     for other in (half, none):
         assert apart(other.launch(batch).result(), wanted) == 0
+
+
+def test_out_of_memory_is_named_and_the_next_batch_runs(traced):
+    plain = engine(load_model(traced("question_answering", "fp32"), "cuda"), 0)
+    rng = np.random.default_rng(8)
+    small, huge = ragged(rng, 4), ragged(rng, 4000)
+    wanted = plain.launch(small).result()
+    torch.cuda.empty_cache()
+    most = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / most)
+    try:
+        with pytest.raises(OutOfDeviceMemory) as caught:
+            plain.launch(huge).result()
+        assert "CUDA" not in str(caught.value)
+        assert apart(plain.launch(small).result(), wanted) == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert plain.launch(huge).result()[0].shape == (huge.total,)
 
 
 def test_empty_batches_and_ids_out_of_range(traced):
