@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Logits = tuple[NDArray[np.float32], ...]
 
 #: What the driver keeps for an instantiated graph beside its pool; measured.
-GRAPH_BYTES = 1 << 18
+GRAPH_BYTES = 300 << 10
 
 
 class Pending(Protocol):
@@ -364,10 +364,10 @@ class CudaEngine:
                 # Lengths that are possible: one token, then none.
                 self._inputs.zero_()
                 self._inputs[2 * shape[0] + 1 : _ints(shape)] = 1
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
+                torch.cuda.empty_cache()
+                before = torch.cuda.memory_reserved()
                 self._forward(self._inputs[: _ints(shape)], *shape)
-                workspaces[shape[0]] = torch.cuda.max_memory_allocated() - before
+                workspaces[shape[0]] = torch.cuda.memory_reserved() - before
             torch.cuda.synchronize()
             gc.collect()  # an object that dies during a capture may call the driver
             torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +140,8 @@ def test_memory_does_not_grow_over_ten_thousand_ragged_batches(traced, graph_mem
         for batch in batches:
             graphs.launch(batch).result()
     assert torch.cuda.memory_reserved() == reserved
-    assert torch.cuda.mem_get_info()[0] >= free - (1 << 21)
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # what the driver says is of all processes
+        assert torch.cuda.mem_get_info()[0] >= free - (1 << 21)
 
 
 def test_a_launch_allocates_nothing_and_never_synchronises(traced):
