@@ -36,8 +36,10 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """The commit of the clone; `+changes` when tracked files differ from it."""
-    revision = os.environ.get("FT_HANDLER_COMMIT") or _run("git", "rev-parse", "HEAD")
+    """FT_HANDLER_COMMIT, else the clone's; `+changes` when tracked files differ from it."""
+    if given := os.environ.get("FT_HANDLER_COMMIT"):  # a copy of the tree without its history
+        return given
+    revision = _run("git", "rev-parse", "HEAD")
     if not revision:
         return "unknown"
     return revision + ("+changes" if _run("git", "status", "--porcelain", "-uno") else "")
