@@ -14,6 +14,7 @@ round and medians are reported. The load comes from wrk when it is installed, el
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -243,32 +244,36 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
         make_bodies(mix, words, bodies)
         checkpoint = folder / f"{mix}-checkpoint"
         model = make_checkpoint(mix, MODELS[arguments.model], vocab, checkpoint)
-        server_part = (
-            f"minWorkers: 0\nmaxWorkers: 16\nbatchSize: {arguments.batch_size}\n"
-            f"maxBatchDelay: {arguments.max_batch_delay}\nresponseTimeout: 120\n"
-            + (f"deviceType: {'gpu' if device == 'cuda' else 'cpu'}\n")
-        )
-        base = {"mix": mix, "bodies": bodies, "kind": kind, "batch_size": arguments.batch_size}
         for system in arguments.systems:
-            name = f"{system}_{mix}"
-            print(f"preparing {name}", flush=True)
+            print(f"preparing {system}_{mix}", flush=True)
+            output = folder / f"{system}_{mix}"
             if system == "constant":
                 files, handler, own = [], HERE / "constant_handler.py", "{}"
             elif system == "published":
-                output = folder / name
                 dtype = DTYPES[arguments.published_precision or arguments.precision]
                 trace_published(mix, model, checkpoint, dtype, device, output)
                 files, handler = sorted(output.iterdir()), HERE / "published_handler.py"
                 own = f"\n  mode: {task}\n  max_length: {length}"
             else:
-                output = folder / name
                 trace_ours(mix, checkpoint, arguments.precision, output)
                 files = [p for p in output.iterdir() if p.suffix in (".pt", ".json", ".txt")]
                 files.append(load_library())
                 handler = Path(shim)
                 own = f"\n  mode: {task}" + "".join(f"\n  {s}" for s in arguments.setting)
-            archive(name, handler, files, f"{server_part}handler: {own}\n", store)
-            systems[name] = {"system": system, **base}
+            settings = (
+                "responseTimeout: 120\n"
+                f"deviceType: {'gpu' if device == 'cuda' else 'cpu'}\nhandler: {own}\n"
+            )
+            archive(output.name, handler, files, settings, store)
+            for batch_size in arguments.batch_size:
+                systems[f"{output.name}_{batch_size}"] = {
+                    "archive": output.name,
+                    "system": system,
+                    "mix": mix,
+                    "bodies": bodies,
+                    "kind": kind,
+                    "batch_size": batch_size,
+                }
     return systems
 
 
@@ -281,11 +286,19 @@ def measure(
     )
     run: Callable[..., dict[str, Any]] = wrk_load if use_wrk else bundled_load
     rows: list[dict[str, Any]] = []
-    for name in systems:
-        server.request(f"{server.management}/models?url={name}.mar&initial_workers=0", b"", "POST")
-    for workers in arguments.workers:
-        for mix in arguments.mixes:
-            names = [name for name, system in systems.items() if system["mix"] == mix]
+    for name, system in systems.items():
+        query = (
+            f"url={system['archive']}.mar&model_name={name}&batch_size={system['batch_size']}"
+            f"&max_batch_delay={arguments.max_batch_delay}&initial_workers=0"
+        )
+        server.request(f"{server.management}/models?{query}", b"", "POST")
+    for batch_size in arguments.batch_size:
+        for workers, mix in itertools.product(arguments.workers, arguments.mixes):
+            names = [
+                name
+                for name, system in systems.items()
+                if (system["mix"], system["batch_size"]) == (mix, batch_size)
+            ]
             loads = {}
             for name in names:
                 start = time.perf_counter()
@@ -317,7 +330,7 @@ def measure(
                         "system": systems[name]["system"],
                         "mix": mix,
                         "workers": workers,
-                        "batch_size": arguments.batch_size,
+                        "batch_size": batch_size,
                         "connections": connections,
                         "generator": "wrk" if use_wrk else "load.py",
                         "rounds": [
@@ -333,7 +346,8 @@ def measure(
                     fewest = min(f["requests"] for f in figures_of)
                     rows.append(row)
                     print(
-                        f"{row['system']:10} {mix:6} workers {workers} connections {connections:4} "
+                        f"{row['system']:10} {mix:6} batch {batch_size:3} workers {workers} "
+                        f"connections {connections:4} "
                         f"{row['requests_per_s']:9.0f} req/s  p50 {row['p50_ms']:8.1f} ms  "
                         f"p99 {row['p99_ms']:8.1f} ms  errors {row['errors']}"
                         + "".join(f"  {k} {v:.2f}" for k, v in row["batch_ms"].items())
@@ -358,9 +372,17 @@ def batch_times(figures: dict[str, Any], workers: int) -> dict[str, float]:
 
 
 def scale(server: Server, name: str, workers: int) -> None:
-    """Exactly `workers` workers, and wait for them."""
-    url = f"{server.management}/models/{name}?min_worker={workers}&max_worker={max(workers, 1)}"
-    server.request(f"{url}&synchronous=true", b"", "PUT", timeout=300)
+    """Exactly `workers` workers; waits until all have loaded, whatever the answer to PUT says."""
+    url = f"{server.management}/models/{name}"
+    limits = f"min_worker={workers}&max_worker={max(workers, 1)}"
+    server.request(f"{url}?{limits}&synchronous=true", b"", "PUT", timeout=300)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        states = [worker["status"] for worker in server.describe(name)["workers"]]
+        if states == ["READY"] * workers:
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"{name} has not {workers} workers after 300 s: {states}")
 
 
 def drain(server: Server, name: str, system: dict[str, Any]) -> None:
@@ -374,13 +396,14 @@ def drain(server: Server, name: str, system: dict[str, Any]) -> None:
 
 def print_ratios(rows: list[dict[str, Any]]) -> None:
     """Ours over published, figure by figure."""
-    keys = ("mix", "workers", "connections")
+    keys = ("mix", "batch_size", "workers", "connections")
     published = {tuple(r[k] for k in keys): r for r in rows if r["system"] == "published"}
     for row in rows:
         other = published.get(tuple(row[k] for k in keys))
         if row["system"] == "ours" and other and other["requests_per_s"]:
             print(
-                f"{row['mix']:6} workers {row['workers']} connections {row['connections']:4}: "
+                f"{row['mix']:6} batch {row['batch_size']:3} workers {row['workers']} "
+                f"connections {row['connections']:4}: "
                 f"{row['requests_per_s'] / other['requests_per_s']:.2f} x the published req/s, "
                 f"p99 {row['p99_ms'] / other['p99_ms']:.2f} x"
             )
@@ -401,7 +424,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--mixes", nargs="*", default=["sst2", "squad"], choices=tuple(MIXES))
     parser.add_argument("--connections", nargs="*", type=int, default=[1, 16, 64])
     parser.add_argument("--workers", nargs="*", type=int, default=[1])
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[32])
     parser.add_argument("--max-batch-delay", type=int, default=5, help="milliseconds")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15, help="a measurement")

@@ -90,10 +90,10 @@ def serving(path: Path, data: dict[str, Any]) -> str:
     body = []
     cases: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in data["rows"]:
-        key = (row["mix"], row["workers"], row["connections"])
+        key = (row["mix"], row["batch_size"], row["workers"], row["connections"])
         cases.setdefault(key, {})[row["system"]] = row
-    for (mix, workers, connections), systems in cases.items():
-        cells = [mix, str(workers), str(connections)]
+    for key, systems in cases.items():
+        cells = [str(part) for part in key]
         for name in ("published", "ours", "constant"):
             row = systems.get(name)
             cells.append(
@@ -107,6 +107,7 @@ def serving(path: Path, data: dict[str, Any]) -> str:
         body.append(cells)
     head = [
         "lengths",
+        "batch size",
         "workers",
         "connections",
         "published",

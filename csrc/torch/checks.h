@@ -7,6 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace ft {
 
@@ -45,12 +46,16 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
-inline std::string shape_of(const Tensor& tensor) {
+inline std::string shape_of(const std::vector<int64_t>& sizes) {
   std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  }
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
   return text + "]";
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
+  return shape_of(sizes);
 }
 
 inline bool is_float_type(ScalarType d) {

@@ -47,7 +47,12 @@ cpu::DType dtype_of(const Tensor& tensor) {
 }
 
 Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype);
+  try {
+    return torch::stable::empty(sizes, dtype);
+  } catch (const std::exception&) {
+    // torch's stable interface drops the allocator's words, and callers split a batch for these.
+    fail("can't allocate memory for ", shape_of(sizes), " ", dtype_name(dtype));
+  }
 }
 
 // This thread's scratch memory, kept from call to call: memory fresh from the system costs a page
@@ -106,9 +111,7 @@ Tensor checked_float(const Tensor& tensor, const char* name, std::vector<int64_t
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(i) == shape[i];
   if (!same) {
-    std::string wanted;
-    for (int64_t s : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(s);
-    fail(name, " must have shape [", wanted, "], has ", shape_of(tensor));
+    fail(name, " must have shape ", shape_of(shape), ", has ", shape_of(tensor));
   }
   return contiguous(tensor);
 }

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <limits>
 #include <optional>
 #include <string>
@@ -120,14 +119,23 @@ const int32_t* int32_pointer(const Tensor& tensor) {
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
-Tensor bytes_like(const Tensor& like, size_t bytes) {
-  const std::array<int64_t, 1> size{static_cast<int64_t>(bytes)};
-  return torch::stable::new_empty(like, size, ScalarType::Byte);
-}
-
 Tensor empty_like_rows(const Tensor& like, std::vector<int64_t> size,
                        std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(size.data(), size.size()), dtype);
+  try {
+    return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(size.data(), size.size()), dtype);
+  } catch (const std::exception&) {
+    // torch's stable interface drops the allocator's words, and callers split a batch for these. A
+    // GPU that an earlier kernel broke fails here as well, and then says so when asked.
+    size_t free = 0, total = 0;
+    const cudaError_t status = cudaMemGetInfo(&free, &total);
+    if (status != cudaSuccess) fail("GPU error: ", cudaGetErrorString(status));
+    fail("out of memory: no room for ", shape_of(size), " ",
+         dtype_name(dtype.value_or(like.scalar_type())), ", the GPU has ", free >> 20, " MiB free");
+  }
+}
+
+Tensor bytes_like(const Tensor& like, size_t bytes) {
+  return empty_like_rows(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
 // Every tensor of a call lives on the first one's GPU.

@@ -169,8 +169,9 @@ def test_the_budget_bounds_the_graphs_and_the_rest_still_runs(traced):
     assert not none._graphs
     batch = ragged(np.random.default_rng(7), 5)
     wanted = made.launch(batch).result()
-    for other in (half, none):
-        assert apart(other.launch(batch).result(), wanted) == 0
+    spread = max(float(np.abs(w).max()) for w in wanted)
+    for other in (half, none):  # a class's products may be tiled otherwise than the batch's own
+        assert apart(other.launch(batch).result(), wanted) <= 2e-2 * spread
 
 
 def test_out_of_memory_is_named_and_the_next_batch_runs(traced):

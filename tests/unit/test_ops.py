@@ -493,3 +493,11 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     assert done.returncode != 0
     assert "FT_HANDLER_CPU_ISA must be one of" in done.stderr
     assert "is mmx" in done.stderr
+
+
+def test_memory_that_runs_out_is_named():
+    # The words for which the pipeline splits a batch; torch's own do not come through.
+    row = torch.zeros(1, 1024)
+    at = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"can't allocate memory for \[1048576, 16384, 1024\]"):
+        torch.ops.fastertransformer.restore_padding(row, at, 1 << 20, 1 << 14, 0.0)
