@@ -495,7 +495,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     assert "is mmx" in done.stderr
 
 
-def test_memory_that_runs_out_is_named():
+def test_memory_that_runs_out_is_named() -> None:
     # The words for which the pipeline splits a batch; torch's own do not come through.
     row = torch.zeros(1, 1024)
     at = torch.zeros(1, dtype=torch.int64)
