@@ -1,14 +1,18 @@
 """Measures the GEMM plans of a model on the running GPU and keeps the fastest in a table.
 
 A plan computes one linear layer for one class of token counts: one of this project's kernels or a
-cuBLASLt algorithm. Without a table the library estimates (sm_90) or takes cuBLASLt's first guess.
+cuBLASLt algorithm. Plans are compared inside an encoder stack, since neighbours in a chain change
+what a kernel costs. Without a table the library estimates (sm_90) or takes cuBLASLt's first guess.
 The table is JSON, good for one GPU model and, where it names cuBLASLt algorithms, for one cuBLASLt
-version; entries of another version are refused when the table is loaded.
+version; entries of another version are refused when the table is loaded. For some GPU models a
+table comes with the package.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -24,6 +28,9 @@ FORMAT = 1
 VARIABLE = "FT_HANDLER_TUNE"
 LARGEST = 16384
 EPS = 1e-12
+# Plans of one layer that are measured, best guesses first.
+MOST_OURS = 12
+MOST_THEIRS = 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Entry:
-    """The fastest plan of a layer for one class of token counts, and its microseconds."""
+    """A layer's plan in the fastest chain for one class of token counts.
+
+    us  microseconds of one encoder layer, all its kernels, in that chain
+    """
 
     dtype: str
     rows: int
@@ -50,10 +60,18 @@ class Entry:
     us: float
 
 
+def _slug(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
 def default_path(gpu: str) -> Path:
     """Where a GPU's table lives: `~/.cache/ft_handler/tuning/<gpu>.json`."""
-    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return Path.home() / ".cache" / "ft_handler" / "tuning" / f"{name}.json"
+    return Path.home() / ".cache" / "ft_handler" / "tuning" / f"{_slug(gpu)}.json"
+
+
+def shipped_path(gpu: str) -> Path:
+    """Where the package keeps a GPU's table, if it has one."""
+    return Path(__file__).parent / "data" / f"gemm-{_slug(gpu)}.json"
 
 
 def layers_of(hidden: int, intermediate: int) -> list[Layer]:
@@ -89,63 +107,132 @@ def _ops() -> Any:
     return ops
 
 
-def _replay_time(body: Callable[[], None], copies: int, replays: int = 7) -> float:
-    """Median microseconds of one of the `copies` calls in `body`, captured in a graph."""
-    import torch
-
-    cuda: Any = torch.cuda  # parts of it carry no types
-    side = cuda.Stream()
-    side.wait_stream(cuda.current_stream())
-    with cuda.stream(side):
-        body()
-    cuda.current_stream().wait_stream(side)
-    graph = cuda.CUDAGraph()
-    with cuda.graph(graph):
-        body()
-    times = []
-    for _ in range(replays + 1):
-        start, stop = (cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return float(sorted(times[1:])[replays // 2]) * 1e3 / copies
-
-
-def measure(layer: Layer, rows: int, dtype: str, copies: int = 8) -> Entry:
-    """Time every plan of one layer at one class of token counts on the current GPU."""
+def _encoder(
+    hidden: int, intermediate: int, heads: int, rows: int, dtype: str, depth: int
+) -> Callable[[], object]:
+    """A stack of `depth` random layers over `rows` tokens, as a call."""
     import torch
 
     ops = _ops()
     kind = getattr(torch, dtype)
-    device = torch.cuda.current_device()
-    rows = int(ops.gemm_row_class(rows))
+    vocabulary, positions = 1000, 512
 
-    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    def random(*shape: int, scale: float) -> torch.Tensor:
         return torch.randn(*shape, device="cuda").mul_(scale).to(kind)
 
-    # Weights of their own for every call: a model finds them in memory, not in the cache.
-    weights = [random(layer.n, layer.k, scale=layer.k**-0.5) for _ in range(copies)]
-    x, bias, gamma, beta = random(rows, layer.k), *(random(layer.n) for _ in range(3))
-    residual = random(rows, layer.n)
+    def norm(*shape: int) -> list[torch.Tensor]:
+        return [random(*shape, scale=0.1) + 1, random(*shape, scale=0.1)]
 
-    def body() -> None:
-        for weight in weights:
-            if layer.norm:
-                ops.linear_layer_norm(x, weight, bias, residual, gamma, beta, EPS)
-            else:
-                ops.linear(x, weight, bias, None, layer.gelu)
+    def linear(n: int, k: int) -> list[torch.Tensor]:
+        return [random(depth, n, k, scale=k**-0.5), random(depth, n, scale=0.1)]
 
-    plans = ops.gemm_candidates(weights[0], rows, layer.gelu, layer.norm, layer.norm).split("\n")
-    timed = []
-    for plan in plans:
-        _load(device, Entry(dtype, rows, layer.n, layer.k, layer.gelu, layer.norm, plan, 0.0))
-        timed.append((_replay_time(body, copies), plan))
-    us, best = min(timed)
-    entry = Entry(dtype, rows, layer.n, layer.k, layer.gelu, layer.norm, best, round(us, 2))
-    _load(device, entry)
-    return entry
+    tables = [random(count, hidden, scale=1.0) for count in (vocabulary, positions, 2)]
+    parameters = [
+        *tables,
+        *norm(hidden),
+        *linear(3 * hidden, hidden),
+        *linear(hidden, hidden),
+        *norm(depth, hidden),
+        *linear(intermediate, hidden),
+        *linear(hidden, intermediate),
+        *norm(depth, hidden),
+    ]
+    ids = torch.randint(vocabulary, (rows,), device="cuda")
+    types = torch.zeros_like(ids)
+    edges = [*range(0, rows, 128), rows]
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device="cuda")
+
+    def run() -> object:
+        return ops.encoder(ids, types, None, cu_seqlens, min(rows, 128), *parameters, heads, EPS)
+
+    return run
+
+
+def _replay_times(graphs: dict[str, Any], rounds: int = 7) -> dict[str, float]:
+    """Median microseconds of each graph, replayed in turn so that a drift hits all of them."""
+    import torch
+
+    cuda: Any = torch.cuda  # parts of it carry no types
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        pairs = []
+        for name, graph in graphs.items():
+            start, stop = (cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()
+            start.record()
+            graph.replay()
+            stop.record()
+            pairs.append((name, start, stop))
+        cuda.synchronize()
+        for name, start, stop in pairs:
+            times[name].append(start.elapsed_time(stop) * 1e3)
+    return {name: sorted(t)[rounds // 2] for name, t in times.items()}
+
+
+def measure(
+    hidden: int, intermediate: int, heads: int, rows: int, dtype: str, library: bool = True
+) -> list[Entry]:
+    """Find the fastest plans of an encoder's four layers at one class of token counts.
+
+    Coordinate descent on the current GPU: starting from the estimates' choice, each layer in turn
+    takes the plan that makes a stack of a few layers, in a CUDA graph, fastest; twice.
+
+    library  whether cuBLASLt's algorithms take part, which binds the plans to its version
+    """
+    import torch
+
+    cuda: Any = torch.cuda
+    ops = _ops()
+    device = cuda.current_device()
+    rows = int(ops.gemm_row_class(rows))
+    # Deep enough that weights come from memory, not from the cache.
+    depth = 6 if rows <= 2048 else 3
+    run = _encoder(hidden, intermediate, heads, rows, dtype, depth)
+    layers = layers_of(hidden, intermediate)
+
+    def load(layer: Layer, plan: str, us: float = 0.0) -> Entry:
+        entry = Entry(dtype, rows, layer.n, layer.k, layer.gelu, layer.norm, plan, round(us, 2))
+        _load(device, entry)
+        return entry
+
+    def candidates(layer: Layer) -> list[str]:
+        weight = torch.empty(layer.n, layer.k, dtype=getattr(torch, dtype), device="cuda")
+        plans = ops.gemm_candidates(weight, rows, layer.gelu, layer.norm, layer.norm).split("\n")
+        ours = [plan for plan in plans if plan.startswith("sm90:")][:MOST_OURS]
+        theirs = [plan for plan in plans if not plan.startswith("sm90:")][:MOST_THEIRS]
+        return ours + theirs if library or not ours else ours
+
+    pool = cuda.graph_pool_handle()
+
+    def captured() -> Any:
+        graph = cuda.CUDAGraph()
+        run()  # what a kernel's first launch sets up must not happen in a capture
+        with cuda.graph(graph, pool=pool):
+            run()
+        return graph
+
+    left = {layer: candidates(layer) for layer in layers}
+    best = {layer: plans[0] for layer, plans in left.items()}
+    for layer, plan in best.items():
+        load(layer, plan)
+    us = 0.0
+    for _ in range(2):
+        for layer in layers:
+            if len(left[layer]) == 1:
+                continue
+            graphs = {}
+            for plan in left[layer]:
+                load(layer, plan)
+                graphs[plan] = captured()
+            times = _replay_times(graphs)
+            ranked = sorted(left[layer], key=times.__getitem__)
+            # A difference below the noise is no reason to move.
+            if times[ranked[0]] < 0.995 * times[best[layer]]:
+                best[layer] = ranked[0]
+            us = times[best[layer]] / depth
+            left[layer] = [best[layer], *(p for p in ranked if p != best[layer])][:3]
+            load(layer, best[layer])
+    return [load(layer, plan, us) for layer, plan in best.items()]
 
 
 def _load(device: int, entry: Entry) -> None:
@@ -171,7 +258,9 @@ def write_table(path: Path, gpu: str, entries: Iterable[Entry]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".tmp")
     fresh.write_text(
-        json.dumps({"format": FORMAT, "gpu": gpu, "entries": list(kept.values())}, indent=1)
+        f'{{"format": {FORMAT}, "gpu": {json.dumps(gpu)}, "entries": [\n'
+        + ",\n".join(json.dumps(entry) for entry in kept.values())
+        + "\n]}\n"
     )
     fresh.replace(path)
 
@@ -190,17 +279,25 @@ def read_table(path: Path) -> dict[str, Any]:
 def load_table(path: Path | None = None, device: int = 0) -> int:
     """Make a table's plans the choice on `device`; returns how many.
 
-    Without a path: $FT_HANDLER_TUNE, else the GPU's default place, else nothing is loaded (0).
+    The package's own table for the GPU comes first, if there is one; then `path`, without which:
+    $FT_HANDLER_TUNE, else the GPU's default place, else nothing. Later entries replace earlier.
     Raises EnvironmentProblem when the table is for another GPU or another cuBLASLt.
     """
     import torch
 
     gpu = torch.cuda.get_device_name(device)
+    count = 0
+    if shipped_path(gpu).exists():
+        for raw in read_table(shipped_path(gpu))["entries"]:
+            # A library built elsewhere may lack a kernel; its own choice serves then.
+            with contextlib.suppress(RuntimeError):
+                _load(device, Entry(**raw))
+                count += 1
     named = path or (Path(environment(VARIABLE) or "") if environment(VARIABLE) else None)
     if named is None:
         named = default_path(gpu)
         if not named.exists():
-            return 0
+            return count
     table = read_table(named)
     if table["gpu"] != gpu:
         raise EnvironmentProblem(f"{named}: measured on {table['gpu']}, and this is {gpu}")
@@ -209,7 +306,7 @@ def load_table(path: Path | None = None, device: int = 0) -> int:
             _load(device, Entry(**raw))
         except (RuntimeError, TypeError) as error:
             raise EnvironmentProblem(f"{named}: {error}") from None
-    return len(table["entries"])
+    return count + len(table["entries"])
 
 
 def tune_command(
@@ -229,6 +326,10 @@ def tune_command(
     largest: Annotated[
         int, typer.Option(min=1, help="Most tokens of a batch, when --tokens is not given.")
     ] = LARGEST,
+    library: Annotated[
+        bool,
+        typer.Option(help="Let cuBLASLt's algorithms take part; binds the table to its version."),
+    ] = True,
 ) -> None:
     """Measure GEMM candidates on this GPU and keep the fastest in a table."""
     import torch
@@ -238,6 +339,8 @@ def tune_command(
     if not torch.cuda.is_available():
         raise EnvironmentProblem("tuning needs a GPU, and torch sees none")
     info = read_info(model)
+    # The path for few tokens has no plans; where it is not taken, they matter.
+    os.environ["FT_HANDLER_SMALL"] = "0"
     ops = _ops()
     if tokens:
         try:
@@ -253,11 +356,11 @@ def tune_command(
     dtype = str(DATA_TYPES[info.data_type]).removeprefix("torch.")
     entries = []
     for rows in classes:
-        for layer in layers_of(info.hidden_size, info.intermediate_size):
-            entries.append(measure(layer, rows, dtype))
-            last = entries[-1]
-            typer.echo(
-                f"{rows:6d} tokens, {layer.n} x {layer.k}: {last.us:8.2f} us  {last.plan[:60]}"
-            )
+        found = measure(
+            info.hidden_size, info.intermediate_size, info.num_heads, rows, dtype, library
+        )
+        entries += found
+        plans = ", ".join(entry.plan.removeprefix("sm90:")[:24] for entry in found)
+        typer.echo(f"{rows:6d} tokens: {found[0].us:8.2f} us a layer  {plans}")
     write_table(path, gpu, entries)
     typer.echo(f"{len(entries)} plans written to {path}")

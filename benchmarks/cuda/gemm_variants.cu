@@ -4,10 +4,10 @@
 //   sanitizer)
 //   ./gemm_variants time ROWS...    microseconds a layer of every plan at BERT-base's four layers
 //   ./gemm_variants large ROWS...   the same at BERT-large's
-//   ./gemm_variants once ROWS       each of our variants once, for a profiler
+//   ./gemm_variants once ROWS       each of our plans once, for a profiler
 //
 // Built by benchmarks/cuda/build_gemm_variants.sh. Times are medians of graph replays of twelve
-// layers with weights of their own; "+" marks programmatic dependent launch.
+// layers with weights of their own, with programmatic dependent launch.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <unistd.h>
@@ -276,9 +276,7 @@ void time_rows(int rows, int hidden) {
         }
         continue;
       }
-      std::printf(" %s %.1f", label_of(plans[i], i).c_str(),
-                  graph_of(kind.gelu, kind.norm, plans[i], false));
-      std::printf("/+%.1f", us);
+      std::printf(" %s %.1f,", label_of(plans[i], i).c_str(), us);
     }
     std::printf(" | %s %.1f | %.1f at 790 TFLOP/s\n", best_label.c_str(), best_library,
                 2.0 * rows * kind.n * kind.k / 790e6);
@@ -290,12 +288,13 @@ void once(int rows) {
   for (const auto [n, k] : {std::pair{2304, 768}, std::pair{768, 3072}}) {
     const Layer<__half> layer(rows, n, k, 1);
     const GemmNorm norm = layer.norm();
-    for (int v = 0; v < gemm_sm90_variants(); ++v) {
-      const bool normed = n == 768;
-      const Gemm gemm = layer.gemm(!normed, normed);
-      if (!gemm_sm90_supports(v, gemm, normed ? &norm : nullptr)) continue;
-      require(gemm_sm90(v, gemm, normed ? &norm : nullptr, {stream, false}), "gemm_sm90");
-      require(cudaDeviceSynchronize(), gemm_sm90_name(v));
+    const bool normed = n == 768;
+    const Gemm gemm = layer.gemm(!normed, normed);
+    for (const Sm90Plan plan : gemm_sm90_plans(gemm, normed ? &norm : nullptr)) {
+      require(gemm_sm90(plan, gemm, normed ? &norm : nullptr, layer.scratch, workspace,
+                        {stream, false}),
+              "gemm_sm90");
+      require(cudaDeviceSynchronize(), gemm_sm90_name(plan).c_str());
     }
   }
 }

@@ -93,8 +93,14 @@ def test_refusals_name_the_op_and_the_shapes() -> None:
 
 
 def test_a_measured_table_is_written_and_loaded(tmp_path) -> None:
-    entry = tune.measure(tune.Layer(768, 768, norm=True), 100, "float16", copies=2)
-    assert entry.rows == torch.ops.fastertransformer.gemm_row_class(100)
+    gpu = torch.cuda.get_device_name()
+    entries = tune.measure(768, 3072, 12, 100, "float16")
+    rows = torch.ops.fastertransformer.gemm_row_class(100)
+    assert [(e.rows, e.n, e.k) for e in entries] == [
+        (rows, layer.n, layer.k) for layer in tune.layers_of(768, 3072)
+    ]
     path = tmp_path / "table.json"
-    tune.write_table(path, torch.cuda.get_device_name(), [entry])
-    assert tune.load_table(path) == 1
+    tune.write_table(path, gpu, entries)
+    shipped = tune.shipped_path(gpu)
+    carried = len(tune.read_table(shipped)["entries"]) if shipped.exists() else 0
+    assert tune.load_table(path) == carried + 4

@@ -20,8 +20,10 @@ constexpr size_t kWorkspaceBytes = size_t{32} << 20;
 
 // How one shape class is computed.
 struct Plan {
-  int sm90_variant = -1;  // >= 0: ours; else cuBLASLt with `algo`
+  Sm90Plan sm90;  // with a variant: ours; else cuBLASLt with `algo`
   cublasLtMatmulAlgo_t algo{};
+
+  bool ours() const { return sm90.variant >= 0; }
 };
 
 struct PlanKey {
@@ -170,15 +172,14 @@ cudaError_t find_plan(const Gemm& gemm, const GemmNorm* norm, Plan* plan) {
     if (const auto found = plans().find(key); found != plans().end()) {
       *plan = found->second;
       // A tuned plan may demand more of the pointers' alignment than this call offers.
-      if (plan->sm90_variant < 0 || gemm_sm90_supports(plan->sm90_variant, gemm, norm))
-        return cudaSuccess;
+      if (!plan->ours() || gemm_sm90_supports(plan->sm90, gemm, norm)) return cudaSuccess;
     }
   }
   Plan made;
-  made.sm90_variant = gemm_sm90_choose(gemm, norm);
-  if (made.sm90_variant < 0) {
-    Gemm top = gemm;  // the class's largest, so that the plan does not depend on who came first
-    top.rows = key.key.rows_class;
+  Gemm top = gemm;  // the class's largest, so that the plan does not depend on who came first
+  top.rows = key.key.rows_class;
+  made.sm90 = gemm_sm90_choose(top, norm);
+  if (!made.ours()) {
     std::vector<cublasLtMatmulHeuristicResult_t> results;
     if (const cudaError_t status = heuristics(top, 1, &results); status != cudaSuccess)
       return status;
@@ -194,14 +195,11 @@ cudaError_t find_plan(const Gemm& gemm, const GemmNorm* norm, Plan* plan) {
 // The product, and after it whatever its kernel does not fuse.
 cudaError_t run_plan(const Plan& plan, const Gemm& gemm, const GemmNorm* norm, void* scratch,
                      void* workspace, Launch launch) {
-  const bool ours = plan.sm90_variant >= 0;
-  if (ours && (norm == nullptr || gemm_sm90_norms(plan.sm90_variant)))
-    return gemm_sm90(plan.sm90_variant, gemm, norm, launch);
+  if (plan.ours()) return gemm_sm90(plan.sm90, gemm, norm, scratch, workspace, launch);
   Gemm product = gemm;
   if (norm != nullptr) product.output = scratch;
-  cudaError_t status = ours ? gemm_sm90(plan.sm90_variant, product, nullptr, launch)
-                            : cublaslt_linear(product, plan.algo, workspace, launch.stream);
-  if (status == cudaSuccess && gemm.gelu && !ours)
+  cudaError_t status = cublaslt_linear(product, plan.algo, workspace, launch.stream);
+  if (status == cudaSuccess && gemm.gelu)
     status = bias_gelu(product.output, nullptr, gemm.rows, gemm.n, gemm.dtype, product.output,
                        nullptr, launch);
   if (status == cudaSuccess && norm != nullptr)
@@ -236,9 +234,9 @@ cudaError_t run(const Gemm& gemm, const GemmNorm* norm, void* scratch, void* wor
   return run_plan(plan, gemm, norm, scratch, workspace, launch);
 }
 
-// A plan as text: "sm90:<variant name>" or "cublaslt:<version>:<hex of the algorithm>".
+// A plan as text: "sm90:<name>" or "cublaslt:<version>:<hex of the algorithm>".
 std::string to_text(const Plan& plan) {
-  if (plan.sm90_variant >= 0) return std::string("sm90:") + gemm_sm90_name(plan.sm90_variant);
+  if (plan.ours()) return "sm90:" + gemm_sm90_name(plan.sm90);
   std::string text = "cublaslt:" + std::to_string(cublaslt()->version()) + ":";
   std::array<unsigned char, sizeof(cublasLtMatmulAlgo_t)> bytes;
   std::memcpy(bytes.data(), &plan.algo, bytes.size());
@@ -252,12 +250,8 @@ std::string to_text(const Plan& plan) {
 
 bool from_text(const std::string& text, Plan* plan) {
   if (text.rfind("sm90:", 0) == 0) {
-    for (int v = 0; v < gemm_sm90_variants(); ++v) {
-      if (text.substr(5) == gemm_sm90_name(v)) {
-        plan->sm90_variant = v;
-        return true;
-      }
-    }
+    plan->sm90 = gemm_sm90_named(text.substr(5));
+    if (plan->ours()) return true;
     set_failure("this build has no GEMM kernel \"" + text.substr(5) + "\"; tune again");
     return false;
   }
@@ -276,7 +270,7 @@ bool from_text(const std::string& text, Plan* plan) {
     bytes[i] =
         static_cast<unsigned char>(std::stoi(text.substr(prefix.size() + 2 * i, 2), nullptr, 16));
   std::memcpy(&plan->algo, bytes.data(), bytes.size());
-  plan->sm90_variant = -1;
+  plan->sm90 = {};
   return true;
 }
 
@@ -306,12 +300,11 @@ cudaError_t gemm_candidates(const Gemm& gemm, const GemmNorm* norm,
   if (const cudaError_t status = check(gemm); status != cudaSuccess) return status;
   plans->clear();
   Plan plan;
-  for (int v = 0; v < gemm_sm90_variants(); ++v) {
-    if (!gemm_sm90_supports(v, gemm, norm)) continue;
-    plan.sm90_variant = v;
+  for (const Sm90Plan sm90 : gemm_sm90_plans(gemm, norm)) {
+    plan.sm90 = sm90;
     plans->push_back(to_text(plan));
   }
-  plan.sm90_variant = -1;
+  plan.sm90 = {};
   std::vector<cublasLtMatmulHeuristicResult_t> results;
   if (const cudaError_t status = heuristics(gemm, 8, &results); status != cudaSuccess)
     return status;

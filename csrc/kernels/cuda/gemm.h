@@ -50,8 +50,8 @@ cudaError_t linear_layer_norm(const Gemm& gemm, const GemmNorm& norm, void* scra
 // class].
 int gemm_row_class(int rows);
 
-// Every plan worth timing for gemm's shape class on the current device: our variants, then
-// cuBLASLt's own list, best guess first. Plans are opaque text; load_gemm_plan takes them back.
+// Every plan worth timing for gemm's shape class on the current device: ours, then cuBLASLt's own
+// list, best guess first in each. Plans are opaque text; load_gemm_plan takes them back.
 cudaError_t gemm_candidates(const Gemm& gemm, const GemmNorm* norm,
                             std::vector<std::string>* plans);
 

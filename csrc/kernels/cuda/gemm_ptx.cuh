@@ -68,6 +68,10 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t mapped) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Writes 8 bytes into another block's shared memory and counts them on its barrier.
 __device__ __forceinline__ void store_remote(uint32_t mapped, uint32_t mapped_barrier, float x,
                                              float y) {
@@ -213,6 +217,15 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
+}
+
+// The same, each 8 x 8 matrix turned: a lane's pair of columns becomes a pair of rows.
+__device__ __forceinline__ void store_matrices_turned(uint32_t address, uint32_t a, uint32_t b,
+                                                      uint32_t c, uint32_t d) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
 }
 
 __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t& a, uint32_t& b,

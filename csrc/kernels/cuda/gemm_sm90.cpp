@@ -9,9 +9,11 @@
 #include <cuda.h>
 
 #include <array>
+#include <cstdio>
 #include <mutex>
 #include <shared_mutex>
 #include <unordered_map>
+#include <utility>
 
 #include "kernels/cuda/gemm_sm90_variants.h"
 
@@ -20,6 +22,16 @@ namespace sm90 {
 
 const void* linear_kernel(int variant, bool bfloat16);  // gemm_linear_sm90.cu
 const void* norm_kernel(int variant, bool bfloat16);    // gemm_norm_sm90.cu
+const void* tall_half_kernel(int index);                // gemm_tall_half_sm90.cu
+const void* tall_bfloat16_kernel(int index);            // gemm_tall_bfloat16_sm90.cu
+
+namespace {
+
+const void* tall_kernel(int index, bool bfloat16) {
+  return bfloat16 ? tall_bfloat16_kernel(index) : tall_half_kernel(index);
+}
+
+}  // namespace
 
 }  // namespace sm90
 
@@ -40,14 +52,16 @@ struct LibraryCost {
 };
 
 struct Variant {
-  const char* name;
+  const char* name;  // null: tall
   const void* (*kernel)(int, bool);
-  int index;  // within its file
-  int m, n;
+  int index;     // within its file
+  int m, n;      // tall: tokens, features
   int box_rows;  // of an output box
   int cluster, sharers, threads, shared_bytes;
   bool norm;
   Cost cost;
+
+  constexpr bool tall() const { return name == nullptr; }
 };
 
 template <typename Config>
@@ -67,7 +81,32 @@ constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), in
           cost};
 }
 
-constexpr std::array kVariants{
+template <int kTokens>
+constexpr Variant tall(int index) {
+  using Config = sm90::TallConfig<kTokens>;
+  // A block of 64 of K takes the longer of its way in, at 64 bytes a cycle, and its product.
+  constexpr float kCycles = static_cast<float>(std::max(256 + 2 * kTokens, 4 * kTokens));
+  return {nullptr,
+          sm90::tall_kernel,
+          index,
+          kTokens,
+          Config::kFeatures,
+          Config::kChunk,
+          1,
+          1,
+          Config::kThreads,
+          Config::kSharedBytes,
+          false,
+          {2.0f, 0.8f + kTokens / 200.f, kCycles / 1600, kTokens / 200.f}};
+}
+
+template <int... kTokens>
+constexpr std::array<Variant, sizeof...(kTokens)> tall_variants() {
+  int index = 0;
+  return {tall<kTokens>(index++)...};
+}
+
+constexpr std::array kTiles{
     variant<sm90::PingPong128x192>("ping-pong 128x192", sm90::linear_kernel, 0,
                                    {4.1f, 0.f, 0.53f, 1.4f}),
     variant<sm90::PingPong128x192Alone>("ping-pong 128x192 alone", sm90::linear_kernel, 1,
@@ -90,6 +129,19 @@ constexpr std::array kVariants{
                                        {3.9f, 1.1f, 0.42f, 0.f}),
 };
 
+constexpr std::array kTall = tall_variants<FT_TALL_TOKENS>();
+
+// A plan's variant: an index into kTiles, or this for the tall tile that its rounds ask for.
+constexpr int kTallVariant = static_cast<int>(kTiles.size());
+
+constexpr auto kVariants = [] {
+  std::array<Variant, kTiles.size() + kTall.size()> all{};
+  std::copy(kTiles.begin(), kTiles.end(), all.begin());
+  std::copy(kTall.begin(), kTall.end(), all.begin() + kTallVariant);
+  return all;
+}();
+
+constexpr int kMostSplits = 8;
 constexpr int kBlockK = 64;
 constexpr int kMaxDevices = 64;
 
@@ -213,81 +265,74 @@ int cluster_tiles_of(const Variant& variant, const Gemm& gemm) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-}  // namespace
-
-int gemm_sm90_variants() { return static_cast<int>(kVariants.size()); }
-
-const char* gemm_sm90_name(int variant) { return kVariants[variant].name; }
-
-bool gemm_sm90_norms(int variant) { return kVariants[variant].norm; }
-
-bool gemm_sm90_supports(int v, const Gemm& gemm, const GemmNorm* norm) {
-  static const bool enabled = environment_switch("FT_HANDLER_SM90_GEMM", true);
-  const DeviceProperties* device = nullptr;
-  if (!enabled || current_device(&device) != cudaSuccess) return false;
-  const Variant& variant = kVariants[v];
-  if (device->major != 9 || device->minor != 0 || gemm.dtype == DType::kFloat32) return false;
-  if (variant.norm && norm == nullptr) return false;
-  if (variant.norm && (gemm.n != variant.n * variant.cluster || gemm.gelu)) return false;
-  return gemm.n % 8 == 0 && gemm.k % 8 == 0 && aligned(gemm.input) && aligned(gemm.weight) &&
-         aligned(gemm.residual) && aligned(gemm.output) && aligned(gemm.bias);
+size_t partial_bytes(const Gemm& gemm, int splits) {
+  return size_t{4} * splits * gemm.rows * gemm.n;
 }
 
-int gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm) {
-  const DeviceProperties* device = nullptr;
-  if (current_device(&device) != cudaSuccess) return -1;
+// The index into kVariants of the plan's tile: of the tall ones, the smallest that needs no more
+// rounds than planned.
+int tile_of(Sm90Plan plan, const Gemm& gemm, int multiprocessors) {
+  if (plan.variant < kTallVariant) return plan.variant;
+  int v = kTallVariant;
+  while (v + 1 < static_cast<int>(kVariants.size()) &&
+         cluster_tiles_of(kVariants[v], gemm) * plan.splits > plan.rounds * multiprocessors)
+    ++v;
+  return v;
+}
+
+// Expected microseconds, or a negative number when the kernel does not run here.
+float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm,
+               const DeviceProperties& device) {
+  const int tile = tile_of(plan, gemm, device.multiprocessors);
+  const Variant& variant = kVariants[tile];
+  const Launchable& ready = launchable(tile, gemm.dtype == DType::kBFloat16, device.index);
+  if (ready.status != cudaSuccess) return -1.f;
   const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
-  const LibraryCost library = gemm.gelu         ? LibraryCost{5.0f, 0.81f, 0.38f, 2.1f}
-                              : norm == nullptr ? LibraryCost{3.5f, 1.42f, 0.24f, 0.f}
-                              : gemm.k < 2048   ? LibraryCost{6.3f, 0.32f, 0.89f, 3.2f}
-                                                : LibraryCost{8.3f, 1.53f, 0.63f, 0.f};
-  const float gflop = 2e-3f * elements * static_cast<float>(gemm.k);
-  float least = library.fixed + gflop * library.rate + std::max(0.f, gflop - 15.f) * library.more +
-                elements * library.element;
-  int best = -1;
-  for (int v = 0; v < gemm_sm90_variants(); ++v) {
-    if (!gemm_sm90_supports(v, gemm, norm)) continue;
-    const Variant& variant = kVariants[v];
-    const Launchable& ready = launchable(v, gemm.dtype == DType::kBFloat16, device->index);
-    if (ready.status != cudaSuccess) continue;
-    const int tiles = cluster_tiles_of(variant, gemm);
-    // A round is a tile for every cluster that the chip runs at a time; the last, partial one has
-    // the memory to itself.
-    float rounds = static_cast<float>(tiles / ready.clusters);
-    if (const int rest = tiles % ready.clusters; rest > 0)
-      rounds += 0.6f + 0.4f * static_cast<float>(rest) / static_cast<float>(ready.clusters);
-    const Cost& cost = variant.cost;
-    float time = cost.fixed + rounds * (cost.round + static_cast<float>(gemm.k) / 64 * cost.block +
-                                        (gemm.gelu ? cost.gelu : 0.f));
-    if (norm != nullptr && !variant.norm) time += 2.5f + 1.4f * elements;
-    if (time < least) {
-      best = v;
-      least = time;
-    }
-  }
-  return best;
+  const int tiles = cluster_tiles_of(variant, gemm) * plan.splits;
+  // A round is a tile for every cluster that the chip runs at a time; the last, partial one has
+  // the memory to itself.
+  float rounds = static_cast<float>(tiles / ready.clusters);
+  if (const int rest = tiles % ready.clusters; rest > 0)
+    rounds += 0.6f + 0.4f * static_cast<float>(rest) / static_cast<float>(ready.clusters);
+  const Cost& cost = variant.cost;
+  const auto blocks = static_cast<float>(tiles_of(tiles_of(gemm.k, kBlockK), plan.splits));
+  float time =
+      cost.fixed + rounds * (cost.round + blocks * cost.block + (gemm.gelu ? cost.gelu : 0.f));
+  if (plan.splits > 1) time += 1.8f * static_cast<float>(plan.splits) * elements;
+  if (norm != nullptr && !variant.norm) time += 2.5f + 1.4f * elements;
+  return time;
 }
 
-cudaError_t gemm_sm90(int v, const Gemm& gemm, const GemmNorm* norm, Launch launch) {
-  const Variant& variant = kVariants[v];
+// Attributes of a launch in clusters, with programmatic dependent launch or without.
+cudaError_t launch_variant(const Variant& variant, const void* kernel, int clusters, Launch launch,
+                           void** arguments) {
+  std::array<cudaLaunchAttribute, 2> attributes{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = static_cast<unsigned>(variant.cluster);
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * variant.cluster));
+  config.blockDim = dim3(static_cast<unsigned>(variant.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(variant.shared_bytes);
+  config.stream = launch.stream;
+  config.attrs = attributes.data();
+  config.numAttrs = launch.pdl ? 2 : 1;
+  return cudaLaunchKernelExC(&config, kernel, arguments);
+}
+
+// The product alone or, for norm variants, with the norm; partial sums where `partials` is given.
+cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float* partials,
+                    Launch launch) {
   const DeviceProperties* device = nullptr;
   if (const cudaError_t status = current_device(&device); status != cudaSuccess) return status;
-  const Launchable& ready = launchable(v, gemm.dtype == DType::kBFloat16, device->index);
+  const int tile = tile_of(plan, gemm, device->multiprocessors);
+  const Variant& variant = kVariants[tile];
+  const Launchable& ready = launchable(tile, gemm.dtype == DType::kBFloat16, device->index);
   if (ready.status != cudaSuccess) return ready.status;
 
-  sm90::GemmParameters p{};
-  p.bias = gemm.bias;
-  p.n = gemm.n;
-  p.k_blocks = tiles_of(gemm.k, kBlockK);
-  p.n_tiles = tiles_of(gemm.n, variant.n);
-  p.cluster_tiles = cluster_tiles_of(variant, gemm);
-  p.gelu = gemm.gelu;
-  p.residual = gemm.residual != nullptr;
-  if (variant.norm) {
-    p.gamma = norm->gamma;
-    p.beta = norm->beta;
-    p.eps = norm->eps;
-  }
+  const int tiles = cluster_tiles_of(variant, gemm) * plan.splits;
   // The side that is shared is fetched in equal parts by the cluster's blocks.
   const int input_box = variant.norm ? variant.m / variant.sharers : variant.m;
   const int weight_box = variant.norm ? variant.n : variant.n / variant.sharers;
@@ -303,22 +348,137 @@ cudaError_t gemm_sm90(int v, const Gemm& gemm, const GemmNorm* norm, Launch laun
         tensor_map({gemm.residual, gemm.rows, gemm.n, variant.box_rows, gemm.dtype}, &residual);
   if (status != cudaSuccess) return status;
 
-  std::array<cudaLaunchAttribute, 2> attributes{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = static_cast<unsigned>(variant.cluster);
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(static_cast<unsigned>(std::min(p.cluster_tiles, ready.clusters) * variant.cluster));
-  config.blockDim = dim3(static_cast<unsigned>(variant.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(variant.shared_bytes);
-  config.stream = launch.stream;
-  config.attrs = attributes.data();
-  config.numAttrs = launch.pdl ? 2 : 1;
+  const int clusters = std::min(tiles, ready.clusters);
+  if (variant.tall()) {
+    sm90::TallParameters p{};
+    p.bias = gemm.bias;
+    p.partials = partials;
+    p.rows = gemm.rows;
+    p.n = gemm.n;
+    p.k_blocks = tiles_of(gemm.k, kBlockK);
+    p.feature_tiles = tiles_of(gemm.n, variant.n);
+    p.splits = plan.splits;
+    p.items = tiles;
+    p.gelu = gemm.gelu;
+    void* arguments[] = {&input, &weight, &output, &p};
+    return launch_variant(variant, ready.kernel, clusters, launch, arguments);
+  }
+  sm90::GemmParameters p{};
+  p.bias = gemm.bias;
+  p.n = gemm.n;
+  p.k_blocks = tiles_of(gemm.k, kBlockK);
+  p.n_tiles = tiles_of(gemm.n, variant.n);
+  p.cluster_tiles = tiles;
+  p.gelu = gemm.gelu;
+  p.residual = gemm.residual != nullptr;
+  if (variant.norm) {
+    p.gamma = norm->gamma;
+    p.beta = norm->beta;
+    p.eps = norm->eps;
+  }
   void* arguments[] = {&input, &weight, &residual, &output, &p};
-  return cudaLaunchKernelExC(&config, ready.kernel, arguments);
+  return launch_variant(variant, ready.kernel, clusters, launch, arguments);
+}
+
+}  // namespace
+
+std::string gemm_sm90_name(Sm90Plan plan) {
+  if (plan.variant < kTallVariant) return kTiles[plan.variant].name;
+  std::string name = "tall x" + std::to_string(plan.rounds);
+  if (plan.splits > 1) name += " / " + std::to_string(plan.splits);
+  return name;
+}
+
+Sm90Plan gemm_sm90_named(const std::string& name) {
+  for (int v = 0; v < kTallVariant; ++v)
+    if (name == kTiles[v].name) return {v};
+  Sm90Plan plan{kTallVariant, 1, 0};
+  if (std::sscanf(name.c_str(), "tall x%4d / %4d", &plan.rounds, &plan.splits) < 1 ||
+      plan.rounds < 1 || plan.splits < 1 || plan.splits > kMostSplits ||
+      name != gemm_sm90_name(plan))
+    return {};
+  return plan;
+}
+
+bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
+  static const bool enabled = environment_switch("FT_HANDLER_SM90_GEMM", true);
+  const DeviceProperties* device = nullptr;
+  if (!enabled || current_device(&device) != cudaSuccess) return false;
+  const Variant& variant = kVariants[plan.variant];  // what is asked of it, tall tiles have alike
+  if (device->major != 9 || device->minor != 0 || gemm.dtype == DType::kFloat32) return false;
+  if (variant.norm && norm == nullptr) return false;
+  if (variant.norm && (gemm.n != variant.n * variant.cluster || gemm.gelu)) return false;
+  // Tall tiles leave the residual to the layer norm's kernel, and partial sums as well.
+  if (variant.tall() && (gemm.n % 64 != 0 || (gemm.residual != nullptr && norm == nullptr)))
+    return false;
+  if (plan.splits > 1 && (norm == nullptr || plan.splits > tiles_of(gemm.k, kBlockK) ||
+                          partial_bytes(gemm, plan.splits) > gemm_workspace_bytes()))
+    return false;
+  return gemm.n % 8 == 0 && gemm.k % 8 == 0 && aligned(gemm.input) && aligned(gemm.weight) &&
+         aligned(gemm.residual) && aligned(gemm.output) && aligned(gemm.bias);
+}
+
+std::vector<Sm90Plan> gemm_sm90_plans(const Gemm& gemm, const GemmNorm* norm) {
+  const DeviceProperties* device = nullptr;
+  if (current_device(&device) != cudaSuccess) return {};
+  std::vector<std::pair<float, Sm90Plan>> timed;
+  const auto consider = [&](Sm90Plan plan) {
+    if (!gemm_sm90_supports(plan, gemm, norm)) return;
+    if (const float time = estimate(plan, gemm, norm, *device); time >= 0.f)
+      timed.emplace_back(time, plan);
+  };
+  for (int v = 0; v < kTallVariant; ++v) consider({v});
+  for (int splits = 1; splits <= kMostSplits; ++splits) {
+    for (int v = kTallVariant; v < static_cast<int>(kVariants.size()); ++v) {
+      const int tiles = cluster_tiles_of(kVariants[v], gemm) * splits;
+      const Sm90Plan plan{kTallVariant, splits, tiles_of(tiles, device->multiprocessors)};
+      // Splitting what fills the chip already only costs, and so do tiles larger than need be.
+      if ((splits == 1 || plan.rounds == 1) && tile_of(plan, gemm, device->multiprocessors) == v)
+        consider(plan);
+    }
+  }
+  std::stable_sort(timed.begin(), timed.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<Sm90Plan> plans;
+  for (const auto& [time, plan] : timed) plans.push_back(plan);
+  return plans;
+}
+
+Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm) {
+  const DeviceProperties* device = nullptr;
+  const std::vector<Sm90Plan> plans = gemm_sm90_plans(gemm, norm);
+  if (plans.empty() || current_device(&device) != cudaSuccess) return {};
+  const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
+  const LibraryCost library = gemm.gelu         ? LibraryCost{5.0f, 0.81f, 0.38f, 2.1f}
+                              : norm == nullptr ? LibraryCost{3.5f, 1.42f, 0.24f, 0.f}
+                              : gemm.k < 2048   ? LibraryCost{6.3f, 0.32f, 0.89f, 3.2f}
+                                                : LibraryCost{8.3f, 1.53f, 0.63f, 0.f};
+  const float gflop = 2e-3f * elements * static_cast<float>(gemm.k);
+  const float theirs = library.fixed + gflop * library.rate +
+                       std::max(0.f, gflop - 15.f) * library.more + elements * library.element;
+  return estimate(plans.front(), gemm, norm, *device) < theirs ? plans.front() : Sm90Plan{};
+}
+
+cudaError_t gemm_sm90(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, void* scratch,
+                      void* workspace, Launch launch) {
+  const Variant& variant = kVariants[plan.variant];
+  if (norm == nullptr || variant.norm) return product(plan, gemm, norm, nullptr, launch);
+  Gemm before = gemm;
+  before.output = scratch;
+  const void* residual = nullptr;
+  if (variant.tall()) std::swap(before.residual, residual);
+  if (plan.splits == 1) {
+    const cudaError_t status = product(plan, before, nullptr, nullptr, launch);
+    if (status != cudaSuccess) return status;
+    return residual_layer_norm(scratch, nullptr, residual, norm->gamma, norm->beta, norm->eps,
+                               gemm.rows, gemm.n, gemm.dtype, gemm.output, norm->live_rows, launch);
+  }
+  auto* const partials = static_cast<float*>(workspace);
+  const cudaError_t status = product(plan, before, nullptr, partials, launch);
+  if (status != cudaSuccess) return status;
+  return residual_layer_norm_partials(partials, plan.splits, gemm.bias, residual, norm->gamma,
+                                      norm->beta, norm->eps, gemm.rows, gemm.n, gemm.dtype,
+                                      gemm.output, norm->live_rows, launch);
 }
 
 }  // namespace ft::cuda
@@ -327,12 +487,14 @@ cudaError_t gemm_sm90(int v, const Gemm& gemm, const GemmNorm* norm, Launch laun
 
 namespace ft::cuda {
 
-int gemm_sm90_variants() { return 0; }
-const char* gemm_sm90_name(int) { return ""; }
-bool gemm_sm90_norms(int) { return false; }
-bool gemm_sm90_supports(int, const Gemm&, const GemmNorm*) { return false; }
-int gemm_sm90_choose(const Gemm&, const GemmNorm*) { return -1; }
-cudaError_t gemm_sm90(int, const Gemm&, const GemmNorm*, Launch) { return cudaErrorNotSupported; }
+std::string gemm_sm90_name(Sm90Plan) { return {}; }
+Sm90Plan gemm_sm90_named(const std::string&) { return {}; }
+bool gemm_sm90_supports(Sm90Plan, const Gemm&, const GemmNorm*) { return false; }
+std::vector<Sm90Plan> gemm_sm90_plans(const Gemm&, const GemmNorm*) { return {}; }
+Sm90Plan gemm_sm90_choose(const Gemm&, const GemmNorm*) { return {}; }
+cudaError_t gemm_sm90(Sm90Plan, const Gemm&, const GemmNorm*, void*, void*, Launch) {
+  return cudaErrorNotSupported;
+}
 
 }  // namespace ft::cuda
 

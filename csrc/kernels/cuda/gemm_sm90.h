@@ -1,26 +1,41 @@
 // GEMM kernels for sm_90 (wgmma, bulk tensor copies, clusters), fp16 and bf16.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "kernels/cuda/gemm.h"
 
 namespace ft::cuda {
 
-// Number of compiled variants; 0 when the library was built without sm_90.
-int gemm_sm90_variants();
+// One way to compute a product. Tall tiles (gemm_tall_sm90.cuh) are named by into how many parts K
+// is split and in how many rounds of one tile a multiprocessor the product is done; the tokens of a
+// tile follow from that and from the rows of each call.
+struct Sm90Plan {
+  int variant = -1;
+  int splits = 1;
+  int rounds = 0;
+};
 
-// Short name of a variant, such as "pingpong 128x192 2x1".
-const char* gemm_sm90_name(int variant);
+// "ping-pong 128x192", "tall x2" (rounds), "tall x1 / 4" (parts of K).
+std::string gemm_sm90_name(Sm90Plan plan);
 
-// Whether `variant` does the layer norm itself; otherwise a kernel of its own has to follow.
-bool gemm_sm90_norms(int variant);
+// The plan of that name; variant -1 when this build has none.
+Sm90Plan gemm_sm90_named(const std::string& name);
 
-// Whether `variant` can run this problem on the current device (alignment, sizes, epilogue, chip).
-bool gemm_sm90_supports(int variant, const Gemm& gemm, const GemmNorm* norm);
+// Whether the plan can run this problem on the current device (alignment, sizes, epilogue, chip).
+bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm);
 
-// The variant expected to be fastest, or -1 when none serves or cuBLASLt is expected to be faster.
-int gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm);
+// Every plan for this problem, the one expected to be fastest first.
+std::vector<Sm90Plan> gemm_sm90_plans(const Gemm& gemm, const GemmNorm* norm);
 
-// Enqueues `variant`.
-cudaError_t gemm_sm90(int variant, const Gemm& gemm, const GemmNorm* norm, Launch launch);
+// The plan expected to be fastest; variant -1 when none serves or cuBLASLt is expected to be
+// faster.
+Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm);
+
+// Enqueues the product and, where norm is given, the layer norm, in the product's epilogue or as a
+// kernel of its own. `scratch` [rows, n] and `workspace` as in gemm.h.
+cudaError_t gemm_sm90(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, void* scratch,
+                      void* workspace, Launch launch);
 
 }  // namespace ft::cuda

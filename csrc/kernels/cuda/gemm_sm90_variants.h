@@ -16,6 +16,18 @@ struct GemmParameters {
   bool residual;
 };
 
+struct TallParameters {
+  const void* bias;  // [n] or null
+  float* partials;   // [splits, rows, n] or null: take the sums as they are, without bias
+  int rows;
+  int n;  // a multiple of 64
+  int k_blocks;
+  int feature_tiles;
+  int splits;  // of K, at most k_blocks
+  int items;   // tiles * splits
+  bool gelu;
+};
+
 // kTogether: both consumer warpgroups share a tile, half the rows each, which halves the latency of
 // a lone tile; otherwise they take tiles in turn, which hides every epilogue but the last.
 template <int kM_, int kN_, int kStages_, int kBuffers_, int kCluster_, bool kTogether_,
@@ -58,5 +70,30 @@ using NormPingPong64x192 = GemmConfig<64, 192, 5, 3, 4, false, true>;
 using NormPingPong64x128 = GemmConfig<64, 128, 8, 1, 6, false, true>;
 using NormPingPong64x256 = GemmConfig<64, 256, 4, 2, 4, false, true>;
 using NormPingPong128x128 = GemmConfig<128, 128, 5, 1, 8, false, true>;
+
+// Tokens of an output box: the whole tile where that leaves four stages, else an even part of it.
+constexpr int tall_chunk(int tokens) {
+  int parts = 1;
+  while (tokens % (parts * 16) != 0 || 4 * (128 + tokens) * 128 + 2 * tokens / parts * 128 > 232192)
+    ++parts;
+  return tokens / parts;
+}
+
+// 128 features by kTokens, 64 features for each consumer warpgroup.
+template <int kTokens_>
+struct TallConfig {
+  static constexpr int kFeatures = 128, kTokens = kTokens_, kThreads = 384;
+  static constexpr int kChunk = tall_chunk(kTokens), kChunkBytes = kChunk * 128;
+  static constexpr int kWeightBytes = kFeatures * 128;
+  static constexpr int kStageBytes = kWeightBytes + kTokens * 128;
+  static constexpr int kStages = (232192 - 2 * kChunkBytes) / kStageBytes;
+  static constexpr int kStagingAt = kStages * kStageBytes;
+  static constexpr int kBarriersAt = kStagingAt + 2 * kChunkBytes;
+  static constexpr int kSharedBytes = kBarriersAt + 16 * kStages;
+  static_assert(kStages >= 4 && kStages <= 16 && kChunk % 16 == 0);
+};
+
+// Tokens of the tall tiles that are compiled.
+#define FT_TALL_TOKENS 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256
 
 }  // namespace ft::cuda::sm90

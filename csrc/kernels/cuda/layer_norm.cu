@@ -5,6 +5,8 @@
 namespace ft::cuda {
 namespace {
 
+constexpr int kSplitThreads = 128;
+
 // `input` is one T matrix, or `splits` fp32 ones to be summed in order.
 template <typename T, typename Input, int kThreads, int kVecs>
 __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
@@ -46,15 +48,23 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
   }
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) first[v].add_to(x[v]), other[v].add_to(x[v]);
-  for (int split = 1; split < splits; ++split) {
+  // Likewise of several partial sums; they are added in order.
+  constexpr int kBatch = kVecs == 1 ? 7 : 2;
+  for (int split = 1; split < splits; split += kBatch) {
+    Vec8<Input> next[kBatch][kVecs];
 #pragma unroll
-    for (int v = 0; v < kVecs; ++v) {
-      const int column = row_column<kThreads>(v);
-      if (column < hidden) {
-        first[v].load(input + split * stride + begin + column);
-        first[v].add_to(x[v]);
+    for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v) {
+        const int column = row_column<kThreads>(v);
+        next[i][v].clear();
+        if (split + i < splits && column < hidden)
+          next[i][v].load(input + (split + i) * stride + begin + column);
       }
-    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v) next[i][v].add_to(x[v]);
   }
   normalize_row<T, kThreads, kVecs>(x, weights, hidden, eps, output + begin);
 }
@@ -109,12 +119,16 @@ cudaError_t launch_residual_layer_norm(const Input* input, int splits, const voi
                          input, splits, bias, residual, gamma, beta, eps, rows, hidden, output,
                          live_rows);
   }
-  return dispatch_row_shape(hidden, [&]<int kThreads, int kVecs>() {
+  const auto launch_shape = [&]<int kThreads, int kVecs>() {
     const int per_block = rows_per_block(rows, kThreads);
     return launch_kernel(residual_layer_norm_kernel<T, Input, kThreads, kVecs>,
                          (rows + per_block - 1) / per_block, kThreads * per_block, 0, launch, input,
                          splits, bias, residual, gamma, beta, eps, rows, hidden, output, live_rows);
-  });
+  };
+  // Many sums to wait for: a vector of each a thread, so that all of them are in flight.
+  if (splits > 1 && hidden <= 8 * kSplitThreads)
+    return launch_shape.template operator()<kSplitThreads, 1>();
+  return dispatch_row_shape(hidden, launch_shape);
 }
 
 }  // namespace
