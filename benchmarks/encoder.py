@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ft_handler import build_info, load_library
+from ft_handler import build_info, load_library, tune
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from provenance import device_name, provenance
@@ -732,6 +732,8 @@ def main(given: list[str] | None = None) -> None:
     if arguments.device == "cpu":
         torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     load_library()
+    if arguments.device == "cuda":
+        tune.load_table()  # as the handler does
     record = provenance(library=build_info())
     stamp = record["date"][:10]
     default = RESULTS / f"{device_name(arguments.device)}-encoder-{stamp}.json"

@@ -148,7 +148,7 @@ def _encoder(
     return run
 
 
-def _replay_times(graphs: dict[str, Any], rounds: int = 7) -> dict[str, float]:
+def _replay_times(graphs: dict[str, Any], rounds: int) -> dict[str, float]:
     """Median microseconds of each graph, replayed in turn so that a drift hits all of them."""
     import torch
 
@@ -224,7 +224,7 @@ def measure(
             for plan in left[layer]:
                 load(layer, plan)
                 graphs[plan] = captured()
-            times = _replay_times(graphs)
+            times = _replay_times(graphs, 3 if rows > 8192 else 7)
             ranked = sorted(left[layer], key=times.__getitem__)
             # A difference below the noise is no reason to move.
             if times[ranked[0]] < 0.995 * times[best[layer]]:

@@ -250,15 +250,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["encoder", "kernels"])
     parser.add_argument("workloads", nargs="*", help="texts that a workload's name must contain")
-    parser.add_argument("--library", default=os.environ.get("FT_HANDLER_LIBRARY"))
+    parser.add_argument("--library", help="default: as ft_handler finds it")
     parser.add_argument("--output", type=Path, help="a JSON file")
     given = parser.parse_args()
     if given.library:
-        torch.ops.load_library(given.library)
-    else:
-        from ft_handler import load_library
+        os.environ["FT_HANDLER_LIBRARY"] = given.library
+    from ft_handler import load_library, tune
 
-        load_library()
+    load_library()
+    tune.load_table()
     results = encoder(given.workloads) if given.what == "encoder" else kernels(given.workloads)
     if given.output:
         given.output.write_text(json.dumps(results, indent=1))

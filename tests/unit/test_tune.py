@@ -41,6 +41,65 @@ def test_other_files_are_refused_in_words(tmp_path: Path, content: str) -> None:
         tune.read_table(path)
 
 
+class Recorder:
+    """Stands for the library's ops: keeps the plans it is given, refuses some."""
+
+    def __init__(self, unknown: str = "") -> None:
+        self.plans: dict[tuple[str, int, int, int], str] = {}
+        self.unknown = unknown
+
+    def load_gemm_plan(self, device, dtype, rows, n, k, gelu, residual, norm, plan) -> None:
+        if plan == self.unknown:
+            raise RuntimeError("this build has no GEMM kernel; tune again")
+        self.plans[(dtype, rows, n, k)] = plan
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path) -> Path:
+    """A GPU with a table in the package, [32, 64], and a home without one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv(tune.VARIABLE, raising=False)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "GPU")
+    shipped = tmp_path / "shipped.json"
+    monkeypatch.setattr(tune, "shipped_path", lambda gpu: shipped)
+    tune.write_table(shipped, "GPU", [entry(32, "sm90:a"), entry(64, "sm90:b")])
+    return tmp_path
+
+
+def test_the_packages_table_serves_where_no_other_has_an_entry(gpu, monkeypatch) -> None:
+    ops = Recorder()
+    monkeypatch.setattr(tune, "_ops", lambda: ops)
+    tune.write_table(gpu / "own.json", "GPU", [entry(64, "sm90:own")])
+    assert tune.load_table(gpu / "own.json") == 3
+    assert {rows: plan for (_, rows, _, _), plan in ops.plans.items()} == {
+        32: "sm90:a",
+        64: "sm90:own",
+    }
+
+
+def test_a_kernel_the_library_lacks_is_an_error_in_a_named_table_alone(gpu, monkeypatch) -> None:
+    ops = Recorder(unknown="sm90:a")
+    monkeypatch.setattr(tune, "_ops", lambda: ops)
+    assert tune.load_table() == 1
+    tune.write_table(gpu / "own.json", "GPU", [entry(32, "sm90:a")])
+    with pytest.raises(EnvironmentProblem, match="tune again"):
+        tune.load_table(gpu / "own.json")
+
+
+def test_tables_in_the_package_are_whole_and_bound_to_no_library_version() -> None:
+    tables = list((Path(tune.__file__).parent / "data").glob("gemm-*.json"))
+    assert tables
+    for path in tables:
+        table = tune.read_table(path)
+        assert tune.shipped_path(table["gpu"]) == path
+        entries = [tune.Entry(**raw) for raw in table["entries"]]
+        assert all(e.plan.startswith("sm90:") for e in entries)
+        # A chain of four layers is measured at a time.
+        for dtype, rows in {(e.dtype, e.rows) for e in entries}:
+            chain = [e for e in entries if (e.dtype, e.rows) == (dtype, rows)]
+            assert len(chain) % 4 == 0
+
+
 def test_an_encoder_layer_has_four_linear_layers() -> None:
     layers = tune.layers_of(768, 3072)
     assert [(x.n, x.k, x.gelu, x.norm) for x in layers] == [

@@ -38,15 +38,16 @@ const void* tall_kernel(int index, bool bfloat16) {
 namespace {
 
 // Microseconds, fitted to measurements on an H200 (docs/kernels.md):
-// fixed + rounds * (round + k / 64 * block (+ gelu)).
+// fixed + rounds * (round + k / 64 * (block + heavy * gflop / 100) (+ gelu)).
+// Clocks fall under load, hence `heavy`.
 struct Cost {
-  float fixed, round, block, gelu;
+  float fixed, round, block, gelu, heavy;
 };
 
 // The same for cuBLASLt and the passes over memory after it:
 // fixed + gflop * rate (+ those beyond 15 * more) + million elements of the output * element.
-// With a norm, dearer than the best algorithm was: only its first guess can be had without
-// measuring, and that cost 8 us a layer at 2,070 tokens.
+// Dearer than the best algorithm was alone: only its first guess can be had without measuring, and
+// in a chain its kernels neither start early nor let the next one do so.
 struct LibraryCost {
   float fixed, rate, more, element;
 };
@@ -97,7 +98,8 @@ constexpr Variant tall(int index) {
           Config::kThreads,
           Config::kSharedBytes,
           false,
-          {2.0f, 0.8f + kTokens / 200.f, kCycles / 1600, kTokens / 200.f}};
+          {2.3f, 0.76f + 0.19f * kTokens / 200, 0.684e-3f * kCycles, 1.1f * kTokens / 200,
+           0.154e-3f * kCycles}};
 }
 
 template <int... kTokens>
@@ -108,25 +110,25 @@ constexpr std::array<Variant, sizeof...(kTokens)> tall_variants() {
 
 constexpr std::array kTiles{
     variant<sm90::PingPong128x192>("ping-pong 128x192", sm90::linear_kernel, 0,
-                                   {4.1f, 0.f, 0.53f, 1.4f}),
+                                   {3.0f, 0.1f, 0.521f, 1.3f, 0.026f}),
     variant<sm90::PingPong128x192Alone>("ping-pong 128x192 alone", sm90::linear_kernel, 1,
-                                        {3.7f, 0.3f, 0.53f, 0.9f}),
+                                        {3.4f, 0.3f, 0.485f, 0.88f, 0.057f}),
     variant<sm90::PingPong128x128>("ping-pong 128x128", sm90::linear_kernel, 2,
-                                   {2.8f, 0.4f, 0.38f, 0.9f}),
+                                   {2.1f, 0.8f, 0.341f, 0.46f, 0.084f}),
     variant<sm90::PingPong64x128>("ping-pong 64x128", sm90::linear_kernel, 3,
-                                  {2.3f, 0.5f, 0.23f, 0.4f}),
+                                  {2.1f, 0.43f, 0.201f, 0.62f, 0.071f}),
     variant<sm90::Together128x128>("together 128x128", sm90::linear_kernel, 4,
-                                   {1.7f, 1.7f, 0.34f, 0.8f}),
+                                   {1.4f, 1.3f, 0.306f, 1.3f, 0.116f}),
     variant<sm90::NormPingPong128x192>("norm ping-pong 128x192", sm90::norm_kernel, 0,
-                                       {4.8f, 1.7f, 0.55f, 0.f}),
+                                       {0.f, 3.8f, 0.467f, 0.f, 0.164f}),
     variant<sm90::NormPingPong64x192>("norm ping-pong 64x192", sm90::norm_kernel, 1,
-                                      {2.7f, 0.9f, 0.33f, 0.f}),
+                                      {2.6f, 1.2f, 0.237f, 0.f, 0.287f}),
     variant<sm90::NormPingPong64x128>("norm ping-pong 64x128", sm90::norm_kernel, 2,
-                                      {1.9f, 1.2f, 0.26f, 0.f}),
+                                      {1.8f, 1.2f, 0.207f, 0.f, 0.158f}),
     variant<sm90::NormPingPong64x256>("norm ping-pong 64x256", sm90::norm_kernel, 3,
-                                      {3.6f, 0.f, 0.50f, 0.f}),
+                                      {1.5f, 2.9f, 0.319f, 0.f, 0.097f}),
     variant<sm90::NormPingPong128x128>("norm ping-pong 128x128", sm90::norm_kernel, 4,
-                                       {3.9f, 1.1f, 0.42f, 0.f}),
+                                       {2.6f, 2.5f, 0.292f, 0.f, 0.032f}),
 };
 
 constexpr std::array kTall = tall_variants<FT_TALL_TOKENS>();
@@ -289,17 +291,25 @@ float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm,
   if (ready.status != cudaSuccess) return -1.f;
   const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
   const int tiles = cluster_tiles_of(variant, gemm) * plan.splits;
-  // A round is a tile for every cluster that the chip runs at a time; the last, partial one has
-  // the memory to itself.
+  // A round is a tile for every cluster that the chip runs at a time. The last, partial one has the
+  // memory to itself.
   float rounds = static_cast<float>(tiles / ready.clusters);
+  const float least = variant.norm ? 1.f : 0.8f;
   if (const int rest = tiles % ready.clusters; rest > 0)
-    rounds += 0.6f + 0.4f * static_cast<float>(rest) / static_cast<float>(ready.clusters);
+    rounds += least + (1 - least) * static_cast<float>(rest) / static_cast<float>(ready.clusters);
   const Cost& cost = variant.cost;
+  const float gflop = 2e-3f * elements * static_cast<float>(gemm.k);
+  const float block = cost.block + cost.heavy * std::min(gflop, 128.f) / 100;
   const auto blocks = static_cast<float>(tiles_of(tiles_of(gemm.k, kBlockK), plan.splits));
-  float time =
-      cost.fixed + rounds * (cost.round + blocks * cost.block + (gemm.gelu ? cost.gelu : 0.f));
-  if (plan.splits > 1) time += 1.8f * static_cast<float>(plan.splits) * elements;
-  if (norm != nullptr && !variant.norm) time += 2.5f + 1.4f * elements;
+  float time = cost.fixed + rounds * (cost.round + blocks * block + (gemm.gelu ? cost.gelu : 0.f));
+  if (plan.splits > 1) time += 1.7f * static_cast<float>(plan.splits) * elements;
+  if (norm != nullptr && !variant.norm) {
+    // On multiprocessors that the product leaves free, the norm's blocks are ready when it ends.
+    const float busy =
+        std::min(1.f, static_cast<float>(tiles) / static_cast<float>(ready.clusters));
+    time += (variant.tall() ? 1.2f * busy : 2.5f) + 1.4f * elements +
+            0.8f * std::max(0.f, elements - 4);
+  }
   return time;
 }
 
@@ -450,9 +460,9 @@ Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm) {
   if (plans.empty() || current_device(&device) != cudaSuccess) return {};
   const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
   const LibraryCost library = gemm.gelu         ? LibraryCost{5.0f, 0.81f, 0.38f, 2.1f}
-                              : norm == nullptr ? LibraryCost{3.5f, 1.42f, 0.24f, 0.f}
-                              : gemm.k < 2048   ? LibraryCost{6.3f, 0.32f, 0.89f, 3.2f}
-                                                : LibraryCost{8.3f, 1.53f, 0.63f, 0.f};
+                              : norm == nullptr ? LibraryCost{5.0f, 1.42f, 0.24f, 0.f}
+                              : gemm.k < 2048   ? LibraryCost{7.8f, 0.32f, 0.89f, 3.2f}
+                                                : LibraryCost{9.8f, 1.53f, 0.63f, 0.f};
   const float gflop = 2e-3f * elements * static_cast<float>(gemm.k);
   const float theirs = library.fixed + gflop * library.rate +
                        std::max(0.f, gflop - 15.f) * library.more + elements * library.element;
