@@ -49,6 +49,11 @@ def limit_tokenizer_threads(threads: int) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def leave_out_few_token_encoder() -> None:
+    """Send few tokens through the general GPU path too; before the library's first forward."""
+    os.environ["FT_HANDLER_SMALL"] = "0"
+
+
 # -- how a value is read -------------------------------------------------------------------------
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ft_handler.config import environment
+from ft_handler.config import environment, leave_out_few_token_encoder
 from ft_handler.errors import EnvironmentProblem, LibraryError
 
 FORMAT = 1
@@ -340,7 +339,7 @@ def tune_command(
         raise EnvironmentProblem("tuning needs a GPU, and torch sees none")
     info = read_info(model)
     # The path for few tokens has no plans; where it is not taken, they matter.
-    os.environ["FT_HANDLER_SMALL"] = "0"
+    leave_out_few_token_encoder()
     ops = _ops()
     if tokens:
         try:
