@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +37,7 @@ def flatten(encodings: Sequence[Encoding]) -> Sequences:
     ids = [s for e in encodings for s in e.sequences]
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     total = int(lengths.sum())
-    flat = np.fromiter(chain.from_iterable(ids), np.int64, total)
+    flat = np.concatenate(ids)
     splits = np.fromiter((s for e in encodings for s in e.splits), np.int64, len(ids))
     if np.array_equal(splits, lengths):
         return Sequences(flat, np.zeros(total, np.int64), lengths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -131,65 +132,69 @@ class QuestionAnswering:
         groups: dict[Any, list[int]] = {}
         for i, item in enumerate(inputs):
             groups.setdefault(item.params, []).append(i)
-        offsets = np.cumsum([0] + [sum(map(len, e.sequences)) for e in encodings])
+        lengths = np.array([len(s) for e in encodings for s in e.sequences])
+        begins = np.cumsum(lengths) - lengths
+        owners = np.repeat(np.arange(len(inputs)), [len(e.sequences) for e in encodings])
+        logits = np.stack([start, end])
         predictions: list[Prediction] = [{}] * len(inputs)
         for params, members in groups.items():
-            self._group(params, members, encodings, offsets, start, end, predictions)
+            answers = self._group(
+                params,
+                [_windows_of(encodings[i]) for i in members],
+                begins[np.isin(owners, members)],
+                logits,
+            )
+            for i, answer in zip(members, answers, strict=True):
+                if encodings[i].truncated:
+                    _mark_truncated(answer)
+                predictions[i] = answer
         return predictions
 
     def _group(
         self,
         params: QuestionParams,
-        members: Sequence[int],
-        encodings: Sequence[Encoding],
-        offsets: NDArray[np.int64],
-        start: Floats,
-        end: Floats,
-        predictions: list[Prediction],
-    ) -> None:
-        cls: list[int] = []
-        begins: list[int] = []
-        counts: list[int] = []
-        for i in members:
-            encoding = encodings[i]
-            windows = _windows_of(encoding)
-            at = int(offsets[i])
-            for sequence, (begin, stop) in zip(encoding.sequences, windows.spans, strict=True):
-                cls.append(at)
-                begins.append(at + windows.first)
-                counts.append(stop - begin)
-                at += len(sequence)
-        wanted = 2 * params.top_k + 10 if params.align_to_words else params.top_k
+        questions: Sequence[QuestionWindows],
+        cls: NDArray[np.int64],
+        logits: Floats,
+    ) -> list[Prediction]:
+        """Answers of questions with the same parameters; `cls` is where their windows begin."""
+        windows = [len(q.spans) for q in questions]
+        spans = np.array([span for q in questions for span in q.spans])
+        counts = spans[:, 1] - spans[:, 0]
         null, scores, firsts, lasts = best_spans(
-            start,
-            end,
-            np.array(cls),
-            np.array(begins),
-            np.array(counts),
+            logits,
+            cls,
+            cls + np.repeat([q.first for q in questions], windows),
+            counts,
             params.max_answer_len,
-            wanted,
+            2 * params.top_k + 10 if params.align_to_words else params.top_k,
         )
+        origins = np.concatenate([q.origins for q in questions])
+        tokens = np.array([len(q.origins) for q in questions])
+        # The row of `origins` that each window's first token has.
+        rows = (np.repeat(np.cumsum(tokens) - tokens, windows) + spans[:, 0])[:, None]
+        begin, end = (2, 3) if params.align_to_words else (0, 1)
+        # What reaches past its window scores below zero and is never read.
+        begins = origins[:, begin].take(rows + firsts, mode="clip")
+        ends = origins[:, end].take(rows + lasts, mode="clip")
+        floors = scores[:, 0] * (_LEAST_SHARE if params.top_k == 1 else 0)
+        found = list(
+            zip(floors.tolist(), scores.tolist(), begins.tolist(), ends.tolist(), strict=True)
+        )
+        predictions: list[Prediction] = []
         window = 0
-        for i in members:
-            encoding = encodings[i]
-            windows = _windows_of(encoding)
-            until = window + len(windows.spans)
-            answers = _answers(
-                windows,
-                params.align_to_words,
-                _LEAST_SHARE if params.top_k == 1 else 0.0,
-                scores[window:until],
-                firsts[window:until],
-                lasts[window:until],
-            )
+        for question, count in zip(questions, windows, strict=True):
+            until = window + count
+            answers = _answers(question.text, found[window:until])
             if params.handle_impossible_answer:
-                least = float(null[window:until].min())
-                answers.append({"score": least, "start": 0, "end": 0, "answer": ""})
-            answers.sort(key=lambda answer: answer["score"], reverse=True)
-            predictions[i] = answers[0] if params.top_k == 1 else answers[: params.top_k]
-            if encoding.truncated:
-                _mark_truncated(predictions[i])
+                answers.append((float(null[window:until].min()), 0, 0, ""))
             window = until
+            if params.top_k == 1:
+                predictions.append(_answer(max(answers, key=_score)))
+            else:
+                answers.sort(key=_score, reverse=True)
+                predictions.append([_answer(a) for a in answers[: params.top_k]])
+        return predictions
 
 
 def _windows_of(encoding: Encoding) -> QuestionWindows:
@@ -198,58 +203,58 @@ def _windows_of(encoding: Encoding) -> QuestionWindows:
 
 
 def best_spans(
-    start: Floats,
-    end: Floats,
+    logits: Floats,
     cls: NDArray[np.int64],
     begins: NDArray[np.int64],
     counts: NDArray[np.int64],
     max_answer_len: int,
     wanted: int,
-) -> tuple[Floats, list[list[float]], list[list[int]], list[list[int]]]:
+) -> tuple[Floats, Floats, NDArray[np.int64], NDArray[np.int64]]:
     """The best spans of every window, without an S x S table.
 
-    start, end       [total] logits
+    logits           [2, total] start and end
     cls              [windows] position of each window's `[CLS]`
     begins, counts   [windows] position of its first context token, and how many it has
     max_answer_len   most tokens of a span
     wanted           how many spans a window gives, at most
 
-    Returns the null scores `[windows]`, and per window the scores, first and last context tokens
-    (counted from the window's first) of its best spans, best first.
+    Returns the null scores `[windows]`, and as `[windows, found]` the scores, first and last
+    context tokens (counted from the window's first) of the best spans, best first. Where a window
+    has fewer, what is left scores below zero.
     """
     windows, longest = len(cls), int(counts.max())
     width = min(max_answer_len, longest)
     columns = np.arange(longest)
-    inside = columns < counts[:, None]  # [windows, longest]
+    inside: NDArray[np.bool_] = columns < counts[:, None]  # [windows, longest]
     tokens = np.where(inside, begins[:, None] + columns, 0)
+    # Probabilities of start and end over `[CLS]` and the context.
+    at_cls = logits.take(cls, axis=1)
+    p: Floats = np.where(inside, logits.take(tokens, axis=1), np.float32(-np.inf))
+    top: Floats = np.maximum(p.max(axis=2), at_cls)
+    p -= top[:, :, None]
+    np.exp(p, out=p)
+    p_cls: Floats = np.exp(at_cls - top)
+    total: Floats = p.sum(axis=2) + p_cls
+    p /= total[:, :, None]
+    p_cls /= total
     # End probabilities padded with zeros: a span may not leave its window.
-    p_start = np.zeros((windows, longest), np.float32)
     p_end = np.zeros((windows, longest + width - 1), np.float32)
-    null = np.ones(windows, np.float32)
-    for logits, p in ((start, p_start), (end, p_end)):
-        context = np.where(inside, logits[tokens], -np.inf)
-        at_cls = logits[cls]
-        top = np.maximum(context.max(axis=1), at_cls)
-        exp_context = np.exp(context - top[:, None])
-        exp_cls = np.exp(at_cls - top)
-        total = exp_context.sum(axis=1) + exp_cls
-        np.divide(exp_context, total[:, None], out=p[:, :longest])
-        null *= exp_cls / total
+    p_end[:, :longest] = p[1]
     # The best `wanted` spans begin at the `wanted` tokens whose best span is best.
-    row_best = np.where(inside, p_start * _sliding_max(p_end, width), -1)
+    row_best: Floats = np.where(inside, p[0] * _sliding_max(p_end, width), np.float32(-1))
     rows = _largest(row_best, min(wanted, longest))
-    at = np.arange(windows)[:, None]
-    offsets = np.arange(width)
-    ends = rows[:, :, None] + offsets  # [windows, rows, width]
-    scores = p_start[at, rows][:, :, None] * p_end[at[:, :, None], ends]
-    scores = np.where(ends < counts[:, None, None], scores, -1).reshape(windows, -1)
-    best = _largest(scores, min(wanted, scores.shape[1]))
-    values = np.take_along_axis(scores, best, axis=1)
+    ends = rows[:, :, None] + np.arange(width)  # [windows, rows, width]
+    scores = np.take_along_axis(p_end, ends.reshape(windows, -1), axis=1).reshape(ends.shape)
+    scores *= np.take_along_axis(p[0], rows, axis=1)[:, :, None]
+    scores[ends >= counts[:, None, None]] = -1
+    table = scores.reshape(windows, -1)
+    best = _largest(table, min(wanted, table.shape[1]))
+    values = np.take_along_axis(table, best, axis=1)
     order = np.argsort(-values, axis=1, kind="stable")
     best = np.take_along_axis(best, order, axis=1)
     values = np.take_along_axis(values, order, axis=1)
     firsts = np.take_along_axis(rows, best // width, axis=1)
-    return null, values.tolist(), firsts.tolist(), (firsts + best % width).tolist()
+    return p_cls[0] * p_cls[1], values, firsts, firsts + best % width
 
 
 def _largest(values: Floats, count: int) -> NDArray[np.int64]:
@@ -272,37 +277,34 @@ def _sliding_max(values: Floats, width: int) -> Floats:
     return np.maximum(values[:, :columns], values[:, width - span : width - span + columns])
 
 
-def _answers(
-    windows: QuestionWindows,
-    align_to_words: bool,
-    least: float,
-    scores: list[list[float]],
-    firsts: list[list[int]],
-    lasts: list[list[int]],
-) -> list[dict[str, Any]]:
-    """Spans as text, equal texts merged, in the order they were found.
+#: Score, first character, end, text.
+_Answer = tuple[float, int, int, str]
+_score = itemgetter(0)
 
-    least  spans with less than this share of their window's best score are left out
+
+def _answers(
+    text: str, windows: Sequence[tuple[float, list[float], list[int], list[int]]]
+) -> list[_Answer]:
+    """Spans as text, texts that are equal but for case merged, in the order they were found.
+
+    windows  of each the least score of a span that counts (none is negative), and the scores,
+             begins and ends of its spans, best first
     """
-    span, text = windows.context.span, windows.text
-    # The best spans share most of their ends.
-    places: dict[int, tuple[int, int]] = {}
-    answers: dict[str, dict[str, Any]] = {}
-    for w, (base, _) in enumerate(windows.spans):
-        floor = scores[w][0] * least
-        for score, first, last in zip(scores[w], firsts[w], lasts[w], strict=True):
-            # Sorted: what follows is smaller still, or past the window's end (negative).
-            if score < floor or score < 0:
+    answers: dict[str, _Answer] = {}
+    for floor, scores, begins, stops in windows:
+        for score, begin, stop in zip(scores, begins, stops, strict=True):
+            if score < floor:
                 break
-            for token in (base + first, base + last):
-                if token not in places:
-                    places[token] = span(token, align_to_words)
-            begin, stop = places[base + first][0], places[base + last][1]
             answer = text[begin:stop]
             key = answer.lower()
             known = answers.get(key)
-            if known is not None:
-                known["score"] += score
+            if known is None:
+                answers[key] = (score, begin, stop, answer)
             else:
-                answers[key] = {"score": score, "start": begin, "end": stop, "answer": answer}
+                answers[key] = (known[0] + score, *known[1:])
     return list(answers.values())
+
+
+def _answer(found: _Answer) -> dict[str, Any]:
+    score, begin, stop, text = found
+    return {"score": score, "start": begin, "end": stop, "answer": text}

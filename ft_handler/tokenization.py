@@ -9,11 +9,13 @@ tokens. Remembering them takes a 25-token sentence from about 50 microseconds to
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.models import WordPiece
@@ -28,8 +30,12 @@ from ft_handler.types import (
     QuestionParams,
     QuestionWindows,
     TextInput,
-    TokenMap,
 )
+
+#: [tokens] ids of a text's tokens, without special ones.
+Ids: TypeAlias = NDArray[np.int64]
+#: [tokens, 4] characters: begin and end of each token, then of its word; as in QuestionWindows.
+Origins: TypeAlias = NDArray[np.int32]
 
 
 def load_tokenizer(
@@ -94,51 +100,55 @@ def window_spans(tokens: int, room: int, overlap: int) -> list[tuple[int, int]]:
     return spans
 
 
+def _origins(encodings: Sequence[Any]) -> Origins:
+    """Characters of every token of the library's encodings, and of its word, as [tokens, 4].
+
+    A token without a word is a word of its own.
+    """
+    own = np.array([*chain.from_iterable(e.offsets for e in encodings)], np.int32).reshape(-1, 2)
+    if not len(own):
+        return np.zeros((0, 4), np.int32)
+    numbers = np.array(
+        [-1 if word is None else word for e in encodings for word in e.word_ids], np.int64
+    )
+    # A word is a run of tokens with the same number.
+    begins = numbers < 0
+    begins[1:] |= numbers[1:] != numbers[:-1]
+    counts = np.array([len(e) for e in encodings])
+    begins[(np.cumsum(counts) - counts)[counts > 0]] = True
+    runs, word_of = np.flatnonzero(begins), np.cumsum(begins) - 1
+    words = np.minimum.reduceat(own[:, 0], runs), np.maximum.reduceat(own[:, 1], runs)
+    return np.column_stack((own, words[0][word_of], words[1][word_of]))
+
+
+def _split(rows: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """`rows` cut into pieces of the given lengths."""
+    ends = np.cumsum(lengths).tolist()
+    return [rows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
 class WholeTexts:
     """Token ids and origins straight from the library, for any tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def ids(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of each text, without special tokens, in one call of the library."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [e.ids for e in encoded]
+        return [np.array(e.ids, np.int64) for e in encoded]
 
-    def located(self, texts: Sequence[str]) -> tuple[list[list[int]], list[TokenMap]]:
+    def located(self, texts: Sequence[str]) -> tuple[list[Ids], list[Origins]]:
         """Token ids of each text, and where its tokens came from."""
-        return self.ids(texts), [_WholeMap(self._tokenizer, text) for text in texts]
-
-
-class _WholeMap:
-    def __init__(self, tokenizer: Tokenizer, text: str) -> None:
-        self._tokenizer, self._text = tokenizer, text
-        self._found: _Spans | None = None
-
-    def span(self, token: int, whole_word: bool) -> tuple[int, int]:
-        if self._found is None:
-            self._found = _spans(self._tokenizer, self._text)
-        return self._found[token][whole_word]
-
-
-_Spans = list[tuple[tuple[int, int], tuple[int, int]]]
-
-
-def _spans(tokenizer: Tokenizer, text: str) -> _Spans:
-    """Per token its own characters, and those of its word (its own where there is no word)."""
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    words: dict[int | None, tuple[int, int]] = {}
-    for word, (begin, end) in zip(encoding.word_ids, encoding.offsets, strict=True):
-        first = words.get(word, (begin, end))
-        words[word] = (min(first[0], begin), max(first[1], end))
-    return [
-        (own, own if word is None else words[word])
-        for word, own in zip(encoding.word_ids, encoding.offsets, strict=True)
-    ]
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        ids = [np.array(e.ids, np.int64) for e in encoded]
+        return ids, _split(_origins(encoded), np.array([len(e) for e in encoded], np.int64))
 
 
 _LONGEST_CHUNK = 48
 _GROUP = 64
+#: A chunk's place: the row of its first token in the table, shifted, and how many tokens it has.
+_SHIFT = 32
 
 
 class RememberedChunks:
@@ -146,6 +156,9 @@ class RememberedChunks:
 
     capacity  chunks kept beside the vocabulary's own words; when it is reached the memory starts
               afresh
+
+    Tokens of all chunks lie in one table, [tokens, 5]: id, and as in `Origins` the characters of
+    the chunk. A batch is looked up chunk by chunk; the rest works on whole arrays.
     """
 
     def __init__(self, tokenizer: Tokenizer, capacity: int = 1 << 16) -> None:
@@ -158,14 +171,22 @@ class RememberedChunks:
             and normalizer.lowercase
             and all("[" in content for content in added)
         )
-        words = [w for w in tokenizer.get_vocab() if w.isalnum() and len(w) <= _LONGEST_CHUNK]
-        self._words = self._read(words)
+        vocab = tokenizer.get_vocab()
+        # In the vocabulary's order, which is by frequency: what is used often lies together.
+        words = sorted(
+            (w for w in vocab if w.isalnum() and len(w) <= _LONGEST_CHUNK), key=vocab.__getitem__
+        )
+        self._words: dict[str, int] = {}
+        self._places = self._words
+        self._table, self._used = np.zeros((0, 5), np.int32), 0
+        self._add(words)
+        self._word_tokens = self._table[: self._used]
         self._capacity = capacity + len(words)
         self._forget()
 
     def _forget(self) -> None:
-        self._ids = dict(self._words)
-        self._origins: dict[str, _Spans] = {}
+        self._places = dict(self._words)
+        self._table, self._used = self._word_tokens, len(self._word_tokens)
 
     @staticmethod
     def fits(tokenizer: Tokenizer) -> bool:
@@ -179,93 +200,101 @@ class RememberedChunks:
             )
         )
 
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def ids(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of each text, without special tokens."""
-        join = chain.from_iterable
-        return [list(join(pieces)) for _, pieces in self._pieces(texts)]
+        return self._read(texts, located=False)[0]
 
-    def located(self, texts: Sequence[str]) -> tuple[list[list[int]], list[TokenMap]]:
+    def located(self, texts: Sequence[str]) -> tuple[list[Ids], list[Origins]]:
         """Token ids of each text, and where its tokens came from."""
-        found = self._pieces(texts)
-        ids = [list(chain.from_iterable(pieces)) for _, pieces in found]
-        return ids, [_ChunkMap(self, chunks, pieces) for chunks, pieces in found]
+        return self._read(texts, located=True)
 
-    def _pieces(self, texts: Sequence[str]) -> list[tuple[list[str], list[list[int]]]]:
-        """Each text's chunks, and the token ids of each chunk."""
+    def _read(self, texts: Sequence[str], located: bool) -> tuple[list[Ids], list[Origins]]:
+        if not texts:
+            return [], []
         if self._lower:
             texts = [t.lower() if t.isascii() and "[" not in t else t for t in texts]
-        chunked = [text.split(" ") for text in texts]
-        known = self._ids.__getitem__
+        text = " ".join(texts)
+        chunks = text.split(" ")
+        places, passing = self._look_up(chunks)
+        counts = places & (1 << _SHIFT) - 1
+        ends = np.cumsum(counts)
+        # Row of the table that each token has: its chunk's first row, and on from there.
+        rows = np.repeat((places >> _SHIFT) - ends + counts, counts)
+        rows += np.arange(len(rows))
+        blanks = _blanks(text)
+        # Texts end where a blank of ours stands, or the last one's end.
+        last_chunks = np.searchsorted(blanks, np.cumsum([len(t) + 1 for t in texts]) - 1)
+        lengths = np.diff(ends[last_chunks], prepend=0)
+        found = self._table.take(rows, axis=0)
+        ids = _split(found[:, 0].astype(np.int64), lengths)
+        origins: list[Origins] = []
+        if located:
+            begins = np.concatenate(([0], blanks + 1))  # of the chunks
+            firsts = begins[np.concatenate(([0], last_chunks[:-1] + 1))]  # of the texts
+            begins -= np.repeat(firsts, np.diff(last_chunks, prepend=-1))
+            found += np.repeat(begins.astype(np.int32), counts)[:, None]
+            origins = _split(found[:, 1:], lengths)
+        if passing:
+            self._drop(passing)
+        return ids, origins
+
+    def _look_up(self, chunks: list[str]) -> tuple[NDArray[np.int64], list[str]]:
+        """The place of every chunk, and those that should be forgotten again."""
         try:
-            return [(chunks, list(map(known, chunks))) for chunks in chunked]
+            return np.fromiter(map(self._places.__getitem__, chunks), np.int64, len(chunks)), []
         except KeyError:
-            passing = self._learn({*chain.from_iterable(chunked)})
-        known = self._ids.__getitem__
-        pieces = [(chunks, list(map(known, chunks))) for chunks in chunked]
-        for chunk in passing:
-            del self._ids[chunk]
-        return pieces
+            passing = self._learn(set(chunks))
+        return np.fromiter(map(self._places.__getitem__, chunks), np.int64, len(chunks)), passing
 
     def _learn(self, chunks: set[str]) -> list[str]:
         """Tokenize what is not remembered, in one call; returns what should be forgotten again."""
-        new = [chunk for chunk in chunks if chunk not in self._ids]
-        if len(self._ids) + len(new) > self._capacity:
+        new = [chunk for chunk in chunks if chunk not in self._places]
+        if len(self._places) + len(new) > self._capacity:
             self._forget()
-            new = [chunk for chunk in chunks if chunk not in self._ids]
-        self._ids.update(self._read(new))
+            new = [chunk for chunk in chunks if chunk not in self._places]
         # Long chunks are rarely words, and would let a client fill the memory.
-        return [chunk for chunk in new if len(chunk) > _LONGEST_CHUNK]
+        passing = [chunk for chunk in new if len(chunk) > _LONGEST_CHUNK]
+        self._add([chunk for chunk in new if len(chunk) <= _LONGEST_CHUNK] + passing)
+        return passing
 
-    def _read(self, chunks: Sequence[str]) -> dict[str, list[int]]:
-        """Token ids of each chunk; many go into one text, because a call costs more than a word."""
+    def _drop(self, chunks: Sequence[str]) -> None:
+        """Forget the chunks that were added last."""
+        self._used -= sum(self._places.pop(chunk) & (1 << _SHIFT) - 1 for chunk in chunks)
+
+    def _add(self, chunks: Sequence[str]) -> None:
+        """Tokenize chunks into the table, many in one text: a call costs more than a word."""
         groups = [chunks[i : i + _GROUP] for i in range(0, len(chunks), _GROUP)]
         texts = [" ".join(group) for group in groups]
-        found: dict[str, list[int]] = {}
-        for group, encoding in zip(
-            groups, self._tokenizer.encode_batch(texts, add_special_tokens=False), strict=True
-        ):
-            # The first token of every chunk is the first that begins at the chunk or after it.
-            begins = [begin for begin, _ in encoding.offsets]
-            ids, at, first = encoding.ids, 0, 0
-            for chunk in group:
-                at += len(chunk) + 1
-                last = bisect_left(begins, at, first)
-                found[chunk] = ids[first:last]
-                first = last
-        return found
-
-    def origins(self, chunk: str) -> _Spans:
-        """Where the tokens of one chunk came from."""
-        spans = self._origins.get(chunk)
-        if spans is None:
-            if len(self._words.get(chunk, ())) == 1:
-                whole = (0, len(chunk))
-                return [(whole, whole)]
-            spans = _spans(self._tokenizer, chunk)
-            if len(chunk) <= _LONGEST_CHUNK:
-                self._origins[chunk] = spans
-        return spans
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        origins = _origins(encodings)
+        # Characters counted through all texts, a blank between two.
+        sizes = np.array([len(text) + 1 for text in texts])
+        origins += np.repeat(np.cumsum(sizes) - sizes, [len(e) for e in encodings])[:, None]
+        widths = np.array([len(chunk) + 1 for chunk in chunks])
+        begins = np.cumsum(widths) - widths
+        # The first token of every chunk is the first that begins at the chunk or after it.
+        firsts = np.searchsorted(origins[:, 0], begins)
+        counts = np.diff(firsts, append=len(origins))
+        origins -= np.repeat(begins, counts)[:, None]
+        end = self._used + len(origins)
+        if end > len(self._table):
+            grown = np.empty((2 * end, 5), np.int32)
+            grown[: self._used] = self._table[: self._used]
+            self._table = grown
+        self._table[self._used : end, 0] = [i for e in encodings for i in e.ids]
+        self._table[self._used : end, 1:] = origins
+        places = (firsts + self._used << _SHIFT) + counts
+        self._places.update(zip(chunks, places.tolist(), strict=True))
+        self._used = end
 
 
-class _ChunkMap:
-    def __init__(
-        self, memory: RememberedChunks, chunks: list[str], pieces: list[list[int]]
-    ) -> None:
-        self._memory, self._chunks, self._pieces = memory, chunks, pieces
-        self._ends: list[int] = []
-        self._widths: list[int] = []
-
-    def span(self, token: int, whole_word: bool) -> tuple[int, int]:
-        if not self._ends:
-            self._ends = list(accumulate(map(len, self._pieces)))
-            self._widths = list(accumulate(map(len, self._chunks)))
-        at = bisect_right(self._ends, token)
-        chunk = self._chunks[at]
-        # One blank before every chunk but the first.
-        begin = self._widths[at] - len(chunk) + at
-        first = self._ends[at - 1] if at else 0
-        inner = self._memory.origins(chunk)[token - first][whole_word]
-        return begin + inner[0], begin + inner[1]
+def _blanks(text: str) -> NDArray[np.int64]:
+    """Where the blanks of a text are."""
+    if text.isascii():
+        codes: NDArray[Any] = np.frombuffer(text.encode("ascii"), np.uint8)
+    else:
+        codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    return np.flatnonzero(codes == ord(" "))
 
 
 def reader_of(tokenizer: Tokenizer) -> WholeTexts | RememberedChunks:
@@ -286,12 +315,14 @@ class _Template:
                 "the tokenizer does not build pairs in their order: check its post_processor"
             )
         first, second = order.index(0), order.index(1)
-        self.before = pair.ids[:first]
-        self.between = pair.ids[first + order.count(0) : second]
-        self.after = pair.ids[second + order.count(1) :]
+        ids = np.array(pair.ids, np.int64)
+        self.before = ids[:first]
+        self.between = ids[first + order.count(0) : second]
+        self.after = ids[second + order.count(1) :]
         alone = single.sequence_ids
-        self.single_before = single.ids[: alone.index(0)]
-        self.single_after = single.ids[alone.index(0) + alone.count(0) :]
+        ids = np.array(single.ids, np.int64)
+        self.single_before = ids[: alone.index(0)]
+        self.single_after = ids[alone.index(0) + alone.count(0) :]
         types = pair.type_ids
         # Tokens of type 0 after the first text: BERT's separator belongs to it.
         self.separators = types.index(1) - first - order.count(0) if 1 in types else None
@@ -338,7 +369,7 @@ class TextEncoder:
                     out.append(self._too_long(count + len(before) + len(after)))
                     continue
                 ids = ids[:room]
-            sequence = [*before, *ids, *after]
+            sequence = np.concatenate((before, ids, after))
             out.append(Encoding([sequence], [len(sequence)], count > room))
         return out
 
@@ -347,9 +378,7 @@ class TextEncoder:
             f"the input has {count} tokens, the limit is {self._max_length} and truncation is off"
         )
 
-    def _pair(
-        self, text: TextInput, first: list[int], second: list[int]
-    ) -> Encoding | RequestError:
+    def _pair(self, text: TextInput, first: Ids, second: Ids) -> Encoding | RequestError:
         template = self._template
         count = len(first) + len(second)
         room = self._max_length - template.pair_specials
@@ -358,7 +387,9 @@ class TextEncoder:
                 return self._too_long(count + template.pair_specials)
             keep_first, keep_second = longest_first(len(first), len(second), room)
             first, second = first[:keep_first], second[:keep_second]
-        sequence = [*template.before, *first, *template.between, *second, *template.after]
+        sequence = np.concatenate(
+            (template.before, first, template.between, second, template.after)
+        )
         return Encoding([sequence], [template.split(len(first), len(sequence))], count > room)
 
 
@@ -374,32 +405,37 @@ class QuestionEncoder:
         """One Encoding an input, or the error (422) that takes it out of the flow."""
         questions = [i for i in inputs if isinstance(i, QuestionInput)]
         asked = self._reader.ids([q.question for q in questions])
-        contexts, maps = self._reader.located([q.context for q in questions])
+        contexts, origins = self._reader.located([q.context for q in questions])
         out: list[Encoding | RequestError] = []
-        for item, question, context, origin in zip(questions, asked, contexts, maps, strict=True):
+        for parts in zip(questions, asked, contexts, origins, strict=True):
             try:
-                out.append(self._windows(item, question, context, origin))
+                out.append(self._windows(*parts))
             except RequestError as error:
                 out.append(error)
         return out
 
     def _windows(
-        self, item: QuestionInput, question: list[int], context: list[int], origin: TokenMap
+        self, item: QuestionInput, question: Ids, context: Ids, origins: Origins
     ) -> Encoding:
         params, template = item.params, self._template
         cut = len(question) > params.max_question_len
         question = question[: params.max_question_len]
-        head, tail = [*template.before, *question, *template.between], template.after
+        head = len(template.before) + len(question) + len(template.between)
         overlap = params.doc_stride
         if overlap is None:
             overlap = min(params.max_seq_len // 2, 128)
-        room = self._room(params, len(head), overlap)
-        if not context:
+        room = self._room(params, head, overlap)
+        if not len(context):
             raise UnusableRequest("'context' has no word the model could read")
         spans = window_spans(len(context), room, overlap)
-        sequences = [[*head, *context[begin:end], *tail] for begin, end in spans]
+        sequences = [
+            np.concatenate(
+                (template.before, question, template.between, context[begin:end], template.after)
+            )
+            for begin, end in spans
+        ]
         splits = [template.split(len(question), len(s)) for s in sequences]
-        windows = QuestionWindows(item.context, origin, len(head), spans)
+        windows = QuestionWindows(item.context, origins, head, spans)
         return Encoding(sequences, splits, cut, windows)
 
     def _room(self, params: QuestionParams, head: int, overlap: int) -> int:

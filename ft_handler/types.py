@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,25 +80,19 @@ class Request:
     outputs: tuple[str, ...] | None = None
 
 
-class TokenMap(Protocol):
-    """Where the tokens of a text came from."""
-
-    def span(self, token: int, whole_word: bool) -> tuple[int, int]:
-        """The characters [begin, end) of a token, or of the word it belongs to."""
-
-
 @dataclass(slots=True)
 class QuestionWindows:
     """What the windows of one question mean.
 
     text      the client's own context
-    context   from the context's tokens back to `text`
+    origins   [tokens, 4] characters of `text`: begin and end of each of the context's tokens, then
+              of the word it belongs to
     first     where the context's tokens begin in every window: after `[CLS] question [SEP]`
     spans     the context's tokens [begin, end) in each window
     """
 
     text: str
-    context: TokenMap
+    origins: NDArray[np.int32]
     first: int
     spans: list[tuple[int, int]]
 
@@ -113,7 +107,7 @@ class Encoding:
     windows    question answering only
     """
 
-    sequences: list[list[int]]
+    sequences: list[NDArray[np.int64]]
     splits: list[int]
     truncated: bool
     windows: QuestionWindows | None = None

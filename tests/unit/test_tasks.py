@@ -128,9 +128,9 @@ def test_best_spans_are_the_best_of_all_spans(counts, max_answer_len, wanted, se
         size = 1 + question + n + 1
         pieces.append((3 * rng.standard_normal((2, size))).astype(np.float32))
         at += size
-    start, end = np.concatenate(pieces, axis=1)
+    start, end = logits = np.concatenate(pieces, axis=1)
     null, scores, firsts, lasts = best_spans(
-        start, end, np.array(cls), np.array(begins), np.array(counts), max_answer_len, wanted
+        logits, np.array(cls), np.array(begins), np.array(counts), max_answer_len, wanted
     )
     for w, n in enumerate(counts):
         keep = [cls[w], *range(begins[w], begins[w] + n)]
@@ -147,9 +147,9 @@ def test_best_spans_are_the_best_of_all_spans(counts, max_answer_len, wanted, se
 
 
 def test_underflowing_logits_still_give_a_span():
-    start = np.array([0, -1000, -1000, -1000], np.float32)
+    logits = np.array([[0, -1000, -1000, -1000]] * 2, np.float32)
     null, scores, firsts, _ = best_spans(
-        start, start, np.array([0]), np.array([1]), np.array([2]), 15, 12
+        logits, np.array([0]), np.array([1]), np.array([2]), 15, 12
     )
     assert null[0] == 1
     assert [s for s in scores[0] if s >= 0] == [0, 0, 0]
@@ -186,6 +186,73 @@ def answer(tokenizer, items):
     return QuestionAnswering().predict(items, encodings, start, end)
 
 
+def answers_of(item, encoding, pieces, wanted):
+    """All answers of one question from the definition, span by span; pieces are its windows."""
+    p, windows = item.params, encoding.windows
+    found: dict[str, list] = {}
+    null = 1e6
+    for (start, end), (begin, stop) in zip(pieces, windows.spans, strict=True):
+        keep = [0, *range(windows.first, windows.first + stop - begin)]
+        spans, at_cls = all_spans(start[keep], end[keep], p.max_answer_len)
+        null = min(null, at_cls)
+        column = 2 if p.align_to_words else 0
+        for (i, j), score in sorted(spans.items(), key=lambda s: -s[1])[:wanted]:
+            a = int(windows.origins[begin + i, column])
+            b = int(windows.origins[begin + j, column + 1])
+            text = item.context[a:b]
+            found.setdefault(text.lower(), [0.0, a, b, text])[0] += score
+    if p.handle_impossible_answer:
+        found.setdefault("", [0.0, 0, 0, ""])[0] += null
+    return found
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("align", [False, True])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    top_k=st.sampled_from([1, 3, 100]),
+    words=st.lists(st.integers(1, 14), min_size=1, max_size=6),
+    impossible=st.booleans(),
+    longest=st.sampled_from([1, 4, 15]),
+)
+def test_random_logits_give_the_answers_of_the_definition(
+    tokenizer, ties, align, seed, top_k, words, impossible, longest
+):
+    """Several questions at once, one-word contexts, windows that overlap, equal logits."""
+    rng = np.random.default_rng(seed)
+    vocabulary = ["river", "Bridge", "bridge", "unbuilt", "sailed.", "the"]
+    given_params = params(
+        top_k=top_k, handle_impossible_answer=impossible, max_answer_len=longest,
+        max_seq_len=14, doc_stride=3, align_to_words=align,
+    )  # fmt: skip
+    items = [
+        QuestionInput("who", " ".join(rng.choice(vocabulary, count)), given_params)
+        for count in words
+    ]
+    encodings = QuestionEncoder(tokenizer, 128).encode(items)
+    pieces = [
+        [(3 * rng.standard_normal((2, len(s)))).astype(np.float32) for s in e.sequences]
+        for e in encodings
+    ]
+    if ties:
+        pieces = [[np.round(p / 2) for p in windows] for windows in pieces]
+    start, end = np.concatenate([p for windows in pieces for p in windows], axis=1)
+    predictions = QuestionAnswering().predict(items, encodings, start, end)
+    wanted = 2 * top_k + 10 if align else top_k
+    for item, encoding, mine, got in zip(items, encodings, pieces, predictions, strict=True):
+        answers = got if isinstance(got, list) else [got]
+        want = answers_of(item, encoding, mine, wanted)
+        best = sorted((w[0] for w in want.values()), reverse=True)[:top_k]
+        every_span = wanted >= 14 * longest
+        if every_span or not ties:  # among equal spans, which ones are left out is open
+            assert [a["score"] for a in answers] == pytest.approx(best, rel=1e-4)
+            for a in answers:
+                assert a["score"] == pytest.approx(want[a["answer"].lower()][0], rel=1e-4)
+        assert [a["score"] for a in answers] == sorted((a["score"] for a in answers), reverse=True)
+        for a in answers:
+            assert item.context[a["start"] : a["end"]] == a["answer"]
+
+
 def by_definition(tokenizer, item):
     """The answers of one question, from the definition, span by span."""
     p = item.params
@@ -202,8 +269,8 @@ def by_definition(tokenizer, item):
         spans, at_cls = all_spans(start[keep], end[keep], p.max_answer_len)
         null = min(null, at_cls)
         for (i, j), score in sorted(spans.items(), key=lambda s: -s[1])[:wanted]:
-            a = windows.context.span(begin + i, False)[0]
-            b = windows.context.span(begin + j, False)[1]
+            a = int(windows.origins[begin + i, 0])
+            b = int(windows.origins[begin + j, 1])
             if p.align_to_words:
                 while a > 0 and item.context[a - 1].isalnum() and item.context[a].isalnum():
                     a -= 1
