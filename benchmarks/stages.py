@@ -38,6 +38,8 @@ SHARED = Path(os.environ.get("FT_HANDLER_SHARED") or Path(__file__).resolve().pa
 class ReplayEngine:
     """Answers at once with logits it has seen, so that only the handler's own Python is left."""
 
+    overlaps = False
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._seen: dict[bytes, Logits] = {}

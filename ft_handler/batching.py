@@ -35,6 +35,8 @@ class Sequences:
 def flatten(encodings: Sequence[Encoding]) -> Sequences:
     """Lay all sequences of all inputs end to end, in arrival order."""
     ids = [s for e in encodings for s in e.sequences]
+    if not ids:
+        return Sequences(*np.zeros((3, 0), np.int64))
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     total = int(lengths.sum())
     flat = np.concatenate(ids)

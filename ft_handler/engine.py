@@ -45,6 +45,10 @@ class Pending(Protocol):
 class Engine(Protocol):
     """What the pipeline asks of a device."""
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether `launch` returns before the batch is computed."""
+
     def launch(self, batch: PackedBatch) -> Pending:
         """Start a batch; on a GPU this returns before the kernels end."""
 
@@ -64,6 +68,8 @@ class _Done:
 
 class CpuEngine:
     """Runs `module.packed` on the host; threads obey `torch.set_num_threads`."""
+
+    overlaps = False
 
     def __init__(self, model: LoadedModel) -> None:
         self._module = model.module
@@ -227,6 +233,8 @@ class CudaEngine:
 
     Safe to call from several threads; batches run in the order of their launches.
     """
+
+    overlaps = True
 
     def __init__(
         self,

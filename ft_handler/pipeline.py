@@ -4,6 +4,9 @@ dicts -decode-> Request -tokenize-> Encoding -bucket and pack-> PackedBatch -eng
  -postprocess-> Prediction -encode-> Reply
 
 A request that fails leaves the flow with its own answer; its neighbours go on.
+
+Where the engine computes beside the host, a large batch goes in parts: while the device works on
+one, the next is tokenized and launched, and then the answers of those that are done are made.
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ from ft_handler.types import (
     QuestionParams,
     Reply,
     Request,
+    TextInput,
 )
 
 if TYPE_CHECKING:
@@ -68,7 +72,8 @@ class BatchStats:
 
     padded        tokens that padding every sequence to the longest one would have added
     padded_fixed  the same for padding to the longest allowed length
-    seconds       wall time of each of `STAGES`
+    seconds       the host's wall time in each of `STAGES`; "compute" is launching and waiting for
+                  the engine, so a device's work that other stages hide is not in it
     """
 
     requests: int = 0
@@ -80,6 +85,45 @@ class BatchStats:
     refused: int = 0
     failed: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+
+@dataclass(slots=True)
+class _Part:
+    """Requests that are under way together."""
+
+    requests: dict[int, Request]
+    encodings: list[Encoding]
+    sequences: Sequences
+    waiting: list[tuple[Indices, Pending | Exception]]
+    buckets: int = 0
+
+
+#: A batch on its way through an engine that overlaps goes in at most so many parts, of at least
+#: so many characters (2,500 tokens of English): smaller launches would use a GPU badly.
+_MOST_PARTS = 4
+_LEAST_PART = 12_000
+
+
+def _characters(item: ModelInput) -> int:
+    if isinstance(item, TextInput):
+        return len(item.text) + len(item.text_pair or "")
+    return len(item.question) + len(item.context)
+
+
+_Lap = Callable[[str], None]
+
+
+def _laps(clock: Callable[[], float], seconds: dict[str, float]) -> _Lap:
+    """A stopwatch: every call adds the time since the last one to a stage."""
+    last = clock()
+
+    def lap(stage: str) -> None:
+        nonlocal last
+        now = clock()
+        seconds[stage] += now - last
+        last = now
+
+    return lap
 
 
 def _ignore(_: BatchStats) -> None:
@@ -149,10 +193,33 @@ class Pipeline:
     def run(self, data: Sequence[Mapping[str, Any]]) -> list[Reply]:
         """One reply a request, in order. Raises EngineLost when the worker has to be restarted."""
         stats = BatchStats(requests=len(data))
-        clock = self._clock
         replies: list[Reply | None] = [None] * len(data)
-        marks = [clock()]
+        lap = _laps(self._clock, stats.seconds)
+        requests = self._decode(data, replies)
+        lap("decode")
+        parts = [self._start(part, replies, lap) for part in self._parts(requests)]
+        for part in parts:
+            self._finish(part, replies, lap)
+        lengths = np.concatenate([part.sequences.lengths for part in parts])
+        if len(lengths):
+            stats.sequences = len(lengths)
+            stats.tokens = int(lengths.sum())
+            stats.padded = stats.sequences * int(lengths.max()) - stats.tokens
+            # A request may ask for longer windows than the default.
+            stats.padded_fixed = max(0, stats.sequences * self._longest - stats.tokens)
+            stats.buckets = sum(part.buckets for part in parts)
+        out = [reply for reply in replies if reply is not None]
+        assert len(out) == len(data)
+        for reply in out:
+            stats.failed += reply.status >= 500
+            stats.refused += 400 <= reply.status < 500
+        self._observe(stats)
+        return out
 
+    def _decode(
+        self, data: Sequence[Mapping[str, Any]], replies: list[Reply | None]
+    ) -> dict[int, Request]:
+        """The requests that can be understood; the others get their reply."""
         requests: dict[int, Request] = {}
         for index, item in enumerate(data):
             try:
@@ -161,33 +228,48 @@ class Pipeline:
                 replies[index] = encode_error(error)
             except Exception as error:
                 replies[index] = _internal("decode", error)
-        marks.append(clock())
+        return requests
 
+    def _parts(self, requests: dict[int, Request]) -> list[dict[int, Request]]:
+        """Neighbouring requests in parts of similar size, each worth a launch of its own."""
+        if not self._engine.overlaps:
+            return [requests]
+        sizes = [sum(map(_characters, request.inputs)) for request in requests.values()]
+        total = sum(sizes)
+        count = min(_MOST_PARTS, total // _LEAST_PART)
+        if count < 2:
+            return [requests]
+        parts: list[dict[int, Request]] = [{} for _ in range(count)]
+        before = 0
+        for (index, request), size in zip(requests.items(), sizes, strict=True):
+            parts[before * count // total][index] = request
+            before += size
+        return [part for part in parts if part]
+
+    def _start(self, requests: dict[int, Request], replies: list[Reply | None], lap: _Lap) -> _Part:
+        """Tokenize, pack and launch requests."""
         encodings = self._tokenize(requests, replies)
-        marks.append(clock())
+        lap("tokenize")
+        sequences = flatten(encodings)
+        plan = plan_buckets(sequences.lengths, self._edges, self._max_batch_tokens)
+        batches = [(members, pack(sequences, members)) for members in plan]
+        lap("pack")
+        waiting = [(members, self._launch(batch)) for members, batch in batches]
+        lap("compute")
+        return _Part(requests, encodings, sequences, waiting)
 
-        inputs = [i for request in requests.values() for i in request.inputs]
+    def _finish(self, part: _Part, replies: list[Reply | None], lap: _Lap) -> None:
+        """Wait for a part's logits and reply to its requests."""
+        done, lost = self._collect(part.sequences, part.waiting)
+        part.buckets = len(done)
+        lap("compute")
+        inputs = [i for request in part.requests.values() for i in request.inputs]
         predictions: list[Prediction | RequestError] = []
         if inputs:
-            sequences = flatten(encodings)
-            stats.sequences = len(sequences.lengths)
-            stats.tokens = len(sequences.input_ids)
-            stats.padded = stats.sequences * int(sequences.lengths.max()) - stats.tokens
-            # A request may ask for longer windows than the default.
-            stats.padded_fixed = max(0, stats.sequences * self._longest - stats.tokens)
-            plan = plan_buckets(sequences.lengths, self._edges, self._max_batch_tokens)
-            batches = [(members, pack(sequences, members)) for members in plan]
-            marks.append(clock())
-            done, lost = self._compute(sequences, batches)
-            stats.buckets = len(done)
-            marks.append(clock())
-            predictions = self._predict(inputs, encodings, sequences, done, lost)
-        else:
-            marks += [clock(), clock()]
-        marks.append(clock())
-
+            predictions = self._predict(inputs, part.encodings, part.sequences, done, lost)
+        lap("postprocess")
         at = 0
-        for index, request in requests.items():
+        for index, request in part.requests.items():
             mine = predictions[at : at + len(request.inputs)]
             at += len(request.inputs)
             try:
@@ -201,19 +283,7 @@ class Pipeline:
                 replies[index] = encode_error(error)
             except Exception as error:
                 replies[index] = _internal("encode", error)
-        marks.append(clock())
-
-        out = [reply for reply in replies if reply is not None]
-        assert len(out) == len(data)
-        for reply in out:
-            stats.failed += reply.status >= 500
-            stats.refused += 400 <= reply.status < 500
-        stats.seconds = {
-            stage: after - before
-            for stage, before, after in zip(STAGES, marks, marks[1:], strict=False)
-        }
-        self._observe(stats)
-        return out
+        lap("encode")
 
     def _tokenize(
         self, requests: dict[int, Request], replies: list[Reply | None]
@@ -253,15 +323,12 @@ class Pipeline:
                 kept += good
         return kept
 
-    def _compute(
-        self, sequences: Sequences, batches: Sequence[tuple[Indices, PackedBatch]]
+    def _collect(
+        self, sequences: Sequences, waiting: list[tuple[Indices, Pending | Exception]]
     ) -> tuple[list[tuple[Indices, Logits]], list[tuple[Indices, RequestError]]]:
-        """Launch every bucket, then collect: results by bucket, and buckets that failed."""
+        """Wait for every bucket in turn: results by bucket, and buckets that failed."""
         done: list[tuple[Indices, Logits]] = []
         lost: list[tuple[Indices, RequestError]] = []
-        waiting: list[tuple[Indices, Pending | Exception]] = []
-        for members, batch in batches:
-            waiting.append((members, self._launch(batch)))
         while waiting:
             members, pending = waiting.pop(0)
             try:

@@ -66,6 +66,8 @@ class _Done:
 class FakeEngine:
     """A deterministic function of the tokens, sequence by sequence; `fail` may raise first."""
 
+    overlaps = False
+
     def __init__(
         self,
         mode: str = "sequence_classification",
@@ -91,6 +93,32 @@ class FakeEngine:
 
     def warm_up(self) -> dict[str, float]:
         return {"seconds": 0.0}
+
+
+class AsyncEngine(FakeEngine):
+    """Computes, and fails, only when it is waited for; `events` has the order of calls."""
+
+    overlaps = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.events: list[str] = []
+
+    def launch(self, batch: PackedBatch) -> _Later:  # type: ignore[override]
+        self.events.append("launch")
+        return _Later(self, batch)
+
+    def compute(self, batch: PackedBatch) -> Logits:
+        self.events.append("wait")
+        return super().launch(batch).result()
+
+
+class _Later:
+    def __init__(self, engine: AsyncEngine, batch: PackedBatch) -> None:
+        self._engine, self._batch = engine, batch
+
+    def result(self) -> Logits:
+        return self._engine.compute(self._batch)
 
 
 class FakeContext:

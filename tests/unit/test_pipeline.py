@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 import pytest
-from fakes import FakeEngine, model_info, sequence_logits
+from fakes import AsyncEngine, FakeEngine, model_info, sequence_logits
 from malformed import CASES, as_item
 
 from ft_handler.config import HandlerConfig
@@ -243,6 +243,79 @@ def test_client_text_never_reaches_the_log(make, caplog):
     assert "secretword" not in caplog.text
 
 
+def large_batch(mode):
+    """Texts of different sizes for several parts; the bad ones sit between good neighbours."""
+    rng = random.Random(2)
+    items = []
+    for i in range(40):
+        text = " ".join(rng.choices(SENTENCES, k=rng.randint(1, 150)))
+        if mode == "question_answering":
+            items.append({"body": {"question": f"who {SENTENCES[i % 7]}", "context": text}})
+        else:
+            items.append({"body": [text, SENTENCES[i % 7]] if i % 3 else text})
+    for at in (0, 13, 14, 30):
+        items[at] = {"body": {"text": 5}}
+    return items
+
+
+@pytest.mark.parametrize("mode", ["sequence_classification", "question_answering"])
+@pytest.mark.parametrize("settings", [{}, {"max_batch_tokens": 300, "length_buckets": (40,)}])
+def test_parts_beside_the_engine_give_the_same_answers(tokenizer, mode, settings):
+    def run(engine):
+        seen = []
+        pipeline = Pipeline(
+            HandlerConfig(**settings), model_info(mode), tokenizer, engine, observe=seen.append
+        )
+        return pipeline.run(large_batch(mode)), seen[0]
+
+    engine = AsyncEngine(mode)
+    (expected_replies, whole), (replies, parted) = run(FakeEngine(mode)), run(engine)
+    assert replies == expected_replies
+    assert sum(r.status != 200 for r in replies) == 4
+    launches = engine.events.count("launch")
+    assert engine.events == ["launch"] * launches + ["wait"] * launches
+    assert launches == parted.buckets
+    if settings:
+        assert max(b.total for b in engine.batches) <= 300
+    else:
+        sizes = [b.total for b in engine.batches]
+        assert len(sizes) > 1
+        assert max(sizes) < 2 * min(sizes)
+    for name in ("requests", "sequences", "tokens", "padded", "padded_fixed", "refused"):
+        assert getattr(parted, name) == getattr(whole, name)
+
+
+def test_a_small_batch_stays_whole_beside_the_engine(make):
+    engine = AsyncEngine()
+    pipeline, _ = make(engine=engine)
+    pipeline.run([{"body": s} for s in SENTENCES])
+    assert engine.events == ["launch", "wait"]
+
+
+def test_failures_of_a_part_stay_in_it(tokenizer):
+    """Out of memory halves it, another failure ends in 500; the other parts answer."""
+    waits = []
+
+    def fail(batch):
+        waits.append(batch.batch)
+        if len(waits) == 1:
+            raise OutOfDeviceMemory("no room")
+        if len(waits) == 4:  # the second part, after both halves of the first
+            raise RuntimeError("broken")
+
+    mode = "question_answering"
+    good = Pipeline(HandlerConfig(), model_info(mode), tokenizer, FakeEngine(mode))
+    engine = AsyncEngine(mode, fail=fail)
+    pipeline = Pipeline(HandlerConfig(), model_info(mode), tokenizer, engine)
+    wanted = good.run(large_batch(mode))
+    replies = pipeline.run(large_batch(mode))
+    lost = [i for i, reply in enumerate(replies) if reply.status == 500]
+    assert lost == [i for i in range(lost[0], lost[-1] + 1) if wanted[i].status == 200]
+    assert 0 < len(lost) < len(replies) / 2
+    for i, (reply, want) in enumerate(zip(replies, wanted, strict=True)):
+        assert i in lost or reply == want
+
+
 def test_batch_figures(make, tokenizer):
     seen = []
     ticks = iter(range(100))
@@ -257,7 +330,8 @@ def test_batch_figures(make, tokenizer):
     assert stats.padded == 2
     assert stats.padded_fixed == 2 * 128 - 8
     assert tuple(stats.seconds) == STAGES
-    assert all(seconds == 1 for seconds in stats.seconds.values())
+    # Launching and waiting are two intervals of the same stage.
+    assert all(s == (2 if stage == "compute" else 1) for stage, s in stats.seconds.items())
 
 
 @pytest.mark.parametrize(
