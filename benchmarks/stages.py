@@ -42,10 +42,10 @@ class ReplayEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._seen: dict[bytes, Logits] = {}
+        self._seen: dict[tuple[int, bytes], Logits] = {}
 
     def launch(self, batch: PackedBatch) -> ReplayEngine:
-        key = batch.input_ids[:512].tobytes()
+        key = batch.total, batch.input_ids[:512].tobytes()
         if key not in self._seen:
             self._seen[key] = self._engine.launch(batch).result()
         self._logits = self._seen[key]

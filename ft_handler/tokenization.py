@@ -145,10 +145,100 @@ class WholeTexts:
         return ids, _split(_origins(encoded), np.array([len(e) for e in encoded], np.int64))
 
 
-_LONGEST_CHUNK = 48
-_GROUP = 64
 #: A chunk's place: the row of its first token in the table, shifted, and how many tokens it has.
 _SHIFT = 32
+
+_KEY_BYTES = 15
+_BUCKETS = 16  # bits
+_FACTORS = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)  # odd, bits mixed
+_LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
+
+
+class _Text:
+    """Texts in UTF-8 with a blank between, and the chunks between the blanks.
+
+    begins, sizes  [chunks] in bytes
+    last_chunks    [texts] index of each text's last chunk
+    """
+
+    def __init__(self, texts: Sequence[bytes]) -> None:
+        # Behind the last chunk there have to be as many bytes as a key reads.
+        self.raw = b" ".join(texts) + bytes(16)
+        self._codes = np.frombuffer(self.raw, np.uint8)
+        blanks = np.flatnonzero(self._codes == ord(" "))
+        self.begins = np.concatenate(([0], blanks + 1))
+        self.sizes = np.append(blanks, len(self.raw) - 16) - self.begins
+        text_ends = np.cumsum([len(text) + 1 for text in texts]) - 1
+        self.last_chunks = np.searchsorted(blanks, text_ends)
+
+    def chunks(self, which: NDArray[np.int64]) -> list[str]:
+        """Some chunks as text."""
+        begins, sizes = self.begins[which].tolist(), self.sizes[which].tolist()
+        return [self.raw[b : b + n].decode() for b, n in zip(begins, sizes, strict=True)]
+
+    def keys(self) -> NDArray[np.uint64]:
+        """[2, chunks] each chunk's first 15 bytes and its length: equal only if the chunks are,
+        when they are no longer."""
+        words = np.ndarray((len(self.raw) - 7,), "<u8", self.raw, strides=(1,))
+        low = words[self.begins] & _LOW_BYTES.take(self.sizes, mode="clip")
+        rest = np.clip(self.sizes - 8, 0, _KEY_BYTES - 8)
+        high = words[self.begins + 8] & _LOW_BYTES.take(rest)
+        high |= np.minimum(self.sizes + 1, 255).astype(np.uint64) << np.uint64(56)
+        return np.stack([low, high])
+
+    def characters(self) -> NDArray[np.int32]:
+        """[chunks] how many characters of its text precede each chunk."""
+        begins = self.begins
+        if not self.raw.isascii():
+            leads = (self._codes & 0xC0) != 0x80
+            begins = (np.cumsum(leads) - leads)[begins]
+        first_chunks = np.concatenate(([0], self.last_chunks[:-1] + 1))
+        firsts = np.repeat(begins[first_chunks], np.diff(self.last_chunks, prepend=-1))
+        within: NDArray[np.int64] = begins - firsts
+        return within.astype(np.int32)
+
+
+class _ShortChunks:
+    """Places of chunks of at most 15 bytes, found for a whole batch at once.
+
+    A hash table, [buckets, 2, 3]: keys as in `_Text` and the place. A bucket has room for two
+    chunks; one that finds no room is left out, and those who look for it have to look elsewhere.
+    """
+
+    def __init__(self, table: NDArray[np.uint64] | None = None) -> None:
+        self._table = np.zeros((1 << _BUCKETS, 6), np.uint64) if table is None else table
+
+    def copy(self) -> _ShortChunks:
+        return _ShortChunks(self._table.copy())
+
+    @staticmethod
+    def _buckets(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+        mixed = (keys[0] ^ keys[1] * _FACTORS[0]) * _FACTORS[1]
+        buckets: NDArray[np.uint64] = mixed >> np.uint64(64 - _BUCKETS)
+        return buckets.astype(np.int64)
+
+    def add(self, text: _Text, places: NDArray[np.int64]) -> None:
+        """Take in the chunks of a text that are short enough and find room."""
+        keys = text.keys()
+        short = text.sizes <= _KEY_BYTES
+        for bucket, low, high, place in zip(
+            self._buckets(keys)[short].tolist(), *keys[:, short], places[short], strict=True
+        ):
+            row = self._table[bucket]
+            at = 0 if not row[1] else 3
+            if not row[at + 1]:
+                row[at : at + 3] = low, high, place
+
+    def find(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The place of every chunk, and whether it was found."""
+        rows = self._table.take(self._buckets(keys), axis=0)
+        first = (rows[:, 0] == keys[0]) & (rows[:, 1] == keys[1])
+        second = (rows[:, 3] == keys[0]) & (rows[:, 4] == keys[1])
+        return np.where(first, rows[:, 2], rows[:, 5]).astype(np.int64), first | second
+
+
+_LONGEST_CHUNK = 48
+_GROUP = 64
 
 
 class RememberedChunks:
@@ -158,7 +248,7 @@ class RememberedChunks:
               afresh
 
     Tokens of all chunks lie in one table, [tokens, 5]: id, and as in `Origins` the characters of
-    the chunk. A batch is looked up chunk by chunk; the rest works on whole arrays.
+    the chunk. Short chunks are looked up as arrays, a batch at once; the others one by one.
     """
 
     def __init__(self, tokenizer: Tokenizer, capacity: int = 1 << 16) -> None:
@@ -177,7 +267,8 @@ class RememberedChunks:
             (w for w in vocab if w.isalnum() and len(w) <= _LONGEST_CHUNK), key=vocab.__getitem__
         )
         self._words: dict[str, int] = {}
-        self._places = self._words
+        self._short_words = _ShortChunks()
+        self._places, self._short = self._words, self._short_words
         self._table, self._used = np.zeros((0, 5), np.int32), 0
         self._add(words)
         self._word_tokens = self._table[: self._used]
@@ -185,7 +276,7 @@ class RememberedChunks:
         self._forget()
 
     def _forget(self) -> None:
-        self._places = dict(self._words)
+        self._places, self._short = dict(self._words), self._short_words.copy()
         self._table, self._used = self._word_tokens, len(self._word_tokens)
 
     @staticmethod
@@ -211,51 +302,49 @@ class RememberedChunks:
     def _read(self, texts: Sequence[str], located: bool) -> tuple[list[Ids], list[Origins]]:
         if not texts:
             return [], []
+        encoded = [text.encode() for text in texts]
         if self._lower:
-            texts = [t.lower() if t.isascii() and "[" not in t else t for t in texts]
-        text = " ".join(texts)
-        chunks = text.split(" ")
-        places, passing = self._look_up(chunks)
+            encoded = [text if b"[" in text else text.lower() for text in encoded]
+        text = _Text(encoded)
+        places, passing = self._look_up(text)
         counts = places & (1 << _SHIFT) - 1
         ends = np.cumsum(counts)
         # Row of the table that each token has: its chunk's first row, and on from there.
         rows = np.repeat((places >> _SHIFT) - ends + counts, counts)
         rows += np.arange(len(rows))
-        blanks = _blanks(text)
-        # Texts end where a blank of ours stands, or the last one's end.
-        last_chunks = np.searchsorted(blanks, np.cumsum([len(t) + 1 for t in texts]) - 1)
-        lengths = np.diff(ends[last_chunks], prepend=0)
+        lengths = np.diff(ends[text.last_chunks], prepend=0)
         found = self._table.take(rows, axis=0)
         ids = _split(found[:, 0].astype(np.int64), lengths)
         origins: list[Origins] = []
         if located:
-            begins = np.concatenate(([0], blanks + 1))  # of the chunks
-            firsts = begins[np.concatenate(([0], last_chunks[:-1] + 1))]  # of the texts
-            begins -= np.repeat(firsts, np.diff(last_chunks, prepend=-1))
-            found += np.repeat(begins.astype(np.int32), counts)[:, None]
+            found += np.repeat(text.characters(), counts)[:, None]
             origins = _split(found[:, 1:], lengths)
         if passing:
             self._drop(passing)
         return ids, origins
 
-    def _look_up(self, chunks: list[str]) -> tuple[NDArray[np.int64], list[str]]:
+    def _look_up(self, text: _Text) -> tuple[NDArray[np.int64], list[str]]:
         """The place of every chunk, and those that should be forgotten again."""
-        try:
-            return np.fromiter(map(self._places.__getitem__, chunks), np.int64, len(chunks)), []
-        except KeyError:
-            passing = self._learn(set(chunks))
-        return np.fromiter(map(self._places.__getitem__, chunks), np.int64, len(chunks)), passing
-
-    def _learn(self, chunks: set[str]) -> list[str]:
-        """Tokenize what is not remembered, in one call; returns what should be forgotten again."""
-        new = [chunk for chunk in chunks if chunk not in self._places]
-        if len(self._places) + len(new) > self._capacity:
-            self._forget()
-            new = [chunk for chunk in chunks if chunk not in self._places]
-        # Long chunks are rarely words, and would let a client fill the memory.
-        passing = [chunk for chunk in new if len(chunk) > _LONGEST_CHUNK]
-        self._add([chunk for chunk in new if len(chunk) <= _LONGEST_CHUNK] + passing)
-        return passing
+        keys = text.keys()
+        places, known = self._short.find(keys)
+        if known.all():
+            return places, []
+        rest = np.flatnonzero(~known)
+        chunks = text.chunks(rest)
+        passing: list[str] = []
+        new = {chunk for chunk in chunks if chunk not in self._places}
+        if new:
+            if len(self._places) + len(new) > self._capacity:
+                self._forget()
+                new = {*text.chunks(np.arange(len(places)))} - self._places.keys()
+            # Long chunks are rarely words, and would let a client fill the memory.
+            passing = [chunk for chunk in new if len(chunk) > _LONGEST_CHUNK]
+            self._add([chunk for chunk in new if len(chunk) <= _LONGEST_CHUNK] + passing)
+            places, known = self._short.find(keys)
+            rest = np.flatnonzero(~known)
+            chunks = text.chunks(rest)
+        places[rest] = [self._places[chunk] for chunk in chunks]
+        return places, passing
 
     def _drop(self, chunks: Sequence[str]) -> None:
         """Forget the chunks that were added last."""
@@ -263,6 +352,8 @@ class RememberedChunks:
 
     def _add(self, chunks: Sequence[str]) -> None:
         """Tokenize chunks into the table, many in one text: a call costs more than a word."""
+        if not chunks:
+            return
         groups = [chunks[i : i + _GROUP] for i in range(0, len(chunks), _GROUP)]
         texts = [" ".join(group) for group in groups]
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -285,16 +376,8 @@ class RememberedChunks:
         self._table[self._used : end, 1:] = origins
         places = (firsts + self._used << _SHIFT) + counts
         self._places.update(zip(chunks, places.tolist(), strict=True))
+        self._short.add(_Text([chunk.encode() for chunk in chunks]), places)
         self._used = end
-
-
-def _blanks(text: str) -> NDArray[np.int64]:
-    """Where the blanks of a text are."""
-    if text.isascii():
-        codes: NDArray[Any] = np.frombuffer(text.encode("ascii"), np.uint8)
-    else:
-        codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    return np.flatnonzero(codes == ord(" "))
 
 
 def reader_of(tokenizer: Tokenizer) -> WholeTexts | RememberedChunks:
