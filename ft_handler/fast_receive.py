@@ -15,6 +15,8 @@ from struct import Struct
 from struct import error as StructError
 from typing import Any
 
+import orjson
+
 from ft_handler.config import environment
 
 logger = logging.getLogger(__name__)
@@ -177,13 +179,26 @@ def _decoded(kind: str, value: bytearray) -> Any:
     """JSON as objects and text as str, where they are; the bytes elsewhere."""
     try:
         if kind == "application/json":
-            return json.loads(value.decode("utf-8"))
+            return _document(value)
         if kind.startswith("text"):
             return value.decode("utf-8")
     except Exception as error:
         # The stock reader logs the traceback as well; the handler answers 400 either way.
         logging.warning("an input of type %s cannot be decoded: %s", kind, type(error).__name__)
     return value
+
+
+def _document(value: bytearray) -> Any:
+    """What json.loads makes of a body; objects of texts, the usual ones, by the faster parser."""
+    try:
+        document = orjson.loads(value)
+    except orjson.JSONDecodeError:
+        pass
+    else:
+        # The two parsers differ in numbers that are too large for 64 bits.
+        if type(document) is dict and all(type(text) is str for text in document.values()):
+            return document
+    return json.loads(value.decode("utf-8"))
 
 
 def create_response(

@@ -56,7 +56,24 @@ def stream_of(batch):
 
 TYPES = st.sampled_from([b"", b"application/json", b"text/plain", b"application/octet-stream"])
 BODIES = st.binary(max_size=40) | st.sampled_from(
-    [b'{"text": "a"}', b'"a"', b"NaN", b"{", b"caf\xc3\xa9", b"[1, 2]", b"x" * 3000]
+    [
+        b'{"text": "a"}',
+        b'"a"',
+        b"NaN",
+        b"{",
+        b"caf\xc3\xa9",
+        b"[1, 2]",
+        b"x" * 3000,
+        b'{"b": "\\u00e9\\ud83d\\ude00", "a": "x", "b": "y"}',
+        b'{"a": "\\ud800"}',
+        b'{"a": "\xff"}',
+        b'{"a": "x", "top_k": 123456789012345678901234567890}',
+        b'{"a": "\n"}',
+        b'{"a": -0, "b": 1e999}',
+        b'\xef\xbb\xbf{"a": "x"}',
+        b"{}",
+        b'{"a": {"b": 1.5}}',
+    ]
 )
 REQUESTS = st.tuples(
     st.binary(max_size=36),
