@@ -89,7 +89,7 @@ def plan_buckets(lengths: Indices, edges: Sequence[int], max_batch_tokens: int) 
 def pack(sequences: Sequences, members: Indices) -> PackedBatch:
     """One bucket's sequences end to end."""
     lengths = sequences.lengths
-    if len(members) == len(lengths) and bool((members == np.arange(len(members))).all()):
+    if _everything(members, len(lengths)):
         ids, types, chosen = sequences.input_ids, sequences.token_type_ids, lengths
     else:
         source = _token_indices(lengths, members)
@@ -98,6 +98,11 @@ def pack(sequences: Sequences, members: Indices) -> PackedBatch:
     cu_seqlens = np.zeros(len(members) + 1, np.int32)
     np.cumsum(chosen, out=cu_seqlens[1:])
     return PackedBatch(ids, types, cu_seqlens, int(chosen.max(initial=0)))
+
+
+def _everything(members: Indices, count: int) -> bool:
+    """Whether a bucket has all sequences in the order of arrival."""
+    return len(members) == count and bool((members == np.arange(count)).all())
 
 
 def _token_indices(lengths: Indices, members: Indices) -> Indices:
@@ -127,6 +132,8 @@ def restore_tokens(
     done: Sequence[tuple[Indices, NDArray[np.float32]]], lengths: Indices
 ) -> NDArray[np.float32]:
     """Results `[tokens]` of the buckets as `[total]` in arrival order; the rest gets zeros."""
+    if len(done) == 1 and _everything(done[0][0], len(lengths)):
+        return done[0][1]
     out = np.zeros(int(lengths.sum()), np.float32)
     for members, tokens in done:
         out[_token_indices(lengths, members)] = tokens

@@ -100,7 +100,7 @@ class _Part:
 
 #: A batch on its way through an engine that overlaps goes in at most so many parts, of at least
 #: so many characters (2,500 tokens of English): smaller launches would use a GPU badly.
-_MOST_PARTS = 4
+_MOST_PARTS = 3
 _LEAST_PART = 12_000
 
 

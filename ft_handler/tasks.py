@@ -141,7 +141,7 @@ class QuestionAnswering:
             answers = self._group(
                 params,
                 [_windows_of(encodings[i]) for i in members],
-                begins[np.isin(owners, members)],
+                begins if len(groups) == 1 else begins[np.isin(owners, members)],
                 logits,
             )
             for i, answer in zip(members, answers, strict=True):
@@ -243,18 +243,16 @@ def best_spans(
     # The best `wanted` spans begin at the `wanted` tokens whose best span is best.
     row_best: Floats = np.where(inside, p[0] * _sliding_max(p_end, width), np.float32(-1))
     rows = _largest(row_best, min(wanted, longest))
+    at = np.arange(windows)[:, None]
     ends = rows[:, :, None] + np.arange(width)  # [windows, rows, width]
-    scores = np.take_along_axis(p_end, ends.reshape(windows, -1), axis=1).reshape(ends.shape)
-    scores *= np.take_along_axis(p[0], rows, axis=1)[:, :, None]
+    scores = p_end.take(ends + at[:, :, None] * p_end.shape[1])
+    scores *= p[0][at, rows][:, :, None]
     scores[ends >= counts[:, None, None]] = -1
     table = scores.reshape(windows, -1)
     best = _largest(table, min(wanted, table.shape[1]))
-    values = np.take_along_axis(table, best, axis=1)
-    order = np.argsort(-values, axis=1, kind="stable")
-    best = np.take_along_axis(best, order, axis=1)
-    values = np.take_along_axis(values, order, axis=1)
-    firsts = np.take_along_axis(rows, best // width, axis=1)
-    return p_cls[0] * p_cls[1], values, firsts, firsts + best % width
+    best = best[at, np.argsort(-table[at, best], axis=1, kind="stable")]
+    firsts = rows[at, best // width]
+    return p_cls[0] * p_cls[1], table[at, best], firsts, firsts + best % width
 
 
 def _largest(values: Floats, count: int) -> NDArray[np.int64]:

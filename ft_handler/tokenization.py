@@ -487,10 +487,12 @@ class QuestionEncoder:
     def encode(self, inputs: Sequence[ModelInput]) -> list[Encoding | RequestError]:
         """One Encoding an input, or the error (422) that takes it out of the flow."""
         questions = [i for i in inputs if isinstance(i, QuestionInput)]
-        asked = self._reader.ids([q.question for q in questions])
-        contexts, origins = self._reader.located([q.context for q in questions])
+        # Both in one call: with few texts, how many calls there are is what costs.
+        texts = [*(q.question for q in questions), *(q.context for q in questions)]
+        ids, origins = self._reader.located(texts)
+        count = len(questions)
         out: list[Encoding | RequestError] = []
-        for parts in zip(questions, asked, contexts, origins, strict=True):
+        for parts in zip(questions, ids[:count], ids[count:], origins[count:], strict=True):
             try:
                 out.append(self._windows(*parts))
             except RequestError as error:
