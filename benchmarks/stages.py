@@ -1,10 +1,13 @@
 """Time of each stage of the request path, with the real encoder or with one that costs nothing.
 
-    python benchmarks/stages.py --model DIR [--batch 32] [--engine real|replay] [--form text|json]
+    python benchmarks/stages.py --model DIR [--batch 32] [--engine real|replay|device]
+        [--form text|json] [--bodies FILE]
 
 DIR is what `ft-handler trace` wrote. The texts are the SST-2 sentences or SQuAD questions of
-FT_HANDLER_SHARED, else random words of typical lengths. Prints microseconds a request and the
-share of the batch's time; `--output` writes JSON.
+FT_HANDLER_SHARED, else random words of typical lengths; `--bodies` takes a file of them, one a
+line, as `serving.make_bodies` writes it. `device` replays logits, but only when a device that
+works beside the host would have them; "compute" is then the time spent waiting for it. Prints
+microseconds a request and the share of the batch's time; `--output` writes JSON.
 """
 
 from __future__ import annotations
@@ -58,6 +61,40 @@ class ReplayEngine:
         return self._engine.warm_up()
 
 
+class DeviceEngine:
+    """Replays logits as late as a device has them that works beside the host.
+
+    launch_seconds, token_seconds   what a batch takes there: so much, and so much more a token
+    """
+
+    overlaps = True
+
+    def __init__(self, replay: ReplayEngine, launch_seconds: float, token_seconds: float) -> None:
+        self._replay, self._launch, self._token = replay, launch_seconds, token_seconds
+        self._busy_until = 0.0
+
+    def launch(self, batch: PackedBatch) -> DeviceBatch:
+        logits = self._replay.launch(batch).result()
+        begin = max(time.perf_counter(), self._busy_until)
+        self._busy_until = begin + self._launch + self._token * batch.total
+        return DeviceBatch(logits, self._busy_until)
+
+    def warm_up(self) -> dict[str, float]:
+        return self._replay.warm_up()
+
+
+class DeviceBatch:
+    """A batch that is ready at a point in time."""
+
+    def __init__(self, logits: Logits, ready: float) -> None:
+        self._logits, self._ready = logits, ready
+
+    def result(self) -> Logits:
+        while time.perf_counter() < self._ready:  # sleeping would be too coarse
+            pass
+        return self._logits
+
+
 def inputs_of(mode: str, count: int) -> list[Any]:
     """Real texts where they are, random words elsewhere."""
     rng = random.Random(0)
@@ -88,13 +125,24 @@ def inputs_of(mode: str, count: int) -> list[Any]:
     return [pairs[i % len(pairs)] for i in range(count)]
 
 
+def read_bodies(mode: str, path: Path, count: int) -> list[Any]:
+    """The first `count` lines of a file, from the beginning again where it has fewer."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    question = mode == "question_answering"
+    inputs = [json.loads(line) if question else line for line in lines]
+    return [inputs[i % len(inputs)] for i in range(count)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=27)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--engine", choices=("real", "replay"), default="real")
+    parser.add_argument("--engine", choices=("real", "replay", "device"), default="real")
+    parser.add_argument("--device-us", type=float, default=220, help="of `device`, a launch")
+    parser.add_argument("--device-ns", type=float, default=325, help="of `device`, a token")
+    parser.add_argument("--bodies", type=Path, help="texts, or JSON objects, one a line")
     parser.add_argument("--form", choices=("text", "json"), default="text")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path)
@@ -103,12 +151,18 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     model = load_model(args.model / "traced_model.pt")
     engine: Engine = CpuEngine(model)
-    if args.engine == "replay":
-        engine = ReplayEngine(engine)
+    if args.engine != "real":
+        engine = replay = ReplayEngine(engine)
+    if args.engine == "device":
+        engine = DeviceEngine(replay, args.device_us * 1e-6, args.device_ns * 1e-9)
     seen: list[BatchStats] = []
     clock = time.perf_counter
     engine.warm_up()
-    inputs = inputs_of(model.info.mode, args.batch * args.batches)
+    count = args.batch * args.batches
+    if args.bodies:
+        inputs = read_bodies(model.info.mode, args.bodies, count)
+    else:
+        inputs = inputs_of(model.info.mode, count)
     raw: list[dict[str, Any]] = []
     for item in inputs:
         if isinstance(item, str) and args.form == "text":
@@ -167,6 +221,7 @@ def main() -> None:
     for stage, seconds in typical.items():
         print(f"{stage:<12}{seconds / args.batch * 1e6:>12.2f}{seconds / total:>9.1%}")
     print(f"{'host':<12}{host / args.batch * 1e6:>12.2f}{host / total:>9.1%}")
+    print(f"{'wall':<12}{result['run_us_per_request']:>12.2f}")
     print(f"host, texts met for the first time: {result['host_us_per_request_first_pass']:.2f}")
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")

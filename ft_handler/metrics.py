@@ -82,14 +82,15 @@ METRICS = (
         "ft_host_seconds",
         "histogram",
         "s",
-        "Seconds of a batch outside the encoder: decode, tokenize, pack, postprocess, encode.",
+        "Seconds of a batch outside the encoder: decode, tokenize, pack, postprocess, encode; "
+        "a GPU may work meanwhile.",
         _host,
     ),
     Metric(
         "ft_compute_seconds",
         "histogram",
         "s",
-        "Seconds of a batch in encoder and head.",
+        "Seconds of a batch in encoder and head: with a GPU, of launching and waiting for it.",
         lambda s: s.seconds["compute"],
     ),
 )
