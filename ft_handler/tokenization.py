@@ -220,14 +220,14 @@ class _ShortChunks:
     def add(self, text: _Text, places: NDArray[np.int64]) -> None:
         """Take in the chunks of a text that are short enough and find room."""
         keys = text.keys()
-        short = text.sizes <= _KEY_BYTES
-        for bucket, low, high, place in zip(
-            self._buckets(keys)[short].tolist(), *keys[:, short], places[short], strict=True
-        ):
-            row = self._table[bucket]
-            at = 0 if not row[1] else 3
-            if not row[at + 1]:
-                row[at : at + 3] = low, high, place
+        buckets = self._buckets(keys)
+        rows = np.stack([*keys, places.astype(np.uint64)], axis=1)
+        rest = np.flatnonzero(text.sizes <= _KEY_BYTES)
+        for at in (0, 3):
+            free = rest[self._table[buckets[rest], at + 1] == 0]
+            first = free[np.unique(buckets[free], return_index=True)[1]]  # of those in one bucket
+            self._table[buckets[first], at : at + 3] = rows[first]
+            rest = np.setdiff1d(rest, first)
 
     def find(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The place of every chunk, and whether it was found."""
@@ -238,6 +238,8 @@ class _ShortChunks:
 
 
 _LONGEST_CHUNK = 48
+#: On average, at most: what is long and no word has many.
+_TOKENS_A_CHUNK = 4
 _GROUP = 64
 
 
@@ -334,7 +336,8 @@ class RememberedChunks:
         passing: list[str] = []
         new = {chunk for chunk in chunks if chunk not in self._places}
         if new:
-            if len(self._places) + len(new) > self._capacity:
+            full = len(self._places) + len(new) > self._capacity
+            if full or self._used > _TOKENS_A_CHUNK * self._capacity:
                 self._forget()
                 new = {*text.chunks(np.arange(len(places)))} - self._places.keys()
             # Long chunks are rarely words, and would let a client fill the memory.
