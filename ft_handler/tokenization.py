@@ -121,10 +121,10 @@ def _origins(encodings: Sequence[Any]) -> Origins:
     return np.column_stack((own, words[0][word_of], words[1][word_of]))
 
 
-def _split(rows: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """`rows` cut into pieces of the given lengths."""
-    ends = np.cumsum(lengths).tolist()
-    return [rows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+def _split(rows: NDArray[Any], ends: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """`rows` cut into pieces that end at `ends`."""
+    stops = ends.tolist()
+    return [rows[begin:stop] for begin, stop in zip([0, *stops], stops, strict=False)]
 
 
 class WholeTexts:
@@ -142,7 +142,7 @@ class WholeTexts:
         """Token ids of each text, and where its tokens came from."""
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         ids = [np.array(e.ids, np.int64) for e in encoded]
-        return ids, _split(_origins(encoded), np.array([len(e) for e in encoded], np.int64))
+        return ids, _split(_origins(encoded), np.cumsum([len(e) for e in encoded]))
 
 
 #: A chunk's place: the row of its first token in the table, shifted, and how many tokens it has.
@@ -151,24 +151,31 @@ _SHIFT = 32
 _KEY_BYTES = 15
 _BUCKETS = 16  # bits
 _FACTORS = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)  # odd, bits mixed
+#: By a chunk's bytes, the longest ones last: what of the key's two words belongs to it.
 _LOW_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
+_HIGH_BYTES = np.array(
+    [(1 << 8 * max(0, min(n, _KEY_BYTES) - 8)) - 1 for n in range(17)], np.uint64
+)
+_LENGTHS = np.array([n + 1 << 56 for n in range(17)], np.uint64)
 
 
 class _Text:
     """Texts in UTF-8 with a blank between, and the chunks between the blanks.
 
+    joined, text_sizes   all texts, and how many bytes each has
     begins, sizes  [chunks] in bytes
     last_chunks    [texts] index of each text's last chunk
     """
 
-    def __init__(self, texts: Sequence[bytes]) -> None:
+    def __init__(self, joined: bytes, text_sizes: Sequence[int]) -> None:
         # Behind the last chunk there have to be as many bytes as a key reads.
-        self.raw = b" ".join(texts) + bytes(16)
+        self.raw = joined + bytes(16)
         self._codes = np.frombuffer(self.raw, np.uint8)
         blanks = np.flatnonzero(self._codes == ord(" "))
-        self.begins = np.concatenate(([0], blanks + 1))
-        self.sizes = np.append(blanks, len(self.raw) - 16) - self.begins
-        text_ends = np.cumsum([len(text) + 1 for text in texts]) - 1
+        bounds = np.concatenate(([-1], blanks, [len(joined)]))
+        self.begins = bounds[:-1] + 1
+        self.sizes = bounds[1:] - self.begins
+        text_ends = np.cumsum(text_sizes) + np.arange(len(text_sizes))
         self.last_chunks = np.searchsorted(blanks, text_ends)
 
     def chunks(self, which: NDArray[np.int64]) -> list[str]:
@@ -181,9 +188,8 @@ class _Text:
         when they are no longer."""
         words = np.ndarray((len(self.raw) - 7,), "<u8", self.raw, strides=(1,))
         low = words[self.begins] & _LOW_BYTES.take(self.sizes, mode="clip")
-        rest = np.clip(self.sizes - 8, 0, _KEY_BYTES - 8)
-        high = words[self.begins + 8] & _LOW_BYTES.take(rest)
-        high |= np.minimum(self.sizes + 1, 255).astype(np.uint64) << np.uint64(56)
+        high = words[self.begins + 8] & _HIGH_BYTES.take(self.sizes, mode="clip")
+        high |= _LENGTHS.take(self.sizes, mode="clip")
         return np.stack([low, high])
 
     def characters(self) -> NDArray[np.int32]:
@@ -305,22 +311,25 @@ class RememberedChunks:
         if not texts:
             return [], []
         encoded = [text.encode() for text in texts]
-        if self._lower:
-            encoded = [text if b"[" in text else text.lower() for text in encoded]
-        text = _Text(encoded)
+        joined = b" ".join(encoded)
+        if self._lower and b"[" not in joined:
+            joined = joined.lower()
+        elif self._lower:
+            joined = b" ".join(text if b"[" in text else text.lower() for text in encoded)
+        text = _Text(joined, list(map(len, encoded)))
         places, passing = self._look_up(text)
         counts = places & (1 << _SHIFT) - 1
         ends = np.cumsum(counts)
         # Row of the table that each token has: its chunk's first row, and on from there.
         rows = np.repeat((places >> _SHIFT) - ends + counts, counts)
         rows += np.arange(len(rows))
-        lengths = np.diff(ends[text.last_chunks], prepend=0)
+        text_ends = ends[text.last_chunks]
         found = self._table.take(rows, axis=0)
-        ids = _split(found[:, 0].astype(np.int64), lengths)
+        ids = _split(found[:, 0].astype(np.int64), text_ends)
         origins: list[Origins] = []
         if located:
             found += np.repeat(text.characters(), counts)[:, None]
-            origins = _split(found[:, 1:], lengths)
+            origins = _split(found[:, 1:], text_ends)
         if passing:
             self._drop(passing)
         return ids, origins
@@ -379,7 +388,8 @@ class RememberedChunks:
         self._table[self._used : end, 1:] = origins
         places = (firsts + self._used << _SHIFT) + counts
         self._places.update(zip(chunks, places.tolist(), strict=True))
-        self._short.add(_Text([chunk.encode() for chunk in chunks]), places)
+        encoded = [chunk.encode() for chunk in chunks]
+        self._short.add(_Text(b" ".join(encoded), list(map(len, encoded))), places)
         self._used = end
 
 
