@@ -35,8 +35,8 @@ SmallShape to_shape(const int* v) {
   return {static_cast<DType>(v[0]), v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
 }
 SmallPlan to_plan(const int* v) {
-  return {
-      {v[0], v[1], v[2]}, {v[3], v[4], v[5]}, {v[6], v[7], v[8]}, {v[9], v[10], v[11]}, v[12] != 0};
+  return {{v[0], v[1], v[2]},   {v[3], v[4], v[5]}, {v[6], v[7], v[8]},
+          {v[9], v[10], v[11]}, v[12] != 0,         v[13] != 0};
 }
 SmallWeights to_weights(const void* const* v) {
   return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11]};
@@ -365,13 +365,14 @@ int check(int tokens, std::vector<int> lengths, int hidden, int intermediate, in
   };
   for (int trial = 0; trial < plans; ++trial) {
     const bool chosen = trial == 0;
-    int numbers[13] = {};
+    int numbers[14] = {};
     for (int g = 0; g < 4 && !chosen; ++g) {
       numbers[3 * g] = draw(0, 9);
       numbers[3 * g + 1] = draw(1, 3);
       numbers[3 * g + 2] = draw(2, 4);
     }
     numbers[12] = trial % 2 == 0;
+    numbers[13] = trial % 3 != 0;
     const SmallPlan plan = to_plan(numbers);
     std::vector<T> once, again;
     const double error = model.run(chosen ? nullptr : &plan, expected, &once);
@@ -408,10 +409,10 @@ extern "C" {
 int small_bench_plan(const int* shape, int* plan) {
   SmallPlan p;
   if (!ft::cuda::small_plan(to_shape(shape), &p)) return 0;
-  const int v[13] = {p.qkv.tile,   p.qkv.split,   p.qkv.stages,    p.out.tile,  p.out.split,
-                     p.out.stages, p.up.tile,     p.up.split,      p.up.stages, p.down.tile,
-                     p.down.split, p.down.stages, p.fuse_attention};
-  std::copy(v, v + 13, plan);
+  const int v[14] = {p.qkv.tile,   p.qkv.split,   p.qkv.stages,     p.out.tile,  p.out.split,
+                     p.out.stages, p.up.tile,     p.up.split,       p.up.stages, p.down.tile,
+                     p.down.split, p.down.stages, p.fuse_attention, p.far_ahead};
+  std::copy(v, v + 14, plan);
   return 1;
 }
 

@@ -1,6 +1,6 @@
 """Times the few-token encoder beside cuBLAS's GEMMs alone (CUDA graphs), and checks its error.
 
-Usage: small_bench.py LIBRARY [--tune] [--json FILE]; LIBRARY is small_bench.cu and the
+Usage: small_bench.py LIBRARY [--tune SECONDS] [--json FILE]; LIBRARY is small_bench.cu and the
 small_*_sm90.cu sources built with -shared -DFT_SMALL_BENCH_LIBRARY.
 """
 
@@ -22,6 +22,7 @@ WORKLOADS: dict[str, tuple[tuple[int, int, int, int], list[int]]] = {
     "base fixed b1 s32": (BASE, [32]),
     "base fixed b1 s64": (BASE, [64]),
     "base fixed b1 s128": (BASE, [128]),
+    "base fixed b2 s128": (BASE, [128, 128]),
     "base fixed b1 s384": (BASE, [384]),
     "large fixed b1 s128": (LARGE, [128]),
     "base ragged b16 s64": (BASE, []),
@@ -39,6 +40,7 @@ TILES = [
     (128, 96),
     (128, 128),
 ]
+PLAN = 14  # per GEMM tile, split, stages; then fuse_attention, far_ahead
 
 
 def ragged(batch: int, longest: int, total: int) -> list[int]:
@@ -103,13 +105,13 @@ class Model:
         self.hidden = self.x.clone()
 
     def plan(self) -> list[int] | None:
-        out = (ctypes.c_int * 13)()
+        out = (ctypes.c_int * PLAN)()
         return list(out) if self.lib.small_bench_plan(self.shape, out) else None
 
     def _arguments(self, plan: list[int]) -> tuple[Any, ...]:
         return (
             self.shape,
-            (ctypes.c_int * 13)(*plan),
+            (ctypes.c_int * PLAN)(*plan),
             self.pointers,
             ctypes.c_float(1e-12),
             ctypes.c_void_p(self.cu.data_ptr()),
@@ -194,35 +196,45 @@ class Model:
 
     def tune(self, plan: list[int], seconds: float) -> tuple[list[int], float]:
         """Coordinate descent over the four GEMMs, timing the whole chain."""
-        limit = time.monotonic() + seconds
-        starts = [list(plan)]
+
+        def least(plans: list[list[int]]) -> list[int]:
+            times = [(ms, p) for p in plans if (ms := self.time(p)) > 0]
+            return min(times)[1] if times else plan
+
+        def flagged(plan: list[int]) -> list[int]:
+            return least([[*plan[:13], far] for far in (0, 1)])
+
+        starts = [flagged(plan)]
         if self.tokens > 64:  # the other place for attention
-            other = list(plan)
-            other[12] = 1 - other[12]
-            least = float("inf")
-            for c in self.candidates(1, bool(other[12])):
-                other[3:6] = c
-                if 0 < (ms := self.time(other)) < least:
-                    starts[1:], least = [list(other)], ms
+            fused = 1 - plan[12]
+            rest = starts[0][:3], starts[0][6:12], starts[0][13:]
+            starts.append(
+                least(
+                    [
+                        [*rest[0], *c, *rest[1], fused, *rest[2]]
+                        for c in self.candidates(1, bool(fused))
+                    ]
+                )
+            )
         results = []
         for plan in starts:
-            best = self.time(plan)
-            for _ in range(2):
+            best, limit = self.time(plan), time.monotonic() + seconds
+            for _ in range(3):
                 before = best
                 for which in (3, 2, 0, 1):
                     for c in self.candidates(which, bool(plan[12])):
-                        trial = [*plan]
-                        trial[3 * which : 3 * which + 3] = c
+                        trial = [*plan[: 3 * which], *c, *plan[3 * which + 3 :]]
                         ms = self.time(trial, 12)
                         if 0 < ms < best:
                             best, plan = ms, trial
                         if time.monotonic() > limit:
                             break
-                if best > 0.99 * before:
+                plan = flagged(plan)
+                best = self.time(plan)
+                if best > 0.99 * before or time.monotonic() > limit:
                     break
-            results.append((self.time(plan), plan))
-            limit += seconds
-        print("   attention fused/apart:", [(round(ms, 4), p[12]) for ms, p in results])
+            results.append((best, plan))
+        print("   by start:", [(round(ms, 4), p) for ms, p in results])
         ms, plan = min(results)
         return plan, ms
 

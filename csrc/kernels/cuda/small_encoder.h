@@ -47,6 +47,7 @@ struct SmallGemmPlan {
 struct SmallPlan {
   SmallGemmPlan qkv, out, up, down;
   bool fuse_attention;  // attention in the prologue of the output projection, else a kernel
+  bool far_ahead;       // kernels may start several links ahead to fetch weights, else one
 };
 
 // The plan for a shape; false when the shape is not served here (another head size than 32 or 64,

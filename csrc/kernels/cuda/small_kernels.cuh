@@ -72,6 +72,7 @@ struct GemmParams {
   int key_capacity;  // rows of K and V held in shared memory, a multiple of 32
   int head_dim;
   float eps, scale_log2;
+  bool far_ahead;  // successors may start at once, else when this kernel has its inputs on the way
 };
 
 struct AttentionParams {
@@ -96,7 +97,8 @@ __host__ __device__ constexpr int round_up(int value, int to) { return (value + 
 
 // Byte offsets in dynamic shared memory.
 struct GemmLayout {
-  int bounds, bias, gamma, beta, next_gamma, residual, moments, affine, affine_parts, sequences;
+  int barrier, bounds, bias, gamma, beta, next_gamma, residual, moments, affine, affine_parts,
+      sequences;
   int weight, input, keys, sums, total;
 
   __host__ __device__ GemmLayout(int kind, int tile_rows, int tile_columns, const GemmParams& p) {
@@ -105,7 +107,8 @@ struct GemmLayout {
     const int share = (rows + p.split - 1) / p.split;  // most rows a block finishes
     const bool ends_branch = kind == kResidual || kind == kAttention;
     const int vector = 2 * (ends_branch ? tile_columns : chunks * kChunk);
-    bounds = 0;
+    barrier = 0;
+    bounds = 16;
     bias = bounds + (kind == kAttention ? tile_rows * 8 : 0);
     gamma = bias + 2 * tile_columns;
     beta = gamma + vector;
@@ -284,8 +287,10 @@ __device__ __forceinline__ void multiply_tile(float (*d)[4], uint64_t a, uint64_
   }
 }
 
+// Relaxed: what blocks send each other is ordered by counted barriers, and a release would wait for
+// every outstanding load.
 __device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -297,6 +302,36 @@ __device__ __forceinline__ uint32_t address_in_rank(uint32_t address, int rank) 
 }
 __device__ __forceinline__ void store_in_rank(uint32_t remote, float x, float y) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1,%2};" ::"r"(remote), "f"(x), "f"(y) : "memory");
+}
+// The same, counted by the receiver's barrier when it has arrived: no acknowledgement to wait for.
+__device__ __forceinline__ void send_to_rank(uint32_t remote, uint32_t remote_barrier, float x,
+                                             float y) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::
+          "r"(remote),
+      "f"(x), "f"(y), "r"(remote_barrier)
+      : "memory");
+}
+// A barrier that completes once `bytes` have been sent to this block.
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void wait_for_bytes(uint32_t barrier) {
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
+        "selp.b32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(barrier)
+        : "memory");
+  }
 }
 
 // The sum over each group of kLanes neighbouring lanes, in every one of them.
@@ -646,7 +681,7 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
                          static_cast<size_t>(token0) * (kKind == kAttention ? 3 * p.k : p.k) +
                          chunk0 * kChunk;
 
-  dependents_may_start();
+  if (p.far_ahead) dependents_may_start();
 
   // ---- what no predecessor writes ----
 #pragma unroll 1
@@ -671,15 +706,22 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
   }
   commit();
   int committed = 1;
+  if (p.split > 1 && tid == 0) {
+    expect_bytes(base + at.barrier, p.split * max(end - first, 0) * kColumns * 4);
+    if (!kEndsBranch && p.moments != nullptr) {
+      expect_bytes(base + at.barrier + 8, p.split * 2 * kColumns * 4);
+    }
+  }
   if (p.split > 1) cluster_arrive();  // a block must be running before others write to it
 
-  uint32_t owner[2];  // where partial sums of this thread's two rows go
+  uint32_t owner[2], owner_barrier[2];  // where partial sums of this thread's two rows go
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = min(warp_row + half * 8 + lane / 4, rows - 1);
     owner[half] = address_in_rank(
         base + at.sums + ((rank * share + row % share) * kPitch + group_column + lane % 4 * 2) * 4,
         row / share);
+    owner_barrier[half] = address_in_rank(base + at.barrier, row / share);
   }
 
   int2* const bounds = reinterpret_cast<int2*>(shared + at.bounds);
@@ -722,14 +764,17 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
       if (lane < 8) {
         const uint32_t to = base + at.affine_parts +
                             ((rank * 2 + lane / 4) * kColumns + tile * 8 + lane % 4 * 2) * 4;
-        for (int s = 0; s < p.split; ++s) store_in_rank(address_in_rank(to, s), sum[0], sum[1]);
+        if (p.split == 1) store_in_rank(address_in_rank(to, 0), sum[0], sum[1]);
+        for (int s = 0; p.split > 1 && s < p.split; ++s) {
+          send_to_rank(address_in_rank(to, s), address_in_rank(base + at.barrier + 8, s), sum[0],
+                       sum[1]);
+        }
       }
     }
-    if (p.split > 1) {
-      cluster_arrive();
-      cluster_wait();
-    } else {
+    if (p.split == 1) {
       __syncthreads();
+    } else if (p.moments != nullptr) {
+      wait_for_bytes(base + at.barrier + 8);
     }
     const float* const parts = reinterpret_cast<const float*>(shared + at.affine_parts);
     for (int i = tid; i < 2 * kColumns; i += kThreads) {
@@ -760,8 +805,6 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
       copy_rows<T>(values + c * key_stride, all_keys + p.k + c * kChunk, 3 * p.k,
                    round_up(count, 32), count);
     }
-  } else {
-    copy_tile<T, kRows, kThreads>(base + at.input, input, p.k, rows);
   }
   const int moments_stride = round_up(p.parts, 2);
   if (p.moments != nullptr && end > first) {
@@ -781,9 +824,11 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
       }
     }
   }
-  commit();
-  ++committed;
+  const bool ring = kKind == kResidual && chunks > p.stages;
+  // When all of K fits, two waits are enough; in a ring every step has its own.
+  const int half = (chunks + 1) / 2;
   if constexpr (kKind == kAttention) {
+    commit();
     wait_copies<0>();
     __syncthreads();
     attend_all<T>(base + at.input, kRows * kChunkBytes, keys, values, key_stride, rows, chunks,
@@ -792,25 +837,37 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
     __syncthreads();
   } else {
 #pragma unroll 1
-    for (int s = 1; s < filled; ++s) {
+    for (int s = 0; s < filled; ++s) {
       copy_tile<T, kRows, kThreads>(base + at.input + s * kRows * kChunkBytes, input + s * kChunk,
                                     p.k, rows);
-      commit();
-      ++committed;
+      if (ring || s == half - 1) {
+        commit();
+        ++committed;
+      }
     }
+    if (!ring) commit();
   }
 
+  if (!p.far_ahead) dependents_may_start();
+
   float product[kGroupColumns / 8][4] = {};
-  matrix_begin();
 #pragma unroll 1
   for (int c = 0, stage = 0; c < chunks; ++c) {
     if constexpr (kKind != kAttention) {
       const int next = c - 1 + p.stages;  // into the stage that chunk c - 1 leaves
-      const bool refill = kKind == kResidual && c > 0 && next < chunks;
-      wait_copies_but(committed - (c + 2));
-      publish_to_matrix_unit();
-      if (refill) matrix_wait();
-      __syncthreads();
+      const bool refill = ring && c > 0 && next < chunks;
+      if (ring || c == 0 || c == half) {
+        if (ring) {
+          wait_copies_but(committed - (c + 2));
+        } else if (c == 0) {
+          wait_copies<1>();
+        } else {
+          wait_copies<0>();
+        }
+        publish_to_matrix_unit();
+        if (refill) matrix_wait();
+        __syncthreads();
+      }
       if (refill) {
         const int free = stage == 0 ? p.stages - 1 : stage - 1;
         copy_tile<T, kColumns, kThreads>(base + at.weight + free * kColumns * kChunkBytes,
@@ -824,6 +881,7 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
     const uint64_t a = tile_descriptor(base + at.input + (stage * kRows + group_row) * kChunkBytes);
     const uint64_t b =
         tile_descriptor(base + at.weight + (stage * kColumns + group_column) * kChunkBytes);
+    matrix_begin();
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
 #pragma unroll
@@ -843,11 +901,15 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
     if (warp_row + half * 8 + lane / 4 < rows) {
 #pragma unroll
       for (int j = 0; j < kGroupColumns / 8; ++j) {
-        store_in_rank(owner[half] + j * 32, product[j][2 * half], product[j][2 * half + 1]);
+        const float x = product[j][2 * half], y = product[j][2 * half + 1];
+        if (p.split > 1) {
+          send_to_rank(owner[half] + j * 32, owner_barrier[half], x, y);
+        } else {  // the counted store is an illegal instruction outside a cluster
+          store_in_rank(owner[half] + j * 32, x, y);
+        }
       }
     }
   }
-  if (p.split > 1) cluster_arrive();
 
   // 16 lanes a row, four columns each.
   constexpr int kSteps = (kColumns + 63) / 64;
@@ -858,17 +920,20 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
                                (min(row, first + share - 1) - first) * moments_stride;
     return combine_moments<16>(from, p.parts, p.part_width, p.width, p.eps);
   };
+  constexpr int kPass = kThreads / 16;
   float2 norm = row_norm(first + tid / 16);
-  if (p.split > 1) {
-    cluster_wait();
-  } else {
+  float2 next_norm = share > kPass ? row_norm(first + kPass + tid / 16) : norm;
+  if (p.split == 1) {
     __syncthreads();
+  } else if (end > first) {
+    wait_for_bytes(base + at.barrier);
   }
   const float* const sums = reinterpret_cast<const float*>(shared + at.sums);
 #pragma unroll 1
-  for (int row0 = first; row0 < end; row0 += kThreads / 16) {
+  for (int row0 = first; row0 < end; row0 += kPass) {
     const int row = row0 + tid / 16;
-    if (row0 > first) norm = row_norm(row);
+    if (row0 == first + kPass) norm = next_norm;
+    if (row0 > first + kPass) norm = row_norm(row);
     float value[kSteps][4];
     float total = 0.f;
 #pragma unroll
