@@ -119,26 +119,42 @@ def test_capacity_beyond_the_batch(lengths: list[int], head_dim: int) -> None:
         assert error(ours, exact) <= budget
 
 
-SHARED_BLOCK = pytest.mark.xfail(
-    strict=True,
-    reason="sequences that share a 64-row block on sm_90 share its values' product: 0 x inf is NaN",
-)
-
-
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 128])
+@pytest.mark.parametrize("part", ["all", "values"])
+@pytest.mark.parametrize("spoiler", [math.inf, -math.inf, math.nan], ids=str)
 @pytest.mark.parametrize(
-    "lengths",
-    [pytest.param([40, 20, 3], marks=SHARED_BLOCK), [100, 128, 30], [500, 130]],
-    ids=str,
+    "lengths", [[40, 20, 3], [3, 1, 50, 8], [100, 128, 30], [64, 30, 34], [500, 130]], ids=str
 )
-def test_neighbours_do_not_leak(lengths: list[int]) -> None:
-    """Infinities in one sequence stay there."""
-    qkv, cu = draw(sum(lengths), 2, 64, torch.float16), offsets(lengths)
-    clean = attend(qkv, cu, max(lengths), 2)
+def test_neighbours_do_not_leak(
+    lengths: list[int], spoiler: float, part: str, head_dim: int, dtype: torch.dtype
+) -> None:
+    """Infinities and NaNs in one sequence stay there, and the others' answers keep every bit."""
+    heads = 2
+    qkv, cu = draw(sum(lengths), heads, head_dim, dtype), offsets(lengths)
+    clean = attend(qkv, cu, max(lengths), heads)
     begin, end = lengths[0], lengths[0] + lengths[1]
-    qkv[begin:end] = math.inf
-    spoilt = attend(qkv, cu, max(lengths), 2)
+    first = 0 if part == "all" else 2 * heads * head_dim
+    qkv[begin:end, first:] = spoiler
+    spoilt = attend(qkv, cu, max(lengths), heads)
     assert torch.equal(spoilt[:begin], clean[:begin])
     assert torch.equal(spoilt[end:], clean[end:])
+    assert not spoilt[begin:end].isfinite().any()
+
+
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 128])
+def test_one_infinity_stays_in_its_sequence(head_dim: int) -> None:
+    """A single value: the smallest spoilt thing that a tile can hold, at each of its places."""
+    lengths, heads = [20, 17, 27], 1
+    clean_qkv, cu = draw(sum(lengths), heads, head_dim, torch.float16), offsets(lengths)
+    clean = attend(clean_qkv, cu, max(lengths), heads)
+    for row in range(20, 37):
+        qkv = clean_qkv.clone()
+        qkv[row, 2 * head_dim + row % head_dim] = math.inf
+        spoilt = attend(qkv, cu, max(lengths), heads)
+        assert torch.equal(spoilt[:20], clean[:20])
+        assert torch.equal(spoilt[37:], clean[37:])
+        assert not spoilt[20:37, row % head_dim].isfinite().any()
 
 
 @pytest.mark.parametrize("lengths", [[40, 20, 3], [100, 128, 30], [500, 130, 511]], ids=str)

@@ -145,6 +145,44 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 #endif
 }
 
+// A tile of several sequences multiplies every row's probabilities by every sequence's values: a
+// neighbour's are weighed by exact zeros, but zero times infinity is NaN. Results are therefore
+// probed as they leave, and a tile with one that is not finite takes its product again with
+// infinities and NaNs read as zeros.
+
+// Adds zero times a pair of values to a probe, which stays zero as long as all are finite.
+template <typename T>
+__device__ __forceinline__ void probe_finite(uint32_t& probe, uint32_t pair) {
+  const uint32_t zeros = 0;
+  const auto add = [&](auto value, auto zero, auto sum) {
+    memcpy(&value, &pair, 4);
+    memcpy(&zero, &zeros, 4);
+    memcpy(&sum, &probe, 4);
+    sum = __hfma2(value, zero, sum);
+    memcpy(&probe, &sum, 4);
+  };
+  if constexpr (std::is_same_v<T, __half>) {
+    add(__half2{}, __half2{}, __half2{});
+  } else {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // before, bf16 has no arithmetic and no kernel
+    add(__nv_bfloat162{}, __nv_bfloat162{}, __nv_bfloat162{});
+#endif
+  }
+}
+
+__device__ __forceinline__ bool probed_finite(uint32_t probe) {
+  return (probe & 0x7fff7fffu) == 0;  // zeros, of either sign
+}
+
+// A pair of values with zeros in place of infinities and NaNs.
+template <typename T>
+__device__ __forceinline__ uint32_t finite_or_zero(uint32_t pair) {
+  constexpr uint32_t kExponent = std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
+  if ((pair & kExponent) == kExponent) pair &= 0xffff0000u;
+  if ((pair >> 16 & kExponent) == kExponent) pair &= 0x0000ffffu;
+  return pair;
+}
+
 #endif  // __CUDACC__
 
 }  // namespace ft::cuda

@@ -51,8 +51,8 @@ __device__ __forceinline__ void score16(float (&scores)[2][4],
   }
 }
 
-// output[16 x kDim] += probabilities[16 x 16] values[16 x kDim].
-template <typename T, int kDim>
+// output[16 x kDim] += probabilities[16 x 16] values[16 x kDim]; kFinite: of the finite ones.
+template <typename T, int kDim, bool kFinite = false>
 __device__ __forceinline__ void add_values16(float (&output)[kDim / 8][4], const float (&p)[2][4],
                                              const T* values) {
   const int lane = threadIdx.x % 32;
@@ -62,19 +62,23 @@ __device__ __forceinline__ void add_values16(float (&output)[kDim / 8][4], const
   for (int d = 0; d < kDim / 16; ++d) {
     uint32_t b[4];
     load_matrices_transposed(b, values + lane % 16 * (kDim + kRowPad) + 16 * d + lane / 16 * 8);
+    if constexpr (kFinite) {
+#pragma unroll
+      for (uint32_t& pair : b) pair = finite_or_zero<T>(pair);
+    }
     mma<T>(output[2 * d], a, b[0], b[1]);
     mma<T>(output[2 * d + 1], a, b[2], b[3]);
   }
 }
 
 // Divides by the sums and writes this warp's rows through its own part of shared memory, so that
-// every row leaves in whole 16-byte pieces.
+// every row leaves in whole 16-byte pieces. Returns whether what this thread wrote was finite.
 template <typename T, int kDim>
-__device__ __forceinline__ void write_rows(const float (&output)[kDim / 8][4], float sum0,
+__device__ __forceinline__ bool write_rows(const float (&output)[kDim / 8][4], float sum0,
                                            float sum1, T* stage, T* to, int64_t row_stride,
                                            int rows, int head_dim) {
   const int lane = threadIdx.x % 32;
-  const float scale0 = sum0 > 0.f ? 1.f / sum0 : 0.f, scale1 = sum1 > 0.f ? 1.f / sum1 : 0.f;
+  const float scale0 = sum0 == 0.f ? 0.f : 1.f / sum0, scale1 = sum1 == 0.f ? 0.f : 1.f / sum1;
   __syncwarp();
 #pragma unroll
   for (int d = 0; d < kDim / 8; ++d) {
@@ -85,14 +89,33 @@ __device__ __forceinline__ void write_rows(const float (&output)[kDim / 8][4], f
   }
   __syncwarp();
   constexpr int kChunks = kDim / 8;
+  uint32_t probe = 0;
 #pragma unroll
   for (int i = lane; i < 16 * kChunks; i += 32) {
     const int row = i / kChunks, column = i % kChunks * 8;
     if (row < rows && column < head_dim) {
-      *reinterpret_cast<uint4*>(to + row * row_stride + column) =
-          *reinterpret_cast<const uint4*>(stage + row * (kDim + kRowPad) + column);
+      const uint4 piece = *reinterpret_cast<const uint4*>(stage + row * (kDim + kRowPad) + column);
+      *reinterpret_cast<uint4*>(to + row * row_stride + column) = piece;
+      probe_finite<T>(probe, piece.x);
+      probe_finite<T>(probe, piece.y);
+      probe_finite<T>(probe, piece.z);
+      probe_finite<T>(probe, piece.w);
     }
   }
+  return probed_finite(probe);
+}
+
+// Whether values [low, low + length) are all finite, asked by the four lanes of a row together.
+template <typename T, int kDim>
+__device__ __forceinline__ bool finite_values(const T* values, int low, int length) {
+  uint32_t probe = 0;
+  for (int key = low; key < low + length; ++key) {
+    const auto* row = reinterpret_cast<const uint32_t*>(values + key * (kDim + kRowPad));
+    for (int i = threadIdx.x % 4; i < kDim / 2; i += 4) probe_finite<T>(probe, row[i]);
+  }
+  int finite = probed_finite(probe);
+  finite &= __shfl_xor_sync(0xffffffffu, finite, 1);
+  return (finite & __shfl_xor_sync(0xffffffffu, finite, 2)) != 0;
 }
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -198,9 +221,27 @@ __global__ void __launch_bounds__(2 * kRows)
       add_values16<T, kDim>(output, scores[s], values + (begin + 16 * s) * (kDim + kRowPad));
     }
   }
+  sum0 = quad_sum(sum0);
+  sum1 = quad_sum(sum1);
+  T* stage = queries + warp_row * (kDim + kRowPad);
   T* to = static_cast<T*>(arguments.output) + (tile.begin + warp_row) * hidden + head * head_dim;
-  write_rows<T, kDim>(output, quad_sum(sum0), quad_sum(sum1), queries + warp_row * (kDim + kRowPad),
-                      to, hidden, tile.rows - warp_row, head_dim);
+  const bool finite =
+      write_rows<T, kDim>(output, sum0, sum1, stage, to, hidden, tile.rows - warp_row, head_dim);
+  if (__all_sync(0xffffffffu, finite)) return;
+  // Rows whose own values are not finite become NaN, the others what they are alone.
+  if (!finite_values<T, kDim>(values, low0, length0)) sum0 = NAN;
+  if (!finite_values<T, kDim>(values, low1, length1)) sum1 = NAN;
+#pragma unroll
+  for (int d = 0; d < kDim / 8; ++d) {
+    output[d][0] = output[d][1] = output[d][2] = output[d][3] = 0.f;
+  }
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    if (s < steps) {
+      add_values16<T, kDim, true>(output, scores[s], values + (begin + 16 * s) * (kDim + kRowPad));
+    }
+  }
+  write_rows<T, kDim>(output, sum0, sum1, stage, to, hidden, tile.rows - warp_row, head_dim);
 }
 
 // Any length: kRows query rows stay, blocks of kKeys keys and values stream through two buffers.

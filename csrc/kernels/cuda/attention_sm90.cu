@@ -314,25 +314,42 @@ __device__ __forceinline__ void pack_probabilities(uint32_t (&probabilities)[4][
   }
 }
 
-// Divides by the sums and writes this warp's 16 rows, `rows` of them, through its own query rows,
-// so that rows leave in whole 16-byte pieces.
+// This thread's part of its two rows, divided by their sums.
+template <int kDim>
+using RowWords = uint32_t[Layout<kDim>::kHalves][Layout<kDim>::kColumns / 8][2];
+
 template <typename T, int kDim>
-__device__ __forceinline__ void write_rows(
+__device__ __forceinline__ void divide_rows(
+    RowWords<kDim>& words,
     const float (&output)[Layout<kDim>::kHalves][Layout<kDim>::kColumns / 8][4], float sum0,
-    float sum1, unsigned char* query_tile, T* to, int64_t row_stride, int rows) {
+    float sum1) {
+  using L = Layout<kDim>;
+  const float scale0 = __fdividef(1.f, sum0), scale1 = __fdividef(1.f, sum1);
+#pragma unroll
+  for (int h = 0; h < L::kHalves; ++h) {
+#pragma unroll
+    for (int n = 0; n < L::kColumns / 8; ++n) {
+      words[h][n][0] = pack2<T>(output[h][n][0] * scale0, output[h][n][1] * scale0);
+      words[h][n][1] = pack2<T>(output[h][n][2] * scale1, output[h][n][3] * scale1);
+    }
+  }
+}
+
+// Writes this warp's 16 rows, `rows` of them, through its own query rows, so that rows leave in
+// whole 16-byte pieces.
+template <typename T, int kDim>
+__device__ __forceinline__ void write_rows(const RowWords<kDim>& words, unsigned char* query_tile,
+                                           T* to, int64_t row_stride, int rows) {
   using L = Layout<kDim>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-  const float scale0 = __fdividef(1.f, sum0), scale1 = __fdividef(1.f, sum1);
   const int row = 16 * warp + lane / 4;
 #pragma unroll
   for (int h = 0; h < L::kHalves; ++h) {
 #pragma unroll
     for (int n = 0; n < L::kColumns / 8; ++n) {
       unsigned char* at = query_tile + h * L::kHalfBytes + lane % 4 * 4;
-      *reinterpret_cast<uint32_t*>(at + swizzled<L::kLine>(row, n)) =
-          pack2<T>(output[h][n][0] * scale0, output[h][n][1] * scale0);
-      *reinterpret_cast<uint32_t*>(at + swizzled<L::kLine>(row + 8, n)) =
-          pack2<T>(output[h][n][2] * scale1, output[h][n][3] * scale1);
+      *reinterpret_cast<uint32_t*>(at + swizzled<L::kLine>(row, n)) = words[h][n][0];
+      *reinterpret_cast<uint32_t*>(at + swizzled<L::kLine>(row + 8, n)) = words[h][n][1];
     }
   }
   __syncwarp();
@@ -349,6 +366,35 @@ __device__ __forceinline__ void write_rows(
     r += kRowsAtOnce;
     to += kRowsAtOnce * row_stride;
   }
+}
+
+// Puts zeros in place of infinities and NaNs in the first `rows` rows of a packed tile's values;
+// returns which rows had any, a bit each. `flags` is a word per warp.
+template <typename T, int kDim>
+__device__ __forceinline__ uint64_t make_finite(unsigned char* value_tile, uint32_t* flags,
+                                                int rows) {
+  using L = Layout<kDim>;
+  static_assert(L::kHalves == 1);
+  // Two threads a row, so that a warp's votes are 16 rows.
+  const int row = threadIdx.x / 2;
+  bool spoilt = false;
+  for (int piece = threadIdx.x % 2; row < rows && piece < kDim / 8; piece += 2) {
+    auto* words = reinterpret_cast<uint32_t*>(value_tile + swizzled<L::kLine>(row, piece));
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t finite = finite_or_zero<T>(words[i]);
+      spoilt |= finite != words[i];
+      words[i] = finite;
+    }
+  }
+  const uint32_t votes = __ballot_sync(0xffffffffu, spoilt);
+  if (threadIdx.x % 32 == 0) flags[threadIdx.x / 32] = votes | votes >> 1;  // even bits
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+  uint64_t found = 0;
+  for (int r = 0; r < 64; ++r) {
+    found |= static_cast<uint64_t>(flags[r / 16] >> r % 16 * 2 & 1) << r;
+  }
+  return found;
 }
 
 template <typename T, int kDim, int kGroups>
@@ -515,8 +561,9 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResiden
   const int first = group * kGroupRows + 16 * warp;
   T* to = static_cast<T*>(arguments.output) + static_cast<int64_t>(tile.begin + first) * hidden +
           head * kDim;
-  write_rows<T, kDim>(output, quad_sum(sum0), quad_sum(sum1), query_tile, to, hidden,
-                      tile.rows - first);
+  RowWords<kDim> words;
+  divide_rows<T, kDim>(words, output, quad_sum(sum0), quad_sum(sum1));
+  write_rows<T, kDim>(words, query_tile, to, hidden, tile.rows - first);
 }
 
 // Sequences of at most 64: whole ones, several to a tile of 64 rows, a warpgroup per tile and head.
@@ -551,13 +598,14 @@ __global__ void __launch_bounds__(128, 6)
   // One bit per key of the tile: which this thread's two rows see. Rows past the end see none.
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = 16 * warp + lane / 4;
   const uint32_t* bounds = plan_bounds(arguments.plan, arguments.bound) + tile.begin;
-  auto visible = [&](int r) {
+  auto own_keys = [&](int r) -> uint64_t {
     const uint32_t bound = r < tile.rows ? bounds[r] : 0;
     const uint32_t low = bound & 0xffff, length = (bound >> 16) - low;
-    const uint64_t keys = length == 0 ? 0 : ~0ull >> (64 - length) << low;
-    return keys >> (lane % 4 * 2);  // bit 8 n + i is this thread's column i of group n
+    return length == 0 ? 0 : ~0ull >> (64 - length) << low;
   };
-  const uint64_t visible0 = visible(row), visible1 = visible(row + 8);
+  // Bit 8 n + i is this thread's column i of group n.
+  const uint64_t visible0 = own_keys(row) >> (lane % 4 * 2);
+  const uint64_t visible1 = own_keys(row + 8) >> (lane % 4 * 2);
   __syncthreads();
 
   float scores[8][4];
@@ -591,12 +639,33 @@ __global__ void __launch_bounds__(128, 6)
   if (tile.rows % 16 != 0) clear_values<kDim>(value_tile, tile.rows, 128);
   issue_values<T, kDim, false>(output, probabilities, value_tile, tile.rows);
   wgmma_wait<0>();
-  // All warps have read their queries: the rows may be written over.
-  named_barrier(2, 128);
+  sum0 = quad_sum(sum0);
+  sum1 = quad_sum(sum1);
+  RowWords<kDim> words;
+  divide_rows<T, kDim>(words, output, sum0, sum1);
+  uint32_t probe0 = 0, probe1 = 0;
+#pragma unroll
+  for (int n = 0; n < L::kColumns / 8; ++n) {
+    probe_finite<T>(probe0, words[0][n][0]);
+    probe_finite<T>(probe1, words[0][n][1]);
+  }
+  const bool finite = (row >= tile.rows || probed_finite(probe0)) &&
+                      (row + 8 >= tile.rows || probed_finite(probe1));
+  // From here on all warps have read their queries: the rows may be written over.
+  if (!__syncthreads_and(finite)) [[unlikely]] {
+    // Rows whose own values are not finite become NaN, the others what they are alone.
+    const uint64_t spoilt = make_finite<T, kDim>(
+        shared + 2 * L::kTileBytes, reinterpret_cast<uint32_t*>(shared + 3 * L::kTileBytes + 16),
+        tile.rows);
+    if ((own_keys(row) & spoilt) != 0) sum0 = NAN;
+    if ((own_keys(row + 8) & spoilt) != 0) sum1 = NAN;
+    issue_values<T, kDim, false>(output, probabilities, value_tile, tile.rows);
+    wgmma_wait<0>();
+    divide_rows<T, kDim>(words, output, sum0, sum1);
+  }
   T* to = static_cast<T*>(arguments.output) +
           static_cast<int64_t>(tile.begin + 16 * warp) * hidden + head * kDim;
-  write_rows<T, kDim>(output, quad_sum(sum0), quad_sum(sum1), shared, to, hidden,
-                      tile.rows - 16 * warp);
+  write_rows<T, kDim>(words, shared, to, hidden, tile.rows - 16 * warp);
 }
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -643,7 +712,7 @@ cudaError_t launch_sm90(const AttentionChoice& choice, const AttentionArguments&
   const auto grid = static_cast<unsigned>(choice.bound) * arguments.num_heads;
   if constexpr (kDim <= 64) {
     if (choice.kernel == AttentionKernel::kPackedSm90) {
-      return launch_kernel(sm90_packed_attention_kernel<T, kDim>, grid, 128, 3 * L::kTileBytes + 16,
+      return launch_kernel(sm90_packed_attention_kernel<T, kDim>, grid, 128, 3 * L::kTileBytes + 32,
                            launch, map, arguments);
     }
     if (choice.tile_rows == kGroupRows) {

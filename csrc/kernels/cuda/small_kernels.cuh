@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/kernels.h"
 
 namespace ft::cuda::small {
@@ -506,39 +507,22 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const T* from, size_t str
   }
 }
 
-// Attention of 16 query rows and one head, by one warp; the context replaces the queries in shared
-// memory. Online softmax over blocks of 32 keys. Rows without a sequence become zeros.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t values, int row0,
-                                       int unit0,  // of the head in the 128-byte rows
-                                       const int2* bounds, int key0, int key_end,
-                                       float scale_log2) {
+// One pass of 16 query rows over the keys in [low, high), online softmax over blocks of 32: context
+// and, per lane, sums. A row sees the keys within its limits. `masked`: some row does not see a
+// block's keys all. kAlone: values of keys beyond low and high are taken for zeros, else they only
+// meet probabilities of zero, which infinities turn into NaN.
+template <typename T, int kHeadDim, bool kAlone, typename Masked>
+__device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], float (&sum)[2],
+                                            const uint32_t (&q)[kHeadDim / 16][4], uint32_t keys,
+                                            uint32_t values, int unit0, const int2 (&limit)[2],
+                                            int low, int high, Masked masked, float scale_log2) {
   const int lane = threadIdx.x % 32;
-  const int2 own = bounds[row0 + lane % 16];
-  const bool any = own.y > own.x;
-  const int low = __reduce_min_sync(0xffffffffu, any ? own.x - key0 : 0x7fffffff);
-  const int high = __reduce_max_sync(0xffffffffu, any ? min(own.y, key_end) - key0 : 0);
-  // Blocks in [low_all, high_all) are seen by every row and need no mask.
-  const int low_all = __reduce_max_sync(0xffffffffu, any ? own.x - key0 : 0x7fffffff);
-  const int high_all = __reduce_min_sync(0xffffffffu, any ? own.y - key0 : 0);
-
-  uint32_t q[kHeadDim / 16][4];
+  float maximum[2] = {-INFINITY, -INFINITY};
+  sum[0] = sum[1] = 0.f;
 #pragma unroll
-  for (int k = 0; k < kHeadDim / 16; ++k) {
-    load_matrix4(q[k], queries + swizzled(row0 + lane % 16, unit0 + k * 2 + lane / 16));
+  for (int j = 0; j < kHeadDim / 8; ++j) {
+    context[j][0] = context[j][1] = context[j][2] = context[j][3] = 0.f;
   }
-  int2 limit[2];
-  float maximum[2], sum[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    limit[i] = bounds[row0 + lane / 4 + 8 * i];
-    limit[i].x -= key0;
-    limit[i].y -= key0;
-    maximum[i] = -INFINITY;
-    sum[i] = 0.f;
-  }
-  float context[kHeadDim / 8][4] = {};
-
   for (int block = low & ~31; block < high; block += 32) {
     float score[4][4] = {};
 #pragma unroll
@@ -552,7 +536,7 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
         multiply<T>(score[2 * pair + 1], q[k], b[2], b[3]);
       }
     }
-    if (block < low_all || block + 32 > high_all) {
+    if (masked(block)) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -602,25 +586,104 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
         uint32_t b[4];
         load_matrix4_transposed(
             b, values + swizzled(block + k * 16 + lane % 16, unit0 + d * 2 + lane / 16));
+        if constexpr (kAlone) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int key = block + k * 16 + i % 2 * 8 + lane % 4 * 2;
+            if (key < low || key >= high) b[i] &= 0xffff0000u;
+            if (key + 1 < low || key + 1 >= high) b[i] &= 0x0000ffffu;
+          }
+        }
         multiply<T>(context[2 * d], p, b[0], b[1]);
         multiply<T>(context[2 * d + 1], p, b[2], b[3]);
       }
     }
   }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
+    sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+  }
+}
+
+// Attention of 16 query rows and one head, by one warp; the context replaces the queries in shared
+// memory. Rows without a sequence become zeros.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t values, int row0,
+                                       int unit0,  // of the head in the 128-byte rows
+                                       const int2* bounds, int key0, int key_end,
+                                       float scale_log2) {
+  constexpr int kNever = 0x7fffffff;
+  const int lane = threadIdx.x % 32;
+  const int2 own = bounds[row0 + lane % 16];
+  const bool any = own.y > own.x;
+  const int begin = any ? own.x - key0 : kNever, end = any ? min(own.y, key_end) - key0 : 0;
+  const int low = __reduce_min_sync(0xffffffffu, begin);
+  const int high = __reduce_max_sync(0xffffffffu, end);
+  // Blocks in [low_all, high_all) are seen by every row and need no mask.
+  const int low_all = __reduce_max_sync(0xffffffffu, begin);
+  const int high_all = __reduce_min_sync(0xffffffffu, end);
+
+  uint32_t q[kHeadDim / 16][4];
+#pragma unroll
+  for (int k = 0; k < kHeadDim / 16; ++k) {
+    load_matrix4(q[k], queries + swizzled(row0 + lane % 16, unit0 + k * 2 + lane / 16));
+  }
+  int2 limit[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    limit[i] = bounds[row0 + lane / 4 + 8 * i];
+    limit[i].x -= key0;
+    limit[i].y -= key0;
+  }
+  float context[kHeadDim / 8][4], sum[2];
+  attend_keys<T, kHeadDim, false>(
+      context, sum, q, keys, values, unit0, limit, low, high,
+      [&](int block) { return block < low_all || block + 32 > high_all; }, scale_log2);
+  uint32_t words[2][kHeadDim / 8], probe = 0;
+  const auto divide = [&](int i) {
+    const float inverse = 1.f / sum[i];
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+      words[i][j] = sum[i] == 0.f ? 0
+                                  : Pair<T>::pack(context[j][2 * i] * inverse,
+                                                  context[j][2 * i + 1] * inverse);
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    divide(i);
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) probe_finite<T>(probe, words[i][j]);
+  }
+  if (__any_sync(0xffffffffu, !probed_finite(probe))) [[unlikely]] {
+    // Again, one sequence at a time.
+    for (int first = low; first < high;) {
+      const int last = __reduce_max_sync(0xffffffffu, begin == first ? end : 0);
+      int2 alone[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        alone[i] = limit[i].x == first ? limit[i] : make_int2(0, 0);
+      }
+      attend_keys<T, kHeadDim, true>(
+          context, sum, q, keys, values, unit0, alone, first, last, [](int) { return true; },
+          scale_log2);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (alone[i].y > alone[i].x) divide(i);
+      }
+      first = last;
+    }
+  }
   __syncwarp();  // every lane has read the queries that the context replaces
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float total = sum[i];
-    total += __shfl_xor_sync(0xffffffffu, total, 1);
-    total += __shfl_xor_sync(0xffffffffu, total, 2);
-    const float inverse = total > 0.f ? 1.f / total : 0.f;
     const int row = row0 + lane / 4 + 8 * i;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
-      const uint32_t v =
-          Pair<T>::pack(context[j][2 * i] * inverse, context[j][2 * i + 1] * inverse);
       asm volatile(
-          "st.shared.b32 [%0], %1;" ::"r"(queries + swizzled(row, unit0 + j) + lane % 4 * 4), "r"(v)
+          "st.shared.b32 [%0], %1;" ::"r"(queries + swizzled(row, unit0 + j) + lane % 4 * 4),
+          "r"(words[i][j])
           : "memory");
     }
   }
