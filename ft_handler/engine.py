@@ -347,8 +347,11 @@ class CudaEngine:
         """Run a few batches, then capture a graph of every class that the budget has room for."""
         start = time.perf_counter()
         for lengths in ([1], [7, 3], [self._plan.lengths[-1]]):
-            for _ in range(3):  # TorchScript optimises in its first calls
-                self.launch(synthetic_batch(lengths, self._vocab_size)).result()
+            # TorchScript optimises in its first calls; three in flight, as of a large batch's
+            # parts, make their pinned memory now.
+            batch = synthetic_batch(lengths, self._vocab_size)
+            for pending in [self.launch(batch) for _ in range(3)]:
+                pending.result()
         warm = time.perf_counter() - start
         spent = 0
         if self._graph_memory > 0:
