@@ -20,15 +20,16 @@
 namespace ft::cuda {
 namespace sm90 {
 
-const void* linear_kernel(int variant, bool bfloat16);  // gemm_linear_sm90.cu
-const void* norm_kernel(int variant, bool bfloat16);    // gemm_norm_sm90.cu
-const void* tall_half_kernel(int index);                // gemm_tall_half_sm90.cu
-const void* tall_bfloat16_kernel(int index);            // gemm_tall_bfloat16_sm90.cu
+const void* linear_kernel(int variant, bool bfloat16);     // gemm_linear_sm90.cu
+const void* norm_kernel(int variant, bool bfloat16);       // gemm_norm_sm90.cu
+const void* tall_half_kernel(int cluster, int index);      // gemm_tall_half_sm90.cu
+const void* tall_bfloat16_kernel(int cluster, int index);  // gemm_tall_bfloat16_sm90.cu
 
 namespace {
 
+template <int kCluster>
 const void* tall_kernel(int index, bool bfloat16) {
-  return bfloat16 ? tall_bfloat16_kernel(index) : tall_half_kernel(index);
+  return bfloat16 ? tall_bfloat16_kernel(kCluster, index) : tall_half_kernel(kCluster, index);
 }
 
 }  // namespace
@@ -82,30 +83,34 @@ constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), in
           cost};
 }
 
-template <int kTokens>
+template <int kCluster, int kTokens>
 constexpr Variant tall(int index) {
-  using Config = sm90::TallConfig<kTokens>;
+  using Config = sm90::TallConfig<kTokens, kCluster>;
   // A block of 64 of K takes the longer of its way in, at 64 bytes a cycle, and its product.
-  constexpr float kCycles = static_cast<float>(std::max(256 + 2 * kTokens, 4 * kTokens));
+  constexpr auto kCycles = static_cast<float>(std::max(256 + 2 * kTokens, 4 * kTokens));
+  constexpr float kBlock = 0.684e-3f * kCycles, kHeavy = 0.154e-3f * kCycles;
+  constexpr float kPart = kTokens / 200.f;
+  constexpr Cost kCost = Config::kNorm
+                             ? Cost{2.3f, 1.7f + 2 * kPart, kBlock, 0.f, kHeavy}
+                             : Cost{2.3f, 0.76f + 0.19f * kPart, kBlock, 1.1f * kPart, kHeavy};
   return {nullptr,
-          sm90::tall_kernel,
+          sm90::tall_kernel<kCluster>,
           index,
           kTokens,
           Config::kFeatures,
           Config::kChunk,
-          1,
+          kCluster,
           1,
           Config::kThreads,
           Config::kSharedBytes,
-          false,
-          {2.3f, 0.76f + 0.19f * kTokens / 200, 0.684e-3f * kCycles, 1.1f * kTokens / 200,
-           0.154e-3f * kCycles}};
+          Config::kNorm,
+          kCost};
 }
 
-template <int... kTokens>
+template <int kCluster, int... kTokens>
 constexpr std::array<Variant, sizeof...(kTokens)> tall_variants() {
   int index = 0;
-  return {tall<kTokens>(index++)...};
+  return {tall<kCluster, kTokens>(index++)...};
 }
 
 constexpr std::array kTiles{
@@ -131,17 +136,37 @@ constexpr std::array kTiles{
                                        {2.6f, 2.5f, 0.292f, 0.f, 0.032f}),
 };
 
-constexpr std::array kTall = tall_variants<FT_TALL_TOKENS>();
+constexpr auto kTall = tall_variants<1, FT_TALL_TOKENS>();
+constexpr auto kTallNorm6 = tall_variants<6, FT_TALL_NORM_TOKENS>();
+constexpr auto kTallNorm8 = tall_variants<8, FT_TALL_NORM_TOKENS>();
 
-// A plan's variant: an index into kTiles, or this for the tall tile that its rounds ask for.
-constexpr int kTallVariant = static_cast<int>(kTiles.size());
-
-constexpr auto kVariants = [] {
-  std::array<Variant, kTiles.size() + kTall.size()> all{};
-  std::copy(kTiles.begin(), kTiles.end(), all.begin());
-  std::copy(kTall.begin(), kTall.end(), all.begin() + kTallVariant);
+template <size_t... kSizes>
+constexpr std::array<Variant, (kSizes + ...)> joined(const std::array<Variant, kSizes>&... parts) {
+  std::array<Variant, (kSizes + ...)> all{};
+  auto* to = all.data();
+  ((to = std::copy(parts.begin(), parts.end(), to)), ...);
   return all;
-}();
+}
+
+constexpr auto kVariants = joined(kTiles, kTall, kTallNorm6, kTallNorm8);
+
+// Tall tiles that differ in their tokens alone, ascending: [begin, end) of kVariants.
+struct Family {
+  const char* name;
+  int begin, end;
+};
+
+constexpr int kTallBegin = static_cast<int>(kTiles.size());
+constexpr int kTallEnd = kTallBegin + static_cast<int>(kTall.size());
+constexpr int kTallNorms = static_cast<int>(kTallNorm6.size());
+constexpr std::array kFamilies{
+    Family{"tall", kTallBegin, kTallEnd},
+    Family{"tall norm 6", kTallEnd, kTallEnd + kTallNorms},
+    Family{"tall norm 8", kTallEnd + kTallNorms, kTallEnd + 2 * kTallNorms},
+};
+
+// A plan's variant is an index into kVariants or this plus an index into kFamilies.
+constexpr int kFirstFamily = static_cast<int>(kVariants.size());
 
 constexpr int kMostSplits = 8;
 constexpr int kBlockK = 64;
@@ -271,23 +296,33 @@ size_t partial_bytes(const Gemm& gemm, int splits) {
   return size_t{4} * splits * gemm.rows * gemm.n;
 }
 
-// The index into kVariants of the plan's tile: of the tall ones, the smallest that needs no more
-// rounds than planned.
-int tile_of(Sm90Plan plan, const Gemm& gemm, int multiprocessors) {
-  if (plan.variant < kTallVariant) return plan.variant;
-  int v = kTallVariant;
-  while (v + 1 < static_cast<int>(kVariants.size()) &&
-         cluster_tiles_of(kVariants[v], gemm) * plan.splits > plan.rounds * multiprocessors)
-    ++v;
+const Family* family_of(Sm90Plan plan) {
+  return plan.variant < kFirstFamily ? nullptr : &kFamilies[plan.variant - kFirstFamily];
+}
+
+// The plan's variant, or one that has all but the tokens of a tile in common with it.
+const Variant& kind_of(Sm90Plan plan) {
+  const Family* family = family_of(plan);
+  return kVariants[family == nullptr ? plan.variant : family->begin];
+}
+
+// The index into kVariants of the plan's tile: of a family, the smallest that needs no more rounds
+// than planned.
+int tile_of(Sm90Plan plan, const Gemm& gemm, int device) {
+  const Family* family = family_of(plan);
+  if (family == nullptr) return plan.variant;
+  const int capacity =
+      plan.rounds * launchable(family->begin, gemm.dtype == DType::kBFloat16, device).clusters;
+  int v = family->begin;
+  while (v + 1 < family->end && cluster_tiles_of(kVariants[v], gemm) * plan.splits > capacity) ++v;
   return v;
 }
 
 // Expected microseconds, or a negative number when the kernel does not run here.
-float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm,
-               const DeviceProperties& device) {
-  const int tile = tile_of(plan, gemm, device.multiprocessors);
+float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, int device) {
+  const int tile = tile_of(plan, gemm, device);
   const Variant& variant = kVariants[tile];
-  const Launchable& ready = launchable(tile, gemm.dtype == DType::kBFloat16, device.index);
+  const Launchable& ready = launchable(tile, gemm.dtype == DType::kBFloat16, device);
   if (ready.status != cudaSuccess) return -1.f;
   const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
   const int tiles = cluster_tiles_of(variant, gemm) * plan.splits;
@@ -337,7 +372,7 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
                     Launch launch) {
   const DeviceProperties* device = nullptr;
   if (const cudaError_t status = current_device(&device); status != cudaSuccess) return status;
-  const int tile = tile_of(plan, gemm, device->multiprocessors);
+  const int tile = tile_of(plan, gemm, device->index);
   const Variant& variant = kVariants[tile];
   const Launchable& ready = launchable(tile, gemm.dtype == DType::kBFloat16, device->index);
   if (ready.status != cudaSuccess) return ready.status;
@@ -362,6 +397,11 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
   if (variant.tall()) {
     sm90::TallParameters p{};
     p.bias = gemm.bias;
+    if (variant.norm) {
+      p.gamma = norm->gamma;
+      p.beta = norm->beta;
+      p.eps = norm->eps;
+    }
     p.partials = partials;
     p.rows = gemm.rows;
     p.n = gemm.n;
@@ -370,7 +410,7 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
     p.splits = plan.splits;
     p.items = tiles;
     p.gelu = gemm.gelu;
-    void* arguments[] = {&input, &weight, &output, &p};
+    void* arguments[] = {&input, &weight, &residual, &output, &p};
     return launch_variant(variant, ready.kernel, clusters, launch, arguments);
   }
   sm90::GemmParameters p{};
@@ -393,36 +433,42 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
 }  // namespace
 
 std::string gemm_sm90_name(Sm90Plan plan) {
-  if (plan.variant < kTallVariant) return kTiles[plan.variant].name;
-  std::string name = "tall x" + std::to_string(plan.rounds);
+  const Family* family = family_of(plan);
+  if (family == nullptr) return kVariants[plan.variant].name;
+  std::string name = std::string(family->name) + " x" + std::to_string(plan.rounds);
   if (plan.splits > 1) name += " / " + std::to_string(plan.splits);
   return name;
 }
 
 Sm90Plan gemm_sm90_named(const std::string& name) {
-  for (int v = 0; v < kTallVariant; ++v)
-    if (name == kTiles[v].name) return {v};
-  Sm90Plan plan{kTallVariant, 1, 0};
-  if (std::sscanf(name.c_str(), "tall x%4d / %4d", &plan.rounds, &plan.splits) < 1 ||
-      plan.rounds < 1 || plan.splits < 1 || plan.splits > kMostSplits ||
-      name != gemm_sm90_name(plan))
-    return {};
-  return plan;
+  for (int v = 0; v < kTallBegin; ++v)
+    if (name == kVariants[v].name) return {v};
+  const size_t at = name.rfind(" x");
+  for (int f = 0; f < static_cast<int>(kFamilies.size()) && at != std::string::npos; ++f) {
+    Sm90Plan plan{kFirstFamily + f, 1, 0};
+    if (std::sscanf(name.c_str() + at, " x%4d / %4d", &plan.rounds, &plan.splits) >= 1 &&
+        plan.rounds >= 1 && plan.splits >= 1 && plan.splits <= kMostSplits &&
+        name == gemm_sm90_name(plan))
+      return plan;
+  }
+  return {};
 }
 
 bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
   static const bool enabled = environment_switch("FT_HANDLER_SM90_GEMM", true);
   const DeviceProperties* device = nullptr;
   if (!enabled || current_device(&device) != cudaSuccess) return false;
-  const Variant& variant = kVariants[plan.variant];  // what is asked of it, tall tiles have alike
+  const Variant& variant = kind_of(plan);
   if (device->major != 9 || device->minor != 0 || gemm.dtype == DType::kFloat32) return false;
   if (variant.norm && norm == nullptr) return false;
   if (variant.norm && (gemm.n != variant.n * variant.cluster || gemm.gelu)) return false;
-  // Tall tiles leave the residual to the layer norm's kernel, and partial sums as well.
+  // Tall tiles add a residual with the layer norm or leave it, and partial sums, to its kernel.
   if (variant.tall() && (gemm.n % 64 != 0 || (gemm.residual != nullptr && norm == nullptr)))
     return false;
-  if (plan.splits > 1 && (norm == nullptr || plan.splits > tiles_of(gemm.k, kBlockK) ||
-                          partial_bytes(gemm, plan.splits) > gemm_workspace_bytes()))
+  if (variant.tall() && variant.norm && gemm.residual == nullptr) return false;
+  if (plan.splits > 1 &&
+      (norm == nullptr || variant.norm || plan.splits > tiles_of(gemm.k, kBlockK) ||
+       partial_bytes(gemm, plan.splits) > gemm_workspace_bytes()))
     return false;
   return gemm.n % 8 == 0 && gemm.k % 8 == 0 && aligned(gemm.input) && aligned(gemm.weight) &&
          aligned(gemm.residual) && aligned(gemm.output) && aligned(gemm.bias);
@@ -434,17 +480,23 @@ std::vector<Sm90Plan> gemm_sm90_plans(const Gemm& gemm, const GemmNorm* norm) {
   std::vector<std::pair<float, Sm90Plan>> timed;
   const auto consider = [&](Sm90Plan plan) {
     if (!gemm_sm90_supports(plan, gemm, norm)) return;
-    if (const float time = estimate(plan, gemm, norm, *device); time >= 0.f)
+    if (const float time = estimate(plan, gemm, norm, device->index); time >= 0.f)
       timed.emplace_back(time, plan);
   };
-  for (int v = 0; v < kTallVariant; ++v) consider({v});
-  for (int splits = 1; splits <= kMostSplits; ++splits) {
-    for (int v = kTallVariant; v < static_cast<int>(kVariants.size()); ++v) {
-      const int tiles = cluster_tiles_of(kVariants[v], gemm) * splits;
-      const Sm90Plan plan{kTallVariant, splits, tiles_of(tiles, device->multiprocessors)};
-      // Splitting what fills the chip already only costs, and so do tiles larger than need be.
-      if ((splits == 1 || plan.rounds == 1) && tile_of(plan, gemm, device->multiprocessors) == v)
-        consider(plan);
+  for (int v = 0; v < kTallBegin; ++v) consider({v});
+  for (int f = 0; f < static_cast<int>(kFamilies.size()); ++f) {
+    const Family& family = kFamilies[f];
+    const int clusters =
+        launchable(family.begin, gemm.dtype == DType::kBFloat16, device->index).clusters;
+    if (clusters == 0) continue;
+    for (int splits = 1; splits <= kMostSplits; ++splits) {
+      for (int v = family.begin; v < family.end; ++v) {
+        const int tiles = cluster_tiles_of(kVariants[v], gemm) * splits;
+        const Sm90Plan plan{kFirstFamily + f, splits, tiles_of(tiles, clusters)};
+        // Splitting what fills the chip already only costs, and so do tiles larger than need be.
+        if ((splits == 1 || plan.rounds == 1) && tile_of(plan, gemm, device->index) == v)
+          consider(plan);
+      }
     }
   }
   std::stable_sort(timed.begin(), timed.end(),
@@ -466,12 +518,12 @@ Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm) {
   const float gflop = 2e-3f * elements * static_cast<float>(gemm.k);
   const float theirs = library.fixed + gflop * library.rate +
                        std::max(0.f, gflop - 15.f) * library.more + elements * library.element;
-  return estimate(plans.front(), gemm, norm, *device) < theirs ? plans.front() : Sm90Plan{};
+  return estimate(plans.front(), gemm, norm, device->index) < theirs ? plans.front() : Sm90Plan{};
 }
 
 cudaError_t gemm_sm90(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, void* scratch,
                       void* workspace, Launch launch) {
-  const Variant& variant = kVariants[plan.variant];
+  const Variant& variant = kind_of(plan);
   if (norm == nullptr || variant.norm) return product(plan, gemm, norm, nullptr, launch);
   Gemm before = gemm;
   before.output = scratch;

@@ -17,8 +17,11 @@ struct GemmParameters {
 };
 
 struct TallParameters {
-  const void* bias;  // [n] or null
-  float* partials;   // [splits, rows, n] or null: take the sums as they are, without bias
+  const void* bias;   // [n] or null
+  const void* gamma;  // [n], norm variants
+  const void* beta;   // [n], norm variants
+  float eps;
+  float* partials;  // [splits, rows, n] or null: take the sums as they are, without bias
   int rows;
   int n;  // a multiple of 64
   int k_blocks;
@@ -79,21 +82,31 @@ constexpr int tall_chunk(int tokens) {
   return tokens / parts;
 }
 
-// 128 features by kTokens, 64 features for each consumer warpgroup.
-template <int kTokens_>
+// 128 features by kTokens, 64 features for each consumer warpgroup. kCluster > 1: that many blocks
+// hold the whole width of kTokens rows and take their layer norm.
+template <int kTokens_, int kCluster_ = 1>
 struct TallConfig {
-  static constexpr int kFeatures = 128, kTokens = kTokens_, kThreads = 384;
-  static constexpr int kChunk = tall_chunk(kTokens), kChunkBytes = kChunk * 128;
+  static constexpr int kFeatures = 128, kTokens = kTokens_, kCluster = kCluster_, kThreads = 384;
+  static constexpr bool kNorm = kCluster > 1;
+  static constexpr int kChunk = kNorm ? kTokens : tall_chunk(kTokens);
+  static constexpr int kChunkBytes = kChunk * 128;
   static constexpr int kWeightBytes = kFeatures * 128;
   static constexpr int kStageBytes = kWeightBytes + kTokens * 128;
-  static constexpr int kStages = (232192 - 2 * kChunkBytes) / kStageBytes;
+  static constexpr int kStatsBytes = kNorm ? kCluster * kTokens * 8 : 0;  // two such sets
+  static constexpr int kRowsBytes = kNorm ? kTokens * 8 : 0;
+  static constexpr int kStages =
+      (232192 - 2 * kChunkBytes - 2 * kStatsBytes - kRowsBytes) / kStageBytes;
   static constexpr int kStagingAt = kStages * kStageBytes;
-  static constexpr int kBarriersAt = kStagingAt + 2 * kChunkBytes;
-  static constexpr int kSharedBytes = kBarriersAt + 16 * kStages;
-  static_assert(kStages >= 4 && kStages <= 16 && kChunk % 16 == 0);
+  static constexpr int kStatsAt = kStagingAt + 2 * kChunkBytes;
+  static constexpr int kRowsAt = kStatsAt + 2 * kStatsBytes;  // mean and scale of each row
+  static constexpr int kBarriersAt = kRowsAt + kRowsBytes;
+  static constexpr int kBarriers = 2 * kStages + (kNorm ? 4 : 0);
+  static constexpr int kSharedBytes = kBarriersAt + 8 * kBarriers;
+  static_assert(kStages >= 3 && kChunk % 16 == 0 && kSharedBytes <= 232448);
 };
 
 // Tokens of the tall tiles that are compiled.
+#define FT_TALL_NORM_TOKENS 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208
 #define FT_TALL_TOKENS 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256
 
 }  // namespace ft::cuda::sm90

@@ -2,8 +2,8 @@
 
 namespace ft::cuda::sm90 {
 
-const void* tall_bfloat16_kernel(int index) {
-  return tall_kernel_of<__nv_bfloat16, FT_TALL_TOKENS>(index);
+const void* tall_bfloat16_kernel(int cluster, int index) {
+  return tall_kernel_of<__nv_bfloat16>(cluster, index);
 }
 
 }  // namespace ft::cuda::sm90

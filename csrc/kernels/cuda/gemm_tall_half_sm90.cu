@@ -2,6 +2,8 @@
 
 namespace ft::cuda::sm90 {
 
-const void* tall_half_kernel(int index) { return tall_kernel_of<__half, FT_TALL_TOKENS>(index); }
+const void* tall_half_kernel(int cluster, int index) {
+  return tall_kernel_of<__half>(cluster, index);
+}
 
 }  // namespace ft::cuda::sm90
