@@ -11,6 +11,7 @@ table comes with the package.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ FORMAT = 1
 VARIABLE = "FT_HANDLER_TUNE"
 LARGEST = 16384
 EPS = 1e-12
+HALF = ("float16", "bfloat16")
 # Plans of one layer that are measured, best guesses first.
 MOST_OURS = 12
 MOST_THEIRS = 4
@@ -278,7 +280,8 @@ def read_table(path: Path) -> dict[str, Any]:
 def load_table(path: Path | None = None, device: int = 0) -> int:
     """Make a table's plans the choice on `device`; returns how many.
 
-    The package's own table for the GPU comes first, if there is one; then `path`, without which:
+    The package's own table for the GPU comes first, if there is one, and serves both half precisions,
+    which cost the tensor cores the same; then `path`, without which:
     $FT_HANDLER_TUNE, else the GPU's default place, else nothing. Later entries replace earlier.
     Raises EnvironmentProblem when the table is for another GPU or another cuBLASLt.
     """
@@ -287,10 +290,10 @@ def load_table(path: Path | None = None, device: int = 0) -> int:
     gpu = torch.cuda.get_device_name(device)
     count = 0
     if shipped_path(gpu).exists():
-        for raw in read_table(shipped_path(gpu))["entries"]:
+        for raw, dtype in itertools.product(read_table(shipped_path(gpu))["entries"], HALF):
             # A library built elsewhere may lack a kernel; its own choice serves then.
             with contextlib.suppress(RuntimeError):
-                _load(device, Entry(**raw))
+                _load(device, Entry(**{**raw, "dtype": dtype}))
                 count += 1
     named = path or (Path(environment(VARIABLE) or "") if environment(VARIABLE) else None)
     if named is None:

@@ -70,17 +70,19 @@ def test_the_packages_table_serves_where_no_other_has_an_entry(gpu, monkeypatch)
     ops = Recorder()
     monkeypatch.setattr(tune, "_ops", lambda: ops)
     tune.write_table(gpu / "own.json", "GPU", [entry(64, "sm90:own")])
-    assert tune.load_table(gpu / "own.json") == 3
-    assert {rows: plan for (_, rows, _, _), plan in ops.plans.items()} == {
-        32: "sm90:a",
-        64: "sm90:own",
+    assert tune.load_table(gpu / "own.json") == 5
+    assert {(dtype, rows): plan for (dtype, rows, _, _), plan in ops.plans.items()} == {
+        ("float16", 32): "sm90:a",
+        ("float16", 64): "sm90:own",
+        ("bfloat16", 32): "sm90:a",  # measured in fp16, good for both
+        ("bfloat16", 64): "sm90:b",
     }
 
 
 def test_a_kernel_the_library_lacks_is_an_error_in_a_named_table_alone(gpu, monkeypatch) -> None:
     ops = Recorder(unknown="sm90:a")
     monkeypatch.setattr(tune, "_ops", lambda: ops)
-    assert tune.load_table() == 1
+    assert tune.load_table() == 2  # of both precisions
     tune.write_table(gpu / "own.json", "GPU", [entry(32, "sm90:a")])
     with pytest.raises(EnvironmentProblem, match="tune again"):
         tune.load_table(gpu / "own.json")
