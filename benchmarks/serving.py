@@ -28,6 +28,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -226,55 +227,63 @@ def own_metrics(server: Server) -> dict[str, float]:
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
-    """Trace and archive every system for every mix; name -> what to load it with."""
+    """Trace and archive what the folder lacks of every mix; name -> what to load a system with."""
     vocab = vocabulary_folder()
     lines = (vocab / "vocab.txt").read_text().split("\n")
     words = [w for w in lines if w.isalpha() and w.isascii() and len(w) > 2]
     store = folder / "store"
-    store.mkdir()
-    device = "cuda" if arguments.device == "cuda" else "cpu"
+    store.mkdir(parents=True, exist_ok=True)
     systems: dict[str, dict[str, Any]] = {}
-    shim = subprocess.run(
-        [sys.executable, "-m", "ft_handler.cli", "handler-path"],
-        check=True, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
     for mix in arguments.mixes:
-        task, length, kind = MIXES[mix]
         bodies = folder / f"{mix}.txt"
         make_bodies(mix, words, bodies)
-        checkpoint = folder / f"{mix}-checkpoint"
-        model = make_checkpoint(mix, MODELS[arguments.model], vocab, checkpoint)
-        for system in arguments.systems:
-            print(f"preparing {system}_{mix}", flush=True)
-            output = folder / f"{system}_{mix}"
-            if system == "constant":
-                files, handler, own = [], HERE / "constant_handler.py", "{}"
-            elif system == "published":
-                dtype = DTYPES[arguments.published_precision or arguments.precision]
-                trace_published(mix, model, checkpoint, dtype, device, output)
-                files, handler = sorted(output.iterdir()), HERE / "published_handler.py"
-                own = f"\n  mode: {task}\n  max_length: {length}"
-            else:
-                trace_ours(mix, checkpoint, arguments.precision, output)
-                files = [p for p in output.iterdir() if p.suffix in (".pt", ".json", ".txt")]
-                files.append(load_library())
-                handler = Path(shim)
-                own = f"\n  mode: {task}" + "".join(f"\n  {s}" for s in arguments.setting)
-            settings = (
-                "responseTimeout: 120\n"
-                f"deviceType: {'gpu' if device == 'cuda' else 'cpu'}\nhandler: {own}\n"
-            )
-            archive(output.name, handler, files, settings, store)
-            for batch_size in arguments.batch_size:
-                systems[f"{output.name}_{batch_size}"] = {
-                    "archive": output.name,
-                    "system": system,
-                    "mix": mix,
-                    "bodies": bodies,
-                    "kind": kind,
-                    "batch_size": batch_size,
-                }
+        missing = [s for s in arguments.systems if not (store / f"{s}_{mix}.mar").exists()]
+        if missing:
+            prepare_mix(mix, missing, arguments, vocab, folder)
+        for system, batch_size in itertools.product(arguments.systems, arguments.batch_size):
+            systems[f"{system}_{mix}_{batch_size}"] = {
+                "archive": f"{system}_{mix}",
+                "system": system,
+                "mix": mix,
+                "bodies": bodies,
+                "kind": MIXES[mix][2],
+                "batch_size": batch_size,
+            }
     return systems
+
+
+def prepare_mix(
+    mix: str, systems: list[str], arguments: argparse.Namespace, vocab: Path, folder: Path
+) -> None:
+    """One random checkpoint, and the archives of some systems made of it."""
+    task, length, _ = MIXES[mix]
+    checkpoint = folder / f"{mix}-checkpoint"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    model = make_checkpoint(mix, MODELS[arguments.model], vocab, checkpoint)
+    for system in systems:
+        print(f"preparing {system}_{mix}", flush=True)
+        output = folder / f"{system}_{mix}"
+        shutil.rmtree(output, ignore_errors=True)
+        if system == "constant":
+            files, handler, own = [], HERE / "constant_handler.py", "{}"
+        elif system == "published":
+            dtype = DTYPES[arguments.published_precision or arguments.precision]
+            trace_published(mix, model, checkpoint, dtype, arguments.device, output)
+            files, handler = sorted(output.iterdir()), HERE / "published_handler.py"
+            own = f"\n  mode: {task}\n  max_length: {length}"
+        else:
+            trace_ours(mix, checkpoint, arguments.precision, output)
+            files = [p for p in output.iterdir() if p.suffix in (".pt", ".json", ".txt")]
+            files.append(load_library())
+            shim = [sys.executable, "-m", "ft_handler.cli", "handler-path"]
+            found = subprocess.run(shim, check=True, capture_output=True, text=True)
+            handler = Path(found.stdout.strip())
+            own = f"\n  mode: {task}" + "".join(f"\n  {s}" for s in arguments.setting)
+        settings = (
+            "responseTimeout: 120\n"
+            f"deviceType: {'gpu' if arguments.device == 'cuda' else 'cpu'}\nhandler: {own}\n"
+        )
+        archive(output.name, handler, files, settings, folder / "store")
 
 
 def measure(
@@ -299,11 +308,10 @@ def measure(
                 for name, system in systems.items()
                 if (system["mix"], system["batch_size"]) == (mix, batch_size)
             ]
-            loads = {}
-            for name in names:
-                start = time.perf_counter()
-                scale(server, name, workers)
-                loads[name] = time.perf_counter() - start
+            with ThreadPoolExecutor() as pool:  # beside each other: nothing is measured yet
+                loads = dict(
+                    zip(names, pool.map(lambda n: scale(server, n, workers), names), strict=True)
+                )
             for connections in arguments.connections:
                 found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
                 for turn in range(arguments.rounds):
@@ -371,8 +379,9 @@ def batch_times(figures: dict[str, Any], workers: int) -> dict[str, float]:
     return {name: round(value, 3) for name, value in parts.items()}
 
 
-def scale(server: Server, name: str, workers: int) -> None:
-    """Exactly `workers` workers; waits until all have loaded, whatever the answer to PUT says."""
+def scale(server: Server, name: str, workers: int) -> float:
+    """Exactly `workers` workers; the seconds until all have loaded, whatever PUT answers."""
+    start = time.perf_counter()
     url = f"{server.management}/models/{name}"
     limits = f"min_worker={workers}&max_worker={max(workers, 1)}"
     server.request(f"{url}?{limits}&synchronous=true", b"", "PUT", timeout=300)
@@ -380,7 +389,7 @@ def scale(server: Server, name: str, workers: int) -> None:
     while time.monotonic() < deadline:
         states = [worker["status"] for worker in server.describe(name)["workers"]]
         if states == ["READY"] * workers:
-            return
+            return time.perf_counter() - start
         time.sleep(0.1)
     raise RuntimeError(f"{name} has not {workers} workers after 300 s: {states}")
 
@@ -433,6 +442,9 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--setting", action="append", default=[], help="'name: value' for ours' handler section"
     )
+    parser.add_argument(
+        "--folder", type=Path, help="keep the archives here and use those of the same --model"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results/)")
     arguments = parser.parse_args(given)
     arguments.precision = arguments.precision or ("fp16" if arguments.device == "cuda" else "fp32")
@@ -444,7 +456,7 @@ def main(given: list[str] | None = None) -> None:
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ft_bench_") as scratch:
-        folder = Path(scratch)
+        folder = arguments.folder.resolve() if arguments.folder else Path(scratch)
         systems = prepare(arguments, folder)
         port = free_ports(5)
         options = ServeOptions(
