@@ -309,9 +309,9 @@ def measure(
                 if (system["mix"], system["batch_size"]) == (mix, batch_size)
             ]
             with ThreadPoolExecutor() as pool:  # beside each other: nothing is measured yet
-                loads = dict(
-                    zip(names, pool.map(lambda n: scale(server, n, workers), names), strict=True)
-                )
+                counts = itertools.repeat(workers)
+                seconds = pool.map(scale, itertools.repeat(server), names, counts)
+                loads = dict(zip(names, seconds, strict=True))
             for connections in arguments.connections:
                 found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
                 for turn in range(arguments.rounds):

@@ -280,8 +280,8 @@ def read_table(path: Path) -> dict[str, Any]:
 def load_table(path: Path | None = None, device: int = 0) -> int:
     """Make a table's plans the choice on `device`; returns how many.
 
-    The package's own table for the GPU comes first, if there is one, for both half precisions, which
-    cost the tensor cores the same; then `path`, without which: $FT_HANDLER_TUNE, else the
+    The package's own table for the GPU comes first, if there is one, for both half precisions:
+    they cost the tensor cores the same. Then `path`, without which: $FT_HANDLER_TUNE, else the
     GPU's default place, else nothing. Later entries replace earlier.
     Raises EnvironmentProblem when the table is for another GPU or another cuBLASLt.
     """
