@@ -2,12 +2,14 @@
 # compute-sanitizer over every CUDA kernel at small sizes: memcheck, racecheck, initcheck.
 #
 #   scripts/sanitize_cuda.sh build FOLDER    the three checkers, for sm_90a; needs nvcc, no GPU
-#   scripts/sanitize_cuda.sh run FOLDER      needs an sm_90 GPU; fails on any finding or wrong result
+#   scripts/sanitize_cuda.sh run FOLDER [TOOL...]
+#                                            needs an sm_90 GPU; fails on any finding or wrong result
 #
 # SECONDS_EACH bounds one tool over one checker (600); a tool that did not finish counts as failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 action=${1:?build or run} folder=${2:?folder}
+shift 2
 mkdir -p "$folder"
 kernels=csrc/kernels/cuda
 
@@ -29,7 +31,8 @@ build() {
 
 run() {
     local tool log status=0
-    for tool in memcheck racecheck initcheck; do
+    [ $# -gt 0 ] || set -- memcheck racecheck initcheck
+    for tool in "$@"; do
         for checker in "kernels_check" "small_check 2" "gemm_variants check few"; do
             log=$folder/$tool-${checker%% *}.log
             # shellcheck disable=SC2086  # the checker's arguments are words of their own
@@ -46,6 +49,6 @@ run() {
 }
 
 case $action in
-build | run) "$action" ;;
-*) echo "usage: $0 build|run FOLDER" >&2 && exit 2 ;;
+build | run) "$action" "$@" ;;
+*) echo "usage: $0 build|run FOLDER [TOOL...]" >&2 && exit 2 ;;
 esac
