@@ -391,8 +391,12 @@ int check(int tokens, std::vector<int> lengths, int hidden, int intermediate, in
       std::fill(model.input.begin(), model.input.begin() + spoilt, T(INFINITY));
       std::vector<T> beside;
       model.run(chosen ? nullptr : &plan, {}, &beside);
-      leaks = std::memcmp(once.data() + spoilt, beside.data() + spoilt,
-                          (size_t(model.cu.back()) * hidden - spoilt) * sizeof(T)) != 0;
+      double wrong = 0, size = 0;
+      for (size_t j = spoilt; j < expected.size() && !beside.empty(); ++j) {
+        wrong += std::pow(double(float(beside[j])) - expected[j], 2);
+        size += expected[j] * expected[j];
+      }
+      leaks = !(std::sqrt(wrong / size) < bound);
       model.input = healthy;
     }
     if (!(error >= 0 && error < bound) || !same || leaks) {

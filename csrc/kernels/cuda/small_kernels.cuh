@@ -556,8 +556,9 @@ __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], f
       }
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      const float base = top == -INFINITY ? 0.f : top * scale_log2;
-      scale[i] = power_of_two(fmaf(maximum[i], scale_log2, -base));
+      const float finite_top = top == -INFINITY ? 0.f : top, base = finite_top * scale_log2;
+      // Exactly one where the maximum stays, so that blocks a row does not see leave no trace.
+      scale[i] = power_of_two((maximum[i] - finite_top) * scale_log2);
       maximum[i] = top;
       sum[i] *= scale[i];
 #pragma unroll
