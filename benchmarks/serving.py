@@ -161,8 +161,10 @@ def trace_published(
             shutil.copy(checkpoint / name, output)
 
 
-def archive(name: str, handler: Path, files: list[Path], settings: str, store: Path) -> None:
-    """Pack with the stock archiver; every system gets the same server settings."""
+def archive(
+    name: str, handler: Path, files: list[Path], settings: str, store: Path
+) -> subprocess.Popen[bytes]:
+    """Start packing with the stock archiver; every system gets the same server settings."""
     yaml = store.parent / f"{name}.yaml"
     yaml.write_text(settings)
     command = [
@@ -175,7 +177,7 @@ def archive(name: str, handler: Path, files: list[Path], settings: str, store: P
     scratch = store.parent / "archiver"  # the archiver deletes $TMPDIR/NAME
     scratch.mkdir(exist_ok=True)
     environment = {**os.environ, "TMPDIR": str(scratch)}
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
 
 
 def free_ports(count: int) -> int:
@@ -234,12 +236,13 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
     store = folder / "store"
     store.mkdir(parents=True, exist_ok=True)
     systems: dict[str, dict[str, Any]] = {}
+    packing = []
     for mix in arguments.mixes:
         bodies = folder / f"{mix}.txt"
         make_bodies(mix, words, bodies)
         missing = [s for s in arguments.systems if not (store / f"{s}_{mix}.mar").exists()]
         if missing:
-            prepare_mix(mix, missing, arguments, vocab, folder)
+            packing += prepare_mix(mix, missing, arguments, vocab, folder)
         for system, batch_size in itertools.product(arguments.systems, arguments.batch_size):
             systems[f"{system}_{mix}_{batch_size}"] = {
                 "archive": f"{system}_{mix}",
@@ -249,13 +252,17 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
                 "kind": MIXES[mix][2],
                 "batch_size": batch_size,
             }
+    for archiver in packing:
+        if archiver.wait():
+            raise SystemExit("error: the archiver failed")
     return systems
 
 
 def prepare_mix(
     mix: str, systems: list[str], arguments: argparse.Namespace, vocab: Path, folder: Path
-) -> None:
-    """One random checkpoint, and the archives of some systems made of it."""
+) -> list[subprocess.Popen[bytes]]:
+    """One random checkpoint, and the archives of some systems made of it, still being packed."""
+    packing = []
     task, length, _ = MIXES[mix]
     checkpoint = folder / f"{mix}-checkpoint"
     shutil.rmtree(checkpoint, ignore_errors=True)
@@ -283,13 +290,20 @@ def prepare_mix(
             "responseTimeout: 120\n"
             f"deviceType: {'gpu' if arguments.device == 'cuda' else 'cpu'}\nhandler: {own}\n"
         )
-        archive(output.name, handler, files, settings, folder / "store")
+        packing.append(archive(output.name, handler, files, settings, folder / "store"))
+    return packing
 
 
 def measure(
-    server: Server, systems: dict[str, dict[str, Any]], arguments: argparse.Namespace
+    server: Server,
+    systems: dict[str, dict[str, Any]],
+    arguments: argparse.Namespace,
+    save: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """Every worker count, mix and concurrency; systems interleaved within each."""
+    """Every batch size, worker count, mix and concurrency; systems interleaved within each.
+
+    Saved after every concurrency, so that a stop loses nothing.
+    """
     use_wrk = arguments.generator == "wrk" or (
         arguments.generator == "auto" and shutil.which("wrk") is not None
     )
@@ -362,6 +376,7 @@ def measure(
                         + ("  few answers: raise --seconds" if fewest < 100 else ""),
                         flush=True,
                     )
+                save(rows)
             for name in names:
                 scale(server, name, 0)
     return rows
@@ -436,8 +451,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", nargs="+", type=int, default=[32])
     parser.add_argument("--max-batch-delay", type=int, default=5, help="milliseconds")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=15, help="a measurement")
-    parser.add_argument("--warm-up", type=float, default=3, help="seconds, once a system")
+    parser.add_argument("--seconds", type=int, default=15, help="a measurement")
+    parser.add_argument("--warm-up", type=int, default=3, help="seconds, once a system")
     parser.add_argument("--generator", choices=("auto", "wrk", "bundled"), default="auto")
     parser.add_argument(
         "--setting", action="append", default=[], help="'name: value' for ours' handler section"
@@ -455,6 +470,10 @@ def main(given: list[str] | None = None) -> None:
         or HERE / "results" / f"{device_name(arguments.device)}-serving-{record['date'][:10]}.json"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        out.write_text(json.dumps({"provenance": record, "rows": rows}, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory(prefix="ft_bench_") as scratch:
         folder = arguments.folder.resolve() if arguments.folder else Path(scratch)
         systems = prepare(arguments, folder)
@@ -469,12 +488,11 @@ def main(given: list[str] | None = None) -> None:
             try:
                 with server:
                     server.wait_ready(120)
-                    rows = measure(server, systems, arguments)
+                    rows = measure(server, systems, arguments, save)
             except BaseException:
                 log.flush()
                 print((folder / "server.log").read_text()[-3000:], file=sys.stderr)
                 raise
-    out.write_text(json.dumps({"provenance": record, "rows": rows}, indent=1) + "\n")
     print_ratios(rows)
     print(f"written: {out}")
 
