@@ -22,6 +22,7 @@ constexpr size_t kWorkspaceBytes = size_t{32} << 20;
 struct Plan {
   Sm90Plan sm90;  // with a variant: ours; else cuBLASLt with `algo`
   cublasLtMatmulAlgo_t algo{};
+  bool first_guess = false;  // `algo` is cuBLASLt's own choice, asked for at the first use
 
   bool ours() const { return sm90.variant >= 0; }
 };
@@ -167,18 +168,21 @@ cudaError_t find_plan(const Gemm& gemm, const GemmNorm* norm, Plan* plan) {
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
   const PlanKey key = key_of(gemm, norm, device);
+  bool library = false;
   {
     const std::shared_lock<std::shared_mutex> lock(plans_mutex);
     if (const auto found = plans().find(key); found != plans().end()) {
       *plan = found->second;
+      library = plan->first_guess;
       // A tuned plan may demand more of the pointers' alignment than this call offers.
-      if (!plan->ours() || gemm_sm90_supports(plan->sm90, gemm, norm)) return cudaSuccess;
+      if (!library && (!plan->ours() || gemm_sm90_supports(plan->sm90, gemm, norm)))
+        return cudaSuccess;
     }
   }
   Plan made;
   Gemm top = gemm;  // the class's largest, so that the plan does not depend on who came first
   top.rows = key.key.rows_class;
-  made.sm90 = gemm_sm90_choose(top, norm);
+  if (!library) made.sm90 = gemm_sm90_choose(top, norm);
   if (!made.ours()) {
     std::vector<cublasLtMatmulHeuristicResult_t> results;
     if (const cudaError_t status = heuristics(top, 1, &results); status != cudaSuccess)
@@ -234,7 +238,8 @@ cudaError_t run(const Gemm& gemm, const GemmNorm* norm, void* scratch, void* wor
   return run_plan(plan, gemm, norm, scratch, workspace, launch);
 }
 
-// A plan as text: "sm90:<name>" or "cublaslt:<version>:<hex of the algorithm>".
+// A plan as text: "sm90:<name>", "cublaslt:<version>:<hex of the algorithm>", or "cublaslt" alone:
+// that library's own choice, whatever its version.
 std::string to_text(const Plan& plan) {
   if (plan.ours()) return "sm90:" + gemm_sm90_name(plan.sm90);
   std::string text = "cublaslt:" + std::to_string(cublaslt()->version()) + ":";
@@ -254,6 +259,11 @@ bool from_text(const std::string& text, Plan* plan) {
     if (plan->ours()) return true;
     set_failure("this build has no GEMM kernel \"" + text.substr(5) + "\"; tune again");
     return false;
+  }
+  if (text == "cublaslt") {
+    plan->sm90 = {};
+    plan->first_guess = true;
+    return true;
   }
   const CublasLt* lt = cublaslt();
   if (lt == nullptr) return false;
