@@ -49,6 +49,7 @@ SmallShape small_shape(const EncoderShape& s) {
 
 // Above this many tokens the chain of whole-chip GEMMs is ahead on an H200.
 [[maybe_unused]] constexpr int kFewTokens = 64;
+constexpr int kAttentionWaits = 256;  // tokens from which attention is launched after the product
 
 // Whether the few-token path takes this shape on the current device; FT_HANDLER_SMALL=0 forbids it.
 bool takes_small_path([[maybe_unused]] const EncoderShape& s) {
@@ -105,6 +106,9 @@ cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const En
   void* const gemm_workspace = base + places.gemm;
   const int32_t* const live_rows = inputs.cu_seqlens + s.batch;
   const AttentionShape attention = attention_shape(s);
+  // From some 256 tokens on, blocks of attention that wait early cost the product before them more
+  // than their head start is worth.
+  const Launch attends = s.tokens < kAttentionWaits ? chained : first;
 
   cudaError_t status = attention_plan(attention, inputs.cu_seqlens, plan, first);
   if (status == cudaSuccess) status = embed(chained);
@@ -129,7 +133,7 @@ cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const En
     status = linear(product(output, w.qkv_weight, w.qkv_bias, nullptr, qkv, 3 * s.hidden, s.hidden,
                             false, layer),
                     gemm_workspace, chained);
-    if (status == cudaSuccess) status = varlen_attention(attention, qkv, plan, attended, chained);
+    if (status == cudaSuccess) status = varlen_attention(attention, qkv, plan, attended, attends);
     if (status == cudaSuccess)
       status = linear_layer_norm(product(attended, w.out_weight, w.out_bias, output, middle,
                                          s.hidden, s.hidden, false, layer),
