@@ -73,7 +73,14 @@ def provenance(**more: Any) -> dict[str, Any]:
     record: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
+        # Folders of one machine's say nothing on another.
+        "command": " ".join(
+            [
+                "python",
+                sys.argv[0],
+                *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]),
+            ]
+        ),
         "cpu": cpu_model(),
         "processors": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
