@@ -28,6 +28,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "FT_HANDLER_TUNE": "Path of a GEMM table written by `ft-handler tune`.",
     "FT_HANDLER_SM90_GEMM": "0 leaves every product to cuBLASLt (read by the library itself).",
     "FT_HANDLER_SMALL": "0 turns the few-token encoder off (read by the library itself).",
+    "FT_HANDLER_BATCH_INVARIANT": "1: the setting `batch_invariant` (read by the library itself).",
     "FT_HANDLER_CUBLASLT": "A libcublasLt to try before torch's (read by the library itself).",
     "FT_HANDLER_SHARED": "Folder of optional development data for tests and benchmarks.",
     "TS_DECODE_INPUT_REQUEST": "TorchServe's: false hands JSON and text over as bytes.",
@@ -52,6 +53,11 @@ def limit_tokenizer_threads(threads: int) -> None:
 def leave_out_few_token_encoder() -> None:
     """Send few tokens through the general GPU path too; before the library's first forward."""
     os.environ["FT_HANDLER_SMALL"] = "0"
+
+
+def keep_results_batch_invariant() -> None:
+    """Make a sequence's results on a GPU independent of its batch; before the first forward."""
+    os.environ["FT_HANDLER_BATCH_INVARIANT"] = "1"
 
 
 # -- how a value is read -------------------------------------------------------------------------
@@ -238,6 +244,13 @@ class HandlerConfig:
         1024,
         _integer(0),
         "Megabytes of GPU memory that captured CUDA graphs may take; 0 captures none.",
+    )
+    batch_invariant: bool = _setting(
+        False,
+        _boolean,
+        "Hidden states on a GPU that do not depend on what shares the batch, down to the last bit, "
+        "at some cost in speed (docs/performance.md); needs an sm_90 GPU and fp16 or bf16. On a "
+        "CPU they never do.",
     )
     metrics: bool = _setting(
         True, _boolean, "Emit the metrics of `ft_handler.metrics` to TorchServe, once a batch."

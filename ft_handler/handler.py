@@ -14,7 +14,11 @@ from typing import Any
 import torch
 
 from ft_handler import fast_receive, metrics
-from ft_handler.config import HandlerConfig, limit_tokenizer_threads
+from ft_handler.config import (
+    HandlerConfig,
+    keep_results_batch_invariant,
+    limit_tokenizer_threads,
+)
 from ft_handler.engine import engine_for
 from ft_handler.errors import ConfigError, EngineLost, EnvironmentProblem, FtHandlerError
 from ft_handler.model import ModelInfo, load_model
@@ -56,6 +60,8 @@ class FtHandler:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
             limit_tokenizer_threads(config.num_threads)
+        if config.batch_invariant:
+            keep_results_batch_invariant()
         model_path = model_dir / config.model_file
         if not model_path.is_file():
             raise ConfigError(f"the archive has no {config.model_file} (setting 'model_file')")

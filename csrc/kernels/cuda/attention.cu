@@ -5,6 +5,7 @@
 // longest length, so that a launch over the bound has few idle blocks.
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/runtime.h"
 
 namespace ft::cuda {
 namespace {
@@ -177,11 +178,13 @@ bool nothing_to_do(const AttentionShape& shape) {
 AttentionChoice choose_attention(const AttentionShape& shape, int arch) {
   AttentionChoice choice{};
   choice.padded_dim = (shape.head_dim + 31) / 32 * 32;
-  const bool short_sequences = shape.max_seqlen <= 64;
+  // The packed kernels sum in another order than the streaming ones do.
+  const bool one_order = batch_invariant();
+  const bool short_sequences = shape.max_seqlen <= 64 && !one_order;
   if (shape.dtype == DType::kFloat32 || shape.head_dim % 8 != 0 || arch < 75) {
     choice.kernel = AttentionKernel::kPlain;
     choice.tile_rows = 64;
-  } else if (short_sequences || (shape.max_seqlen <= 128 && shape.head_dim <= 64)) {
+  } else if (short_sequences || (shape.max_seqlen <= 128 && shape.head_dim <= 64 && !one_order)) {
     choice.kernel = AttentionKernel::kPacked;
     choice.tile_rows = short_sequences ? 64 : 128;
   } else {
@@ -195,7 +198,7 @@ AttentionChoice choose_attention(const AttentionShape& shape, int arch) {
       choice.kernel = AttentionKernel::kPackedSm90;
     } else if (!short_sequences && (dim == 32 || dim == 64 || dim == 128)) {
       choice.kernel = AttentionKernel::kSm90;
-      choice.tile_rows = shape.max_seqlen <= 128 && dim <= 64 ? 64 : 128;
+      choice.tile_rows = shape.max_seqlen <= 128 && dim <= 64 && !one_order ? 64 : 128;
     }
   }
 #endif

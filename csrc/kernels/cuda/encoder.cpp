@@ -56,7 +56,7 @@ bool takes_small_path([[maybe_unused]] const EncoderShape& s) {
 #ifdef FT_WITH_SM90
   static const bool allowed = environment_switch("FT_HANDLER_SMALL", true);
   const DeviceProperties* device = nullptr;
-  return allowed && s.tokens <= kFewTokens && s.dtype != DType::kFloat32 &&
+  return allowed && !batch_invariant() && s.tokens <= kFewTokens && s.dtype != DType::kFloat32 &&
          current_device(&device) == cudaSuccess &&
          small_encoder_supported(small_shape(s), device->all);
 #else

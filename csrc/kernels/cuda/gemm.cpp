@@ -234,7 +234,17 @@ cudaError_t run(const Gemm& gemm, const GemmNorm* norm, void* scratch, void* wor
   if (const cudaError_t status = check(gemm); status != cudaSuccess) return status;
   if (gemm.rows == 0) return cudaSuccess;
   Plan plan;
-  if (const cudaError_t status = find_plan(gemm, norm, &plan); status != cudaSuccess) return status;
+  if (batch_invariant()) {
+    plan.sm90 = gemm_sm90_invariant(gemm);
+    if (!plan.ours()) {
+      set_failure(
+          "results that do not depend on the batch (FT_HANDLER_BATCH_INVARIANT) need an sm_90 GPU "
+          "and a float16 or bfloat16 model whose widths are multiples of 8");
+      return cudaErrorNotSupported;
+    }
+  } else if (const cudaError_t status = find_plan(gemm, norm, &plan); status != cudaSuccess) {
+    return status;
+  }
   return run_plan(plan, gemm, norm, scratch, workspace, launch);
 }
 

@@ -521,6 +521,22 @@ Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm) {
   return estimate(plans.front(), gemm, norm, device->index) < theirs ? plans.front() : Sm90Plan{};
 }
 
+Sm90Plan gemm_sm90_invariant(const Gemm& gemm) {
+  const DeviceProperties* device = nullptr;
+  if (current_device(&device) != cudaSuccess) return {};
+  // Plain tiles: K in one piece, one accumulator an element, one kind of epilogue.
+  Sm90Plan best;
+  float least = 0.f;
+  for (int v = 0; v < kTallBegin; ++v) {
+    if (kVariants[v].norm || !gemm_sm90_supports({v}, gemm, nullptr)) continue;
+    const float time = estimate({v}, gemm, nullptr, device->index);
+    if (time < 0.f || (best.variant >= 0 && time >= least)) continue;
+    best = {v};
+    least = time;
+  }
+  return best;
+}
+
 cudaError_t gemm_sm90(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, void* scratch,
                       void* workspace, Launch launch) {
   const Variant& variant = kind_of(plan);
@@ -554,6 +570,7 @@ Sm90Plan gemm_sm90_named(const std::string&) { return {}; }
 bool gemm_sm90_supports(Sm90Plan, const Gemm&, const GemmNorm*) { return false; }
 std::vector<Sm90Plan> gemm_sm90_plans(const Gemm&, const GemmNorm*) { return {}; }
 Sm90Plan gemm_sm90_choose(const Gemm&, const GemmNorm*) { return {}; }
+Sm90Plan gemm_sm90_invariant(const Gemm&) { return {}; }
 cudaError_t gemm_sm90(Sm90Plan, const Gemm&, const GemmNorm*, void*, void*, Launch) {
   return cudaErrorNotSupported;
 }

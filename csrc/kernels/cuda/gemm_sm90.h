@@ -33,6 +33,10 @@ std::vector<Sm90Plan> gemm_sm90_plans(const Gemm& gemm, const GemmNorm* norm);
 // faster.
 Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm);
 
+// The plan expected to be fastest of those that sum in the same order, whatever the rows; variant
+// -1 when none serves.
+Sm90Plan gemm_sm90_invariant(const Gemm& gemm);
+
 // Enqueues the product and, where norm is given, the layer norm, in the product's epilogue or as a
 // kernel of its own. `scratch` [rows, n] and `workspace` as in gemm.h.
 cudaError_t gemm_sm90(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, void* scratch,

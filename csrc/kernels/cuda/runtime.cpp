@@ -51,6 +51,11 @@ bool tf32_allowed() {
   return allowed;
 }
 
+bool batch_invariant() {
+  static const bool wanted = environment_switch("FT_HANDLER_BATCH_INVARIANT", false);
+  return wanted;
+}
+
 void set_failure(std::string words) { failure = std::move(words); }
 
 std::string take_failure() { return std::exchange(failure, {}); }

@@ -25,6 +25,11 @@ cudaError_t current_device(const DeviceProperties** properties);
 // Whether fp32 products may run as TF32: FT_HANDLER_TF32=1 in the environment at first use.
 bool tf32_allowed();
 
+// Whether a sequence's results may not depend on what shares its batch, down to the last bit:
+// FT_HANDLER_BATCH_INVARIANT=1 in the environment at first use. Every sum is then taken in one
+// order, whatever the number of tokens and sequences.
+bool batch_invariant();
+
 // Whether an environment switch is on: unset gives `otherwise`, "0" false, anything else true.
 bool environment_switch(const char* name, bool otherwise);
 
