@@ -1,7 +1,7 @@
 // The linear layers without torch: every plan checked against a plain fp32 loop, then timed.
 //
-//   ./gemm_variants check [few]     every plan, both half types, awkward sizes (few: for a
-//   sanitizer)
+//   ./gemm_variants check [few [PART]]  every plan, both half types, awkward sizes (few: for a
+//                                       sanitizer; PART: plans with that in their names)
 //   ./gemm_variants time ROWS...    microseconds a layer of every plan at BERT-base's four layers
 //   ./gemm_variants large ROWS...   the same at BERT-large's
 //   ./gemm_variants once ROWS       each of our plans once, for a profiler
@@ -144,18 +144,19 @@ std::string label_of(const std::string& plan, size_t index) {
 }
 
 template <typename T>
-int check(bool few) {
+int check(bool few, const std::string& part) {
   const double budget = std::is_same_v<T, __half> ? 1e-3 : 8e-3;
   std::map<std::string, double> worst;
   int wrong = 0;
   double* sums;
   require(cudaMalloc(&sums, 16), "cudaMalloc");
   const std::vector<std::pair<int, int>> sizes =
-      few ? std::vector<std::pair<int, int>>{{768, 192}, {1024, 128}}
-          : std::vector<std::pair<int, int>>{
-                {2304, 768}, {768, 768}, {768, 3072}, {1024, 1024}, {200, 72}};
+      few ? std::vector<std::pair<int, int>>{{768, 320}, {1024, 128}}
+          : std::vector<std::pair<int, int>>{{2304, 768}, {768, 768},   {768, 832},
+                                             {768, 3072}, {1024, 1024}, {200, 72}};
   const std::vector<int> row_counts =
-      few ? std::vector<int>{129, 3000} : std::vector<int>{1, 63, 129, 515, 1344, 9001};
+      few ? std::vector<int>{129, 3000}
+          : std::vector<int>{1, 7, 63, 113, 129, 511, 515, 1344, 9001};
   for (const auto [n, k] : sizes)
     for (const int rows : row_counts) {
       Layer<T> layer(rows, n, k, 1);
@@ -174,6 +175,7 @@ int check(bool few) {
         require(gemm_candidates(gemm, normed ? &norm : nullptr, &plans), "gemm_candidates");
         for (size_t i = 0; i < plans.size(); ++i) {
           if (plans[i].rfind("sm90", 0) != 0 && (few || i + 1 != plans.size())) continue;
+          if (plans[i].find(part) == std::string::npos) continue;
           const std::string label = label_of(plans[i], 0) + " " + kind;
           alarm(10);
           require(load_gemm_plan(key_of(gemm, normed), plans[i]), "load_gemm_plan");
@@ -307,7 +309,8 @@ int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "check";
   if (what == "check") {
     const bool few = argc > 2;
-    return check<__half>(few) + check<__nv_bfloat16>(few) == 0 ? 0 : 1;
+    const std::string part = argc > 3 ? argv[3] : "";
+    return check<__half>(few, part) + check<__nv_bfloat16>(few, part) == 0 ? 0 : 1;
   }
   for (int i = 2; i < argc; ++i) {
     if (what == "once")

@@ -14,9 +14,10 @@ from ft_handler import load_library, reference, tune
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ROWS = [1, 63, 129, 515, 1344]
-# [n, k]: BERT's, widths with a norm variant each, and widths that only cuBLASLt takes.
-SIZES = [(2304, 768), (768, 768), (768, 3072), (1024, 1024), (200, 72), (30, 50)]
+ROWS = [1, 7, 63, 113, 129, 511, 515, 1344]
+# [n, k]: BERT's, a K that does not split evenly, widths with a norm variant each, and widths that
+# only cuBLASLt takes.
+SIZES = [(2304, 768), (768, 768), (768, 832), (768, 3072), (1024, 1024), (200, 72), (30, 50)]
 EPS = 1e-12
 
 
@@ -74,6 +75,28 @@ def test_every_plan(size: tuple[int, int], dtype: torch.dtype, kind: str) -> Non
                 ours = ops.linear(x[:rows], w, bias, residual[:rows] if added else None, gelu)
             assert ours.shape == (rows, n)
             assert within_twice(ours, plain, exact), f"{rows} rows, plan {plan}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_blocks_that_split_k_add_in_order(dtype: torch.dtype) -> None:
+    ops = torch.ops.fastertransformer
+    rows, n, k = 384, 768, 832
+    x, w = normal(rows, k, dtype=dtype), normal(n, k, dtype=dtype, scale=k**-0.5)
+    bias, residual = normal(n, dtype=dtype), normal(rows, n, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    candidates = ops.gemm_candidates(w, rows, False, True, False).split("\n")
+    plans = [plan for plan in candidates if plan.startswith("sm90:together 128x128 /")]
+    assert len(plans) == 2
+    for plan in plans:
+        ops.load_gemm_plan(0, name, rows, n, k, False, True, False, plan)
+        first = ops.linear(x, w, bias, residual, False)
+        for _ in range(20):
+            assert torch.equal(ops.linear(x, w, bias, residual, False), first)
+        # A row is the same in any company.
+        for some in (1, 7, 130):
+            ops.load_gemm_plan(0, name, some, n, k, False, True, False, plan)
+            ours = ops.linear(x[:some], w, bias, residual[:some], False)
+            assert torch.equal(ours, first[:some])
 
 
 def test_without_bias_and_without_rows() -> None:

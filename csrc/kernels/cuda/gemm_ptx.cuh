@@ -72,13 +72,22 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Writes 8 bytes into another block's shared memory and counts them on its barrier.
+// Writes 8 or 16 bytes into another block's shared memory and counts them on its barrier.
 __device__ __forceinline__ void store_remote(uint32_t mapped, uint32_t mapped_barrier, float x,
                                              float y) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
           mapped),
       "f"(x), "f"(y), "r"(mapped_barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_remote(uint32_t mapped, uint32_t mapped_barrier,
+                                             const float (&four)[4]) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(mapped),
+      "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3]), "r"(mapped_barrier)
       : "memory");
 }
 

@@ -22,6 +22,7 @@ namespace sm90 {
 
 const void* linear_kernel(int variant, bool bfloat16);     // gemm_linear_sm90.cu
 const void* norm_kernel(int variant, bool bfloat16);       // gemm_norm_sm90.cu
+const void* split_kernel(int variant, bool bfloat16);      // gemm_split_sm90.cu
 const void* tall_half_kernel(int cluster, int index);      // gemm_tall_half_sm90.cu
 const void* tall_bfloat16_kernel(int cluster, int index);  // gemm_tall_bfloat16_sm90.cu
 
@@ -37,6 +38,8 @@ const void* tall_kernel(int index, bool bfloat16) {
 }  // namespace sm90
 
 namespace {
+
+constexpr int kBlockK = 64;
 
 // Microseconds, fitted to measurements on an H200 (docs/kernels.md):
 // fixed + rounds * (round + k / 64 * (block + heavy * gflop / 100) (+ gelu)).
@@ -56,9 +59,10 @@ struct LibraryCost {
 struct Variant {
   const char* name;  // null: tall
   const void* (*kernel)(int, bool);
-  int index;     // within its file
-  int m, n;      // tall: tokens, features
-  int box_rows;  // of an output box
+  int index;                  // within its file
+  int m, n;                   // tall: tokens, features
+  int box_rows, box_columns;  // of an output box
+  int splits;                 // of K, over the blocks of a cluster
   int cluster, sharers, threads, shared_bytes;
   bool norm;
   Cost cost;
@@ -75,6 +79,8 @@ constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), in
           Config::kM,
           Config::kN,
           Config::kRows,
+          Config::kBoxColumns,
+          Config::kSplits,
           Config::kCluster,
           Config::kSharers,
           Config::kThreads,
@@ -99,6 +105,8 @@ constexpr Variant tall(int index) {
           kTokens,
           Config::kFeatures,
           Config::kChunk,
+          kBlockK,
+          1,
           kCluster,
           1,
           Config::kThreads,
@@ -124,6 +132,10 @@ constexpr std::array kTiles{
                                   {2.1f, 0.43f, 0.201f, 0.62f, 0.071f}),
     variant<sm90::Together128x128>("together 128x128", sm90::linear_kernel, 4,
                                    {1.4f, 1.3f, 0.306f, 1.3f, 0.116f}),
+    variant<sm90::Together128x128Split2>("together 128x128 / 2", sm90::split_kernel, 0,
+                                         {0.f, 3.9f, 0.368f, 0.3f, 0.f}),
+    variant<sm90::Together128x128Split4>("together 128x128 / 4", sm90::split_kernel, 1,
+                                         {0.f, 4.2f, 0.385f, 0.2f, 0.f}),
     variant<sm90::NormPingPong128x192>("norm ping-pong 128x192", sm90::norm_kernel, 0,
                                        {0.f, 3.8f, 0.467f, 0.f, 0.164f}),
     variant<sm90::NormPingPong64x192>("norm ping-pong 64x192", sm90::norm_kernel, 1,
@@ -169,7 +181,6 @@ constexpr std::array kFamilies{
 constexpr int kFirstFamily = static_cast<int>(kVariants.size());
 
 constexpr int kMostSplits = 8;
-constexpr int kBlockK = 64;
 constexpr int kMaxDevices = 64;
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -191,7 +202,7 @@ Encode encoder_of_maps() {
 // A row-major [rows, columns] matrix and the box a copy moves.
 struct MapKey {
   const void* data;
-  int rows, columns, box_rows;
+  int rows, columns, box_rows, box_columns;
   DType dtype;
   bool operator==(const MapKey&) const = default;
 };
@@ -199,7 +210,7 @@ struct MapKey {
 struct MapKeyHash {
   size_t operator()(const MapKey& m) const {
     uint64_t h = reinterpret_cast<uintptr_t>(m.data);
-    for (const int v : {m.rows, m.columns, m.box_rows, static_cast<int>(m.dtype)}) {
+    for (const int v : {m.rows, m.columns, m.box_rows, m.box_columns, static_cast<int>(m.dtype)}) {
       h = (h ^ static_cast<uint64_t>(v)) * 0x9E3779B97F4A7C15ull;
       h ^= h >> 29;
     }
@@ -226,15 +237,16 @@ cudaError_t tensor_map(const MapKey& key, CUtensorMap* map) {
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(key.columns),
                               static_cast<cuuint64_t>(key.rows)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(key.columns) * 2};
-  const cuuint32_t box[2] = {kBlockK, static_cast<cuuint32_t>(key.box_rows)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(key.box_columns),
+                             static_cast<cuuint32_t>(key.box_rows)};
   const cuuint32_t step[2] = {1, 1};
   const CUresult result =
       encode(map,
              key.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                           : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
              2, const_cast<void*>(key.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             key.box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     set_failure("cuTensorMapEncodeTiled failed with status " + std::to_string(result));
     return cudaErrorInvalidValue;
@@ -287,7 +299,8 @@ int tiles_of(int total, int tile) { return (total + tile - 1) / tile; }
 // Tiles that a whole cluster works on at a time.
 int cluster_tiles_of(const Variant& variant, const Gemm& gemm) {
   const int m_tiles = tiles_of(gemm.rows, variant.m);
-  return variant.norm ? m_tiles : tiles_of(m_tiles, variant.cluster) * tiles_of(gemm.n, variant.n);
+  if (variant.norm) return m_tiles;
+  return tiles_of(m_tiles, variant.cluster / variant.splits) * tiles_of(gemm.n, variant.n);
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -329,21 +342,22 @@ float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, int device
   // A round is a tile for every cluster that the chip runs at a time. The last, partial one has the
   // memory to itself.
   float rounds = static_cast<float>(tiles / ready.clusters);
-  const float least = variant.norm ? 1.f : 0.8f;
+  const float least = variant.norm ? 1.f : variant.splits > 1 ? 0.7f : 0.8f;
   if (const int rest = tiles % ready.clusters; rest > 0)
     rounds += least + (1 - least) * static_cast<float>(rest) / static_cast<float>(ready.clusters);
   const Cost& cost = variant.cost;
   const float gflop = 2e-3f * elements * static_cast<float>(gemm.k);
   const float block = cost.block + cost.heavy * std::min(gflop, 128.f) / 100;
-  const auto blocks = static_cast<float>(tiles_of(tiles_of(gemm.k, kBlockK), plan.splits));
+  const auto blocks =
+      static_cast<float>(tiles_of(tiles_of(gemm.k, kBlockK), plan.splits * variant.splits));
   float time = cost.fixed + rounds * (cost.round + blocks * block + (gemm.gelu ? cost.gelu : 0.f));
   if (plan.splits > 1) time += 1.7f * static_cast<float>(plan.splits) * elements;
   if (norm != nullptr && !variant.norm) {
     // On multiprocessors that the product leaves free, the norm's blocks are ready when it ends.
     const float busy =
         std::min(1.f, static_cast<float>(tiles) / static_cast<float>(ready.clusters));
-    time += (variant.tall() ? 1.2f * busy : 2.5f) + 1.4f * elements +
-            0.8f * std::max(0.f, elements - 4);
+    const float after = variant.tall() ? 1.2f * busy : variant.splits > 1 ? 1.4f : 2.5f;
+    time += after + 1.4f * elements + 0.8f * std::max(0.f, elements - 4);
   }
   return time;
 }
@@ -382,18 +396,20 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
   const int input_box = variant.norm ? variant.m / variant.sharers : variant.m;
   const int weight_box = variant.norm ? variant.n : variant.n / variant.sharers;
   CUtensorMap input, weight, residual, output;
-  cudaError_t status = tensor_map({gemm.input, gemm.rows, gemm.k, input_box, gemm.dtype}, &input);
+  cudaError_t status =
+      tensor_map({gemm.input, gemm.rows, gemm.k, input_box, kBlockK, gemm.dtype}, &input);
   if (status == cudaSuccess)
-    status = tensor_map({gemm.weight, gemm.n, gemm.k, weight_box, gemm.dtype}, &weight);
-  if (status == cudaSuccess)
-    status = tensor_map({gemm.output, gemm.rows, gemm.n, variant.box_rows, gemm.dtype}, &output);
+    status = tensor_map({gemm.weight, gemm.n, gemm.k, weight_box, kBlockK, gemm.dtype}, &weight);
+  MapKey finished{gemm.output,      gemm.rows,           gemm.n,
+                  variant.box_rows, variant.box_columns, gemm.dtype};
+  if (status == cudaSuccess) status = tensor_map(finished, &output);
   residual = output;
-  if (status == cudaSuccess && gemm.residual != nullptr)
-    status =
-        tensor_map({gemm.residual, gemm.rows, gemm.n, variant.box_rows, gemm.dtype}, &residual);
+  finished.data = gemm.residual;
+  if (status == cudaSuccess && gemm.residual != nullptr) status = tensor_map(finished, &residual);
   if (status != cudaSuccess) return status;
 
-  const int clusters = std::min(tiles, ready.clusters);
+  // Clusters that share one tile's K are not persistent.
+  const int clusters = variant.splits > 1 ? tiles : std::min(tiles, ready.clusters);
   if (variant.tall()) {
     sm90::TallParameters p{};
     p.bias = gemm.bias;
@@ -466,6 +482,7 @@ bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
   if (variant.tall() && (gemm.n % 64 != 0 || (gemm.residual != nullptr && norm == nullptr)))
     return false;
   if (variant.tall() && variant.norm && gemm.residual == nullptr) return false;
+  if (variant.splits > tiles_of(gemm.k, kBlockK)) return false;
   if (plan.splits > 1 &&
       (norm == nullptr || variant.norm || plan.splits > tiles_of(gemm.k, kBlockK) ||
        partial_bytes(gemm, plan.splits) > gemm_workspace_bytes()))
@@ -483,7 +500,14 @@ std::vector<Sm90Plan> gemm_sm90_plans(const Gemm& gemm, const GemmNorm* norm) {
     if (const float time = estimate(plan, gemm, norm, device->index); time >= 0.f)
       timed.emplace_back(time, plan);
   };
-  for (int v = 0; v < kTallBegin; ++v) consider({v});
+  for (int v = 0; v < kTallBegin; ++v) {
+    // Splitting what fills the chip already only costs.
+    if (kVariants[v].splits > 1 &&
+        cluster_tiles_of(kVariants[v], gemm) >
+            launchable(v, gemm.dtype == DType::kBFloat16, device->index).clusters)
+      continue;
+    consider({v});
+  }
   for (int f = 0; f < static_cast<int>(kFamilies.size()); ++f) {
     const Family& family = kFamilies[f];
     const int clusters =

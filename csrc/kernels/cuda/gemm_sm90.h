@@ -17,7 +17,8 @@ struct Sm90Plan {
   int rounds = 0;
 };
 
-// "ping-pong 128x192", "tall x2" (rounds), "tall x1 / 4" (parts of K), "tall norm 6 x1".
+// "ping-pong 128x192", "together 128x128 / 2" (parts of K, in a cluster), "tall x2" (rounds),
+// "tall x1 / 4" (parts of K, in memory), "tall norm 6 x1".
 std::string gemm_sm90_name(Sm90Plan plan);
 
 // The plan of that name; variant -1 when this build has none.

@@ -46,6 +46,7 @@ struct GemmConfig {
   static constexpr int kStageBytes = kInputBytes + kWeightBytes;
   static constexpr int kChunks = kN / 64;  // the output leaves in boxes of 64 columns
   static constexpr int kChunkBytes = kRows * 128;
+  static constexpr int kBoxColumns = 64, kSplits = 1;
   static constexpr int kStagingAt = kStages * kStageBytes;
   static constexpr int kStatsAt = kStagingAt + 2 * kBuffers * kChunkBytes;
   static constexpr int kStatsBytes = kNorm ? 2 * 2 * kCluster * kRows * 8 : 0;
@@ -62,12 +63,36 @@ struct GemmConfig {
   static_assert(kSharedBytes <= 232448, "more than a block of sm_90 can have");
 };
 
+// A cluster of kSplits blocks shares a tile of 128 x 128: each takes its part of K and finishes its
+// part of the columns, 64 rows a warpgroup.
+template <int kSplits_>
+struct SplitConfig {
+  static constexpr int kM = 128, kN = 128, kStages = 5, kThreads = 384;
+  static constexpr int kSplits = kSplits_, kCluster = kSplits, kSharers = 1;
+  static constexpr bool kNorm = false;
+  static constexpr int kRows = 64;
+  static constexpr int kBoxColumns = kN / kSplits;
+  static constexpr int kInputBytes = kM * 128;
+  static constexpr int kStageBytes = kInputBytes + kN * 128;
+  static constexpr int kChunkBytes = kRows * kBoxColumns * 2;
+  static constexpr int kPartBytes = kRows * kBoxColumns * 4;  // sums from one block
+  static constexpr int kStagingAt = kStages * kStageBytes;
+  static constexpr int kReceivedAt = kStagingAt + 2 * kChunkBytes;
+  static constexpr int kBarriersAt = kReceivedAt + 2 * (kSplits - 1) * kPartBytes;
+  static constexpr int kBarriers = 2 * kStages + 4;
+  static constexpr int kSharedBytes = kBarriersAt + 8 * kBarriers;
+  static_assert(kBoxColumns == 64 || kBoxColumns == 32);  // the swizzles that the kernel knows
+  static_assert(kSharedBytes <= 232448);
+};
+
 // The variants that are compiled, out of many that were measured (docs/kernels.md).
 using PingPong128x192 = GemmConfig<128, 192, 4, 2, 2, false, false>;
 using PingPong128x192Alone = GemmConfig<128, 192, 4, 2, 1, false, false>;
 using PingPong128x128 = GemmConfig<128, 128, 5, 2, 2, false, false>;
 using PingPong64x128 = GemmConfig<64, 128, 6, 2, 1, false, false>;
 using Together128x128 = GemmConfig<128, 128, 6, 2, 1, true, false>;
+using Together128x128Split2 = SplitConfig<2>;
+using Together128x128Split4 = SplitConfig<4>;
 using NormPingPong128x192 = GemmConfig<128, 192, 4, 1, 4, false, true>;
 using NormPingPong64x192 = GemmConfig<64, 192, 5, 3, 4, false, true>;
 using NormPingPong64x128 = GemmConfig<64, 128, 8, 1, 6, false, true>;
