@@ -552,7 +552,8 @@ Sm90Plan gemm_sm90_invariant(const Gemm& gemm) {
   Sm90Plan best;
   float least = 0.f;
   for (int v = 0; v < kTallBegin; ++v) {
-    if (kVariants[v].norm || !gemm_sm90_supports({v}, gemm, nullptr)) continue;
+    if (kVariants[v].norm || kVariants[v].splits > 1 || !gemm_sm90_supports({v}, gemm, nullptr))
+      continue;
     const float time = estimate({v}, gemm, nullptr, device->index);
     if (time < 0.f || (best.variant >= 0 && time >= least)) continue;
     best = {v};
