@@ -3,7 +3,8 @@
 //
 //   nvcc -std=c++20 -O3 --expt-relaxed-constexpr -DFT_WITH_SM90 -Icsrc -shared -Xcompiler -fPIC
 //        -gencode=arch=compute_90a,code=sm_90a benchmarks/cuda/kernels_api.cu
-//        csrc/kernels/cuda/{attention*,layer_norm,embedding,gelu,padding}.cu -o libkernels.so
+//        csrc/kernels/cuda/{attention*,layer_norm,embedding,gelu,padding}.cu
+//        csrc/kernels/cuda/runtime.cpp -o libkernels.so
 
 #include "kernels/cuda/kernels.h"
 
