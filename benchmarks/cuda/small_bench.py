@@ -39,8 +39,10 @@ TILES = [
     (128, 64),
     (128, 96),
     (128, 128),
+    (64, 24),
 ]
-PLAN = 14  # per GEMM tile, split, stages; then fuse_attention, far_ahead
+# Per GEMM tile, split, stages and shared_by; then fuse_attention, far_ahead, prefetch.
+PLAN = 19
 
 
 def ragged(batch: int, longest: int, total: int) -> list[int]:
@@ -188,10 +190,13 @@ class Model:
                 steps = -(-k // 64 // split)
                 if not 60 <= blocks * split <= 400 or (rows > 64 and rows >= 2 * self.tokens):
                     continue
-                deep = min(steps, 8) if which == 3 or (which == 1 and not fused) else steps
-                found += [[tile, split, deep]]
-                if deep < steps:
-                    found += [[tile, split, 4]]
+                for stages in {min(steps, 12), min(steps, 8), min(steps, 4)}:
+                    if stages == steps or not (which == 1 and fused):
+                        found.append([tile, split, stages, 1])
+                if split == 1 and steps <= 16 and not (which == 1 and fused):
+                    found += [
+                        [tile, 1, steps, share] for share in (2, 4) if -(-n // columns) % share == 0
+                    ]
         return found
 
     def tune(self, plan: list[int], seconds: float) -> tuple[list[int], float]:
@@ -202,12 +207,12 @@ class Model:
             return min(times)[1] if times else plan
 
         def flagged(plan: list[int]) -> list[int]:
-            return least([[*plan[:13], far] for far in (0, 1)])
+            return least([[*plan[:17], far, fetch] for far in (0, 1) for fetch in (0, 1)])
 
         starts = [flagged(plan)]
         if self.tokens > 64:  # the other place for attention
-            fused = 1 - plan[12]
-            rest = starts[0][:3], starts[0][6:12], starts[0][13:]
+            fused = 1 - plan[16]
+            rest = starts[0][:4], starts[0][8:16], starts[0][17:]
             starts.append(
                 least(
                     [
@@ -222,8 +227,8 @@ class Model:
             for _ in range(3):
                 before = best
                 for which in (3, 2, 0, 1):
-                    for c in self.candidates(which, bool(plan[12])):
-                        trial = [*plan[: 3 * which], *c, *plan[3 * which + 3 :]]
+                    for c in self.candidates(which, bool(plan[16])):
+                        trial = [*plan[: 4 * which], *c, *plan[4 * which + 4 :]]
                         ms = self.time(trial, 12)
                         if 0 < ms < best:
                             best, plan = ms, trial

@@ -7,9 +7,8 @@
 // keep the tensor cores and the exponentials busy; within one, the values' product of a block and
 // the scores of the next are in flight together.
 
-#include <cuda.h>
-
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/tensor_map.h"
 
 namespace ft::cuda {
 namespace {
@@ -666,26 +665,6 @@ __global__ void __launch_bounds__(128, 6)
   T* to = static_cast<T*>(arguments.output) +
           static_cast<int64_t>(tile.begin + 16 * warp) * hidden + head * kDim;
   write_rows<T, kDim>(words, shared, to, hidden, tile.rows - 16 * warp);
-}
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's encoder, found at run time so that the library does not link the driver.
-EncodeTiled tensor_map_encoder() {
-  static const EncodeTiled found = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-#if CUDART_VERSION >= 12050
-    cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
-                                                          cudaEnableDefault, &result);
-#else
-    cudaError_t status =
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
-#endif
-    const bool good = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
-    return good ? reinterpret_cast<EncodeTiled>(entry) : nullptr;
-  }();
-  return found;
 }
 
 template <typename T, int kDim>

@@ -6,8 +6,6 @@
 
 #ifdef FT_WITH_SM90
 
-#include <cuda.h>
-
 #include <array>
 #include <cstdio>
 #include <mutex>
@@ -16,6 +14,7 @@
 #include <utility>
 
 #include "kernels/cuda/gemm_sm90_variants.h"
+#include "kernels/cuda/tensor_map.h"
 
 namespace ft::cuda {
 namespace sm90 {
@@ -183,22 +182,6 @@ constexpr int kFirstFamily = static_cast<int>(kVariants.size());
 constexpr int kMostSplits = 8;
 constexpr int kMaxDevices = 64;
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// From the driver, at run time: the library must load where there is no libcuda.
-Encode encoder_of_maps() {
-  static const Encode encode = [] {
-    void* symbol = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000,
-                                         cudaEnableDefault, &found) != cudaSuccess ||
-        found != cudaDriverEntryPointSuccess)
-      return Encode{nullptr};
-    return reinterpret_cast<Encode>(symbol);
-  }();
-  return encode;
-}
-
 // A row-major [rows, columns] matrix and the box a copy moves.
 struct MapKey {
   const void* data;
@@ -229,7 +212,7 @@ cudaError_t tensor_map(const MapKey& key, CUtensorMap* map) {
       return cudaSuccess;
     }
   }
-  const Encode encode = encoder_of_maps();
+  const EncodeTiled encode = tensor_map_encoder();
   if (encode == nullptr) {
     set_failure("the driver has no cuTensorMapEncodeTiled");
     return cudaErrorNotSupported;

@@ -36,18 +36,22 @@ struct SmallWeights {
   const void* ln2_beta;     // [L,H]
 };
 
-// How one GEMM [tokens,K] x [N,K]^T is cut: a tile of the table in small_encoder_sm90.cu, the
-// number of blocks of a cluster that share K, and the 64-wide steps of K kept in shared memory.
+// How one GEMM [tokens,K] x [N,K]^T is cut: a tile of the table in small_kernels.cuh, the number of
+// blocks of a cluster that share K, the 64-wide steps of input kept in shared memory, and the
+// number of neighbouring column tiles that fetch the input together. Clusters are of one kind:
+// split or shared_by is 1, and tiles are shared only where shared memory holds all of K.
 struct SmallGemmPlan {
   int tile;
   int split;
   int stages;
+  int shared_by;
 };
 
 struct SmallPlan {
   SmallGemmPlan qkv, out, up, down;
   bool fuse_attention;  // attention in the prologue of the output projection, else a kernel
   bool far_ahead;       // kernels may start several links ahead to fetch weights, else one
+  bool prefetch;        // each kernel brings the next one's weights into L2
 };
 
 // The plan for a shape; false when the shape is not served here (another head size than 32 or 64,

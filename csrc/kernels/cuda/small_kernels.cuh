@@ -2,10 +2,12 @@
 // programmatic dependent launch: it starts while its predecessors run, pulls its share of the
 // weights into shared memory, and only then waits for the activations.
 //
-// A GEMM is cut three ways: rows of tokens, columns of the weight, and K over the blocks of a
-// cluster, so that at 32 tokens all multiprocessors read weights at once. Each block sends its fp32
-// partial sums of a row to the block of the cluster that finishes the row, which adds them in rank
-// order, so results do not change from run to run.
+// A GEMM is cut into rows of tokens and columns of the weight, and its blocks form clusters in one
+// of two ways. Either they share K: each sends its fp32 partial sums of a row, by one bulk copy a
+// block, to the block of the cluster that finishes the row, which adds them in rank order, so
+// results do not change from run to run. Or they are neighbours along the columns and share the
+// input: each fetches a part of every tile for all of them. Weights and inputs come by bulk tensor
+// copies.
 //
 // Layer norm has no kernel of its own. The GEMM that ends a residual branch stores the raw sum x,
 // x * gamma, and for each row and column tile mean and sum of squared deviations. Readers combine
@@ -14,6 +16,7 @@
 // where W gamma and W beta come out of two more rows of the same product, done before the wait.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -30,6 +33,12 @@ constexpr int kChunkBytes = 128;
 constexpr int kTileAlign = 1024;  // eight rows: the period of the swizzle
 constexpr int kMaxSplit = 8;      // largest portable cluster
 constexpr int kMaxParts = 32;     // moments a row: one lane each
+constexpr int kMaxStages = 16;
+
+// The attention kernel: queries a block, keys a step, and threads.
+constexpr int kAttentionRows = 64;
+constexpr int kAttentionKeys = 64;
+constexpr int kAttentionThreads = 256;
 
 enum Kind {
   kNorm,       // LN(x) W^T + b, from input = x * gamma
@@ -40,21 +49,24 @@ enum Kind {
 };
 
 // index, rows of tokens, columns, warpgroups along each, columns of one matrix instruction
-#define FT_SMALL_TILES(X) \
-  X(0, 64, 32, 1, 1, 32)  \
-  X(1, 64, 48, 1, 1, 48)  \
-  X(2, 64, 64, 1, 2, 32)  \
-  X(3, 64, 96, 1, 2, 48)  \
-  X(4, 64, 144, 1, 3, 48) \
-  X(5, 64, 192, 1, 2, 48) \
-  X(6, 128, 48, 2, 1, 48) \
-  X(7, 128, 64, 2, 1, 32) \
-  X(8, 128, 96, 2, 1, 48) \
-  X(9, 128, 128, 2, 1, 32)
+#define FT_SMALL_TILES(X)  \
+  X(0, 64, 32, 1, 1, 32)   \
+  X(1, 64, 48, 1, 1, 48)   \
+  X(2, 64, 64, 1, 2, 32)   \
+  X(3, 64, 96, 1, 2, 48)   \
+  X(4, 64, 144, 1, 3, 48)  \
+  X(5, 64, 192, 1, 2, 48)  \
+  X(6, 128, 48, 2, 1, 48)  \
+  X(7, 128, 64, 2, 1, 32)  \
+  X(8, 128, 96, 2, 1, 48)  \
+  X(9, 128, 128, 2, 1, 32) \
+  X(10, 64, 24, 1, 1, 24)
 
-constexpr int kTiles = 10;
+constexpr int kTiles = 11;
 
 struct GemmParams {
+  CUtensorMap weight_map;  // of weight, boxes of a chunk by a tile's columns
+  CUtensorMap input_map;   // of input, boxes of a chunk by held_rows / shared_by rows
   const void* input;       // [tokens, k]; kAttention: qkv [tokens, 3k]
   const void* weight;      // [n, k]
   const void* bias;        // [n]
@@ -69,11 +81,14 @@ struct GemmParams {
   const int* cu_seqlens;   // [batch + 1]
   int tokens, n, k, batch;
   int parts, part_width, width;  // of moments
-  int split, stages;
+  int split, shared_by, stages;
+  int held_rows;     // of a tile's rows, those that are copied; what follows is never used
   int key_capacity;  // rows of K and V held in shared memory, a multiple of 32
   int head_dim;
   float eps, scale_log2;
   bool far_ahead;  // successors may start at once, else when this kernel has its inputs on the way
+  const void* prefetch;  // the next kernel's weights, to be brought into L2; may be null
+  unsigned prefetch_bytes;
 };
 
 struct AttentionParams {
@@ -96,10 +111,15 @@ struct NormParams {
 
 __host__ __device__ constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
 
+// Floats from one row of partial sums to the next: 8 or 24 mod 32 keeps stores off one bank.
+__host__ __device__ constexpr int pitch(int columns) {
+  return columns + (columns % 32 == 24 ? 16 : 8);
+}
+
 // Byte offsets in dynamic shared memory.
 struct GemmLayout {
-  int barrier, bounds, bias, gamma, beta, next_gamma, residual, moments, affine, affine_parts,
-      sequences;
+  int barrier, released, bounds, bias, gamma, beta, next_gamma, residual, moments, affine,
+      affine_parts, sequences;
   int weight, input, keys, sums, total;
 
   __host__ __device__ GemmLayout(int kind, int tile_rows, int tile_columns, const GemmParams& p) {
@@ -108,8 +128,9 @@ struct GemmLayout {
     const int share = (rows + p.split - 1) / p.split;  // most rows a block finishes
     const bool ends_branch = kind == kResidual || kind == kAttention;
     const int vector = 2 * (ends_branch ? tile_columns : chunks * kChunk);
-    barrier = 0;
-    bounds = 16;
+    barrier = 0;  // sums, affine parts, weights, then an input's stages
+    released = barrier + 8 * (3 + kMaxStages);
+    bounds = 256;
     bias = bounds + (kind == kAttention ? tile_rows * 8 : 0);
     gamma = bias + 2 * tile_columns;
     beta = gamma + vector;
@@ -120,10 +141,14 @@ struct GemmLayout {
     affine_parts = affine + (ends_branch ? 0 : 2 * tile_columns * 4);
     sequences = affine_parts + (ends_branch ? 0 : p.split * 2 * tile_columns * 4);
     weight = round_up(sequences + (kind == kAttention ? 4 * (p.batch + 1) : 0), kTileAlign);
-    input = weight + p.stages * tile_columns * kChunkBytes;
-    keys = input + p.stages * tile_rows * kChunkBytes;
+    input = weight + chunks * tile_columns * kChunkBytes;
+    // A product reads whole tiles, past what is held of the last one.
+    keys = input + (p.stages * p.held_rows + tile_rows - p.held_rows) * kChunkBytes;
     sums = keys + (kind == kAttention ? 2 * chunks * p.key_capacity * kChunkBytes : 0);
-    total = sums + p.split * share * (tile_columns + 8) * 4;
+    // What other blocks finish leaves from where weights and inputs were.
+    const int sent = weight + (p.split > 1 ? rows * pitch(tile_columns) * 4 : 0);
+    if (sums < sent) sums = sent;
+    total = sums + p.split * share * pitch(tile_columns) * 4;
   }
 };
 
@@ -153,26 +178,6 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 template <int N>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-__device__ __forceinline__ void wait_copies_but(int pending) {
-  switch (pending) {
-    case 0:
-      return wait_copies<0>();
-    case 1:
-      return wait_copies<1>();
-    case 2:
-      return wait_copies<2>();
-    case 3:
-      return wait_copies<3>();
-    case 4:
-      return wait_copies<4>();
-    case 5:
-      return wait_copies<5>();
-    case 6:
-      return wait_copies<6>();
-    default:
-      return wait_copies<7>();
-  }
 }
 
 __device__ __forceinline__ void load_matrix4(uint32_t (&r)[4], uint32_t address) {
@@ -217,8 +222,9 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{kTileAlign / 16} << 32;
   return kSwizzle128 | kEightRows | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
 }
-// What ordinary stores and copies of this thread wrote to shared memory, for the matrix unit.
-__device__ __forceinline__ void publish_to_matrix_unit() {
+// What ordinary stores and copies of this thread wrote to shared memory, for the matrix unit and
+// for bulk copies.
+__device__ __forceinline__ void publish_to_engines() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void matrix_begin() {
@@ -227,66 +233,49 @@ __device__ __forceinline__ void matrix_begin() {
 __device__ __forceinline__ void matrix_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+// Waits until at most `kPending` committed groups of this warpgroup are still in flight.
+template <int kPending>
 __device__ __forceinline__ void matrix_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+
+#define FT_ACC4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define FT_WGMMA_24(type)                                                                      \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n24k16.f32." type "." type                     \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}, %12, %13, 1, 1, 1, 0, 0;" \
+               : FT_ACC4(0), FT_ACC4(1), FT_ACC4(2)                                            \
+               : "l"(a), "l"(b))
+#define FT_WGMMA_32(type)                                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type      \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, " \
+               "%14, %15}, %16, %17, 1, 1, 1, 0, 0;"                            \
+               : FT_ACC4(0), FT_ACC4(1), FT_ACC4(2), FT_ACC4(3)                 \
+               : "l"(a), "l"(b))
+#define FT_WGMMA_48(type)                                                                 \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n48k16.f32." type "." type                \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+               "%16, %17, %18, %19, %20, %21, %22, %23}, %24, %25, 1, 1, 1, 0, 0;"        \
+               : FT_ACC4(0), FT_ACC4(1), FT_ACC4(2), FT_ACC4(3), FT_ACC4(4), FT_ACC4(5)   \
+               : "l"(a), "l"(b))
 
 // d += A [64,16] B [kColumns,16]^T by a warpgroup, asynchronously.
 template <typename T, int kColumns>
 __device__ __forceinline__ void multiply_tile(float (*d)[4], uint64_t a, uint64_t b) {
-  static_assert(kColumns == 32 || kColumns == 48);
+  static_assert(kColumns == 24 || kColumns == 32 || kColumns == 48);
   if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kColumns == 32) {
-      asm volatile(
-          "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
-          "%0, %1, %2, %3, %4, %5, %6, %7, "
-          "%8, %9, %10, %11, %12, %13, %14, %15"
-          "}, %16, %17, 1, 1, 1, 0, 0;"
-          : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
-            "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
-            "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
-          : "l"(a), "l"(b));
-    } else {
-      asm volatile(
-          "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 {"
-          "%0, %1, %2, %3, %4, %5, %6, %7, "
-          "%8, %9, %10, %11, %12, %13, %14, %15, "
-          "%16, %17, %18, %19, %20, %21, %22, %23"
-          "}, %24, %25, 1, 1, 1, 0, 0;"
-          : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
-            "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
-            "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
-            "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
-            "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3])
-          : "l"(a), "l"(b));
-    }
+    if constexpr (kColumns == 24) FT_WGMMA_24("f16");
+    if constexpr (kColumns == 32) FT_WGMMA_32("f16");
+    if constexpr (kColumns == 48) FT_WGMMA_48("f16");
   } else {
-    if constexpr (kColumns == 32) {
-      asm volatile(
-          "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-          "%0, %1, %2, %3, %4, %5, %6, %7, "
-          "%8, %9, %10, %11, %12, %13, %14, %15"
-          "}, %16, %17, 1, 1, 1, 0, 0;"
-          : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
-            "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
-            "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
-          : "l"(a), "l"(b));
-    } else {
-      asm volatile(
-          "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
-          "%0, %1, %2, %3, %4, %5, %6, %7, "
-          "%8, %9, %10, %11, %12, %13, %14, %15, "
-          "%16, %17, %18, %19, %20, %21, %22, %23"
-          "}, %24, %25, 1, 1, 1, 0, 0;"
-          : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),
-            "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),
-            "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),
-            "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
-            "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3])
-          : "l"(a), "l"(b));
-    }
+    if constexpr (kColumns == 24) FT_WGMMA_24("bf16");
+    if constexpr (kColumns == 32) FT_WGMMA_32("bf16");
+    if constexpr (kColumns == 48) FT_WGMMA_48("bf16");
   }
 }
+#undef FT_ACC4
+#undef FT_WGMMA_24
+#undef FT_WGMMA_32
+#undef FT_WGMMA_48
 
 // Relaxed: what blocks send each other is ordered by counted barriers, and a release would wait for
 // every outstanding load.
@@ -301,10 +290,11 @@ __device__ __forceinline__ uint32_t address_in_rank(uint32_t address, int rank) 
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
 }
-__device__ __forceinline__ void store_in_rank(uint32_t remote, float x, float y) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1,%2};" ::"r"(remote), "f"(x), "f"(y) : "memory");
+__device__ __forceinline__ void store_pair(uint32_t to, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(to), "f"(x), "f"(y) : "memory");
 }
-// The same, counted by the receiver's barrier when it has arrived: no acknowledgement to wait for.
+// To another block of the cluster, counted by its barrier when it has arrived: no acknowledgement
+// to wait for.
 __device__ __forceinline__ void send_to_rank(uint32_t remote, uint32_t remote_barrier, float x,
                                              float y) {
   asm volatile(
@@ -313,26 +303,74 @@ __device__ __forceinline__ void send_to_rank(uint32_t remote, uint32_t remote_ba
       "f"(x), "f"(y), "r"(remote_barrier)
       : "memory");
 }
-// A barrier that completes once `bytes` have been sent to this block.
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
+__device__ __forceinline__ void barrier_init(uint32_t barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barriers_initialised() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// The barrier's phase completes once `bytes` have been sent to this block.
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void wait_for_bytes(uint32_t barrier) {
+__device__ __forceinline__ void wait_for_bytes(uint32_t barrier, int parity = 0) {
   uint32_t done = 0;
   while (!done) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.b32 %0, 1, 0, p;\n"
         "}"
         : "=r"(done)
-        : "r"(barrier)
+        : "r"(barrier), "r"(parity)
         : "memory");
   }
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// One box at (column, row) of a matrix, by the copy engine.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+// The same to the same place in every block of `blocks`, a bit each, counted by each one's barrier.
+__device__ __forceinline__ void copy_box_to_all(uint32_t to, const CUtensorMap* map, int column,
+                                                int row, uint32_t barrier, int blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+}
+
+// Shared memory of this block to that of another one of the cluster, counted by its barrier: a
+// thread's own counted stores leave one by one, eight bytes a cycle.
+__device__ __forceinline__ void copy_to_rank(uint32_t remote, uint32_t from, int bytes,
+                                             uint32_t remote_barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(remote),
+      "r"(from), "r"(bytes), "r"(remote_barrier)
+      : "memory");
+}
+
+// Adds one and returns what was there, ordered after this thread's reads and before its later
+// copies.
+__device__ __forceinline__ uint32_t count_up(uint32_t counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "r"(counter)
+               : "memory");
+  return before;
 }
 
 // The sum over each group of kLanes neighbouring lanes, in every one of them.
@@ -507,11 +545,11 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const T* from, size_t str
   }
 }
 
-// One pass of 16 query rows over the keys in [low, high), online softmax over blocks of 32: context
-// and, per lane, sums. A row sees the keys within its limits. `masked`: some row does not see a
-// block's keys all. kAlone: values of keys beyond low and high are taken for zeros, else they only
-// meet probabilities of zero, which infinities turn into NaN.
-template <typename T, int kHeadDim, bool kAlone, typename Masked>
+// One pass of 16 query rows over the keys in [low, high), online softmax over kKeys at a time:
+// context and, per lane, sums. A row sees the keys within its limits. `masked`: some row does not
+// see a block's keys all. kAlone: values of keys beyond low and high are taken for zeros, else they
+// only meet probabilities of zero, which infinities turn into NaN.
+template <typename T, int kHeadDim, int kKeys, bool kAlone, typename Masked>
 __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], float (&sum)[2],
                                             const uint32_t (&q)[kHeadDim / 16][4], uint32_t keys,
                                             uint32_t values, int unit0, const int2 (&limit)[2],
@@ -523,12 +561,12 @@ __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], f
   for (int j = 0; j < kHeadDim / 8; ++j) {
     context[j][0] = context[j][1] = context[j][2] = context[j][3] = 0.f;
   }
-  for (int block = low & ~31; block < high; block += 32) {
-    float score[4][4] = {};
+  for (int block = low & ~(kKeys - 1); block < high; block += kKeys) {
+    float score[kKeys / 8][4] = {};
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
 #pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
+      for (int pair = 0; pair < kKeys / 16; ++pair) {
         uint32_t b[4];
         load_matrix4(b, keys + swizzled(block + pair * 16 + lane % 8 + lane / 16 * 8,
                                         unit0 + k * 2 + lane / 8 % 2));
@@ -538,7 +576,7 @@ __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], f
     }
     if (masked(block)) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int key = block + j * 8 + lane % 4 * 2 + e % 2;
@@ -551,7 +589,7 @@ __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], f
     for (int i = 0; i < 2; ++i) {
       float top = maximum[i];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kKeys / 8; ++j) {
         top = fmaxf(top, fmaxf(score[j][2 * i], score[j][2 * i + 1]));
       }
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
@@ -562,7 +600,7 @@ __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], f
       maximum[i] = top;
       sum[i] *= scale[i];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& s = score[j][2 * i + e];
@@ -577,7 +615,7 @@ __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], f
       for (int e = 0; e < 4; ++e) context[j][e] *= scale[e / 2];
     }
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < kKeys / 16; ++k) {
       const uint32_t p[4] = {Pair<T>::pack(score[2 * k][0], score[2 * k][1]),
                              Pair<T>::pack(score[2 * k][2], score[2 * k][3]),
                              Pair<T>::pack(score[2 * k + 1][0], score[2 * k + 1][1]),
@@ -609,7 +647,7 @@ __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], f
 
 // Attention of 16 query rows and one head, by one warp; the context replaces the queries in shared
 // memory. Rows without a sequence become zeros.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, int kKeys>
 __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t values, int row0,
                                        int unit0,  // of the head in the 128-byte rows
                                        const int2* bounds, int key0, int key_end,
@@ -638,9 +676,9 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
     limit[i].y -= key0;
   }
   float context[kHeadDim / 8][4], sum[2];
-  attend_keys<T, kHeadDim, false>(
+  attend_keys<T, kHeadDim, kKeys, false>(
       context, sum, q, keys, values, unit0, limit, low, high,
-      [&](int block) { return block < low_all || block + 32 > high_all; }, scale_log2);
+      [&](int block) { return block < low_all || block + kKeys > high_all; }, scale_log2);
   uint32_t words[2][kHeadDim / 8], probe = 0;
   const auto divide = [&](int i) {
     const float inverse = 1.f / sum[i];
@@ -666,7 +704,7 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
       for (int i = 0; i < 2; ++i) {
         alone[i] = limit[i].x == first ? limit[i] : make_int2(0, 0);
       }
-      attend_keys<T, kHeadDim, true>(
+      attend_keys<T, kHeadDim, kKeys, true>(
           context, sum, q, keys, values, unit0, alone, first, last, [](int) { return true; },
           scale_log2);
 #pragma unroll
@@ -690,8 +728,9 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
   }
 }
 
-// Attention of `rows` queries over the heads of `chunks` chunks; units of work go round the warps.
-template <typename T>
+// Attention of `rows` queries over the heads of `chunks` chunks, kKeys keys at a time; units of
+// work go round the warps.
+template <typename T, int kKeys>
 __device__ __forceinline__ void attend_all(uint32_t queries, int query_stride, uint32_t keys,
                                            uint32_t values, int key_stride, int rows, int chunks,
                                            int head_dim, const int2* bounds, int2 range,
@@ -704,22 +743,22 @@ __device__ __forceinline__ void attend_all(uint32_t queries, int query_stride, u
     const uint32_t q = queries + chunk * query_stride;
     const uint32_t k = keys + chunk * key_stride, v = values + chunk * key_stride;
     if (head_dim == 64) {
-      attend<T, 64>(q, k, v, row0, 0, bounds, range.x, range.y, scale_log2);
+      attend<T, 64, kKeys>(q, k, v, row0, 0, bounds, range.x, range.y, scale_log2);
     } else {
-      attend<T, 32>(q, k, v, row0, head % 2 * 4, bounds, range.x, range.y, scale_log2);
+      attend<T, 32, kKeys>(q, k, v, row0, head % 2 * 4, bounds, range.x, range.y, scale_log2);
     }
   }
 }
 
 // ---- kernels -----------------------------------------------------------------------------------
 
-// Grid (split, column tiles, row tiles), clusters of `split`.
+// Grid (split, column tiles, row tiles), clusters of `split` or of `shared_by` column tiles.
 template <typename T, int kKind, int kRows, int kColumns, int kGroupsM, int kGroupsN, int kStep>
 __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
     small_gemm_kernel(const __grid_constant__ GemmParams p) {
   constexpr int kThreads = 128 * kGroupsM * kGroupsN;
   constexpr int kGroupColumns = kColumns / kGroupsN;
-  constexpr int kPitch = kColumns + 8;  // floats; 8 or 24 mod 32 keeps the stores off one bank
+  constexpr int kPitch = pitch(kColumns);
   constexpr bool kEndsBranch = kKind == kResidual || kKind == kAttention;
   static_assert(kRows == 64 * kGroupsM && kGroupColumns % kStep == 0);
 
@@ -731,7 +770,6 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
   const int rank = blockIdx.x, column0 = blockIdx.y * kColumns, token0 = blockIdx.z * kRows;
   const int chunk0 = rank * (p.k / kChunk) / p.split;
   const int chunks = (rank + 1) * (p.k / kChunk) / p.split - chunk0;
-  const int filled = min(p.stages, chunks);
   const int columns = min(kColumns, p.n - column0), rows = min(kRows, p.tokens - token0);
   const int share = (rows + p.split - 1) / p.split;
   const int first = rank * share, end = min(first + share, rows);  // rows this block finishes
@@ -739,19 +777,44 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
             group_column = warp / 4 % kGroupsN * kGroupColumns;
   const int warp_row = group_row + warp % 4 * 16;
 
-  const T* const weight =
-      static_cast<const T*>(p.weight) + static_cast<size_t>(column0) * p.k + chunk0 * kChunk;
-  const T* const input = static_cast<const T*>(p.input) +
-                         static_cast<size_t>(token0) * (kKind == kAttention ? 3 * p.k : p.k) +
-                         chunk0 * kChunk;
+  const uint32_t sums_sent = base + at.barrier, affine_sent = sums_sent + 8;
+  const uint32_t weights_here = affine_sent + 8, inputs_here = weights_here + 8;
+  const int stride = p.held_rows * kChunkBytes;  // of the input's stages
 
   if (p.far_ahead) dependents_may_start();
 
   // ---- what no predecessor writes ----
+  if (tid == 0) {
+    prefetch_map(&p.weight_map);
+    if (kKind != kAttention) prefetch_map(&p.input_map);
+    for (int i = 0; i < 3 + p.stages; ++i) barrier_init(sums_sent + 8 * i);
+    for (int i = 0; i < p.stages; ++i) {
+      asm volatile("st.shared.u32 [%0], 0;" ::"r"(base + at.released + 4 * i) : "memory");
+    }
+    barriers_initialised();
+    expect_bytes(weights_here, chunks * kColumns * kChunkBytes);
 #pragma unroll 1
-  for (int s = 0; s < filled; ++s) {
-    copy_tile<T, kColumns, kThreads>(base + at.weight + s * kColumns * kChunkBytes,
-                                     weight + s * kChunk, p.k, columns);
+    for (int c = 0; c < chunks; ++c) {
+      copy_box(base + at.weight + c * kColumns * kChunkBytes, &p.weight_map, (chunk0 + c) * kChunk,
+               column0, weights_here);
+    }
+    if (p.split > 1) {
+      expect_bytes(sums_sent, (p.split - 1) * max(end - first, 0) * kPitch * 4);
+      if (!kEndsBranch && p.moments != nullptr) {
+        expect_bytes(affine_sent, p.split * 2 * kColumns * 4);
+      }
+    }
+  }
+  if (tid == 32 && p.prefetch != nullptr) {
+    const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
+    const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    const unsigned size = round_up((p.prefetch_bytes + blocks - 1) / blocks, 128);
+    if (block * size < p.prefetch_bytes) {
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
+                       static_cast<const unsigned char*>(p.prefetch) + block * size),
+                   "r"(min(size, p.prefetch_bytes - block * size))
+                   : "memory");
+    }
   }
   for (int v = tid; v < columns / 8; v += kThreads) {
     copy16(base + at.bias + v * 16, static_cast<const T*>(p.bias) + column0 + v * 8, true);
@@ -769,23 +832,17 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
     }
   }
   commit();
-  int committed = 1;
-  if (p.split > 1 && tid == 0) {
-    expect_bytes(base + at.barrier, p.split * max(end - first, 0) * kColumns * 4);
-    if (!kEndsBranch && p.moments != nullptr) {
-      expect_bytes(base + at.barrier + 8, p.split * 2 * kColumns * 4);
-    }
-  }
-  if (p.split > 1) cluster_arrive();  // a block must be running before others write to it
+  __syncthreads();
+  const bool cluster = p.split > 1 || p.shared_by > 1;
+  if (cluster) cluster_arrive();  // a block must be running before others write to it
 
-  uint32_t owner[2], owner_barrier[2];  // where partial sums of this thread's two rows go
+  uint32_t sums_of[2];  // where this thread's two rows go: what this block finishes, to its place
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = min(warp_row + half * 8 + lane / 4, rows - 1);
-    owner[half] = address_in_rank(
-        base + at.sums + ((rank * share + row % share) * kPitch + group_column + lane % 4 * 2) * 4,
-        row / share);
-    owner_barrier[half] = address_in_rank(base + at.barrier, row / share);
+    const int row = warp_row + half * 8 + lane / 4;
+    sums_of[half] = base + (group_column + lane % 4 * 2) * 4 +
+                    (row >= first && row < end ? at.sums + (rank * share + row - first) * kPitch * 4
+                                               : at.weight + row * kPitch * 4);
   }
 
   int2* const bounds = reinterpret_cast<int2*>(shared + at.bounds);
@@ -800,11 +857,12 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
   }
   float* const affine = reinterpret_cast<float*>(shared + at.affine);  // W gamma, W beta + bias
   if constexpr (kEndsBranch) {
-    if (p.split > 1) cluster_wait();
+    if (cluster) cluster_wait();
   } else {
     wait_copies<0>();
     __syncthreads();
-    if (p.split > 1) cluster_wait();
+    wait_for_bytes(weights_here);
+    if (cluster) cluster_wait();
     for (int tile = warp; p.moments != nullptr && tile < kColumns / 8; tile += kThreads / 32) {
       float sum[4] = {};
 #pragma unroll 1
@@ -828,17 +886,16 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
       if (lane < 8) {
         const uint32_t to = base + at.affine_parts +
                             ((rank * 2 + lane / 4) * kColumns + tile * 8 + lane % 4 * 2) * 4;
-        if (p.split == 1) store_in_rank(address_in_rank(to, 0), sum[0], sum[1]);
+        if (p.split == 1) store_pair(to, sum[0], sum[1]);
         for (int s = 0; p.split > 1 && s < p.split; ++s) {
-          send_to_rank(address_in_rank(to, s), address_in_rank(base + at.barrier + 8, s), sum[0],
-                       sum[1]);
+          send_to_rank(address_in_rank(to, s), address_in_rank(affine_sent, s), sum[0], sum[1]);
         }
       }
     }
     if (p.split == 1) {
       __syncthreads();
     } else if (p.moments != nullptr) {
-      wait_for_bytes(base + at.barrier + 8);
+      wait_for_bytes(affine_sent);
     }
     const float* const parts = reinterpret_cast<const float*>(shared + at.affine_parts);
     for (int i = tid; i < 2 * kColumns; i += kThreads) {
@@ -855,15 +912,32 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
   // ---- what predecessors write ----
   wait_for_predecessors();
 
+  const auto request = [&](int chunk, int stage) {
+    const uint32_t barrier = inputs_here + 8 * stage;
+    const int column = (chunk0 + chunk) * kChunk;
+    expect_bytes(barrier, stride);
+    if (p.shared_by == 1) {
+      copy_box(base + at.input + stage * stride, &p.input_map, column, token0, barrier);
+    } else {
+      const int mine = blockIdx.y % p.shared_by, part = p.held_rows / p.shared_by;
+      copy_box_to_all(base + at.input + stage * stride + mine * part * kChunkBytes, &p.input_map,
+                      column, token0 + mine * part, barrier, (1 << p.shared_by) - 1);
+    }
+  };
+  if (kKind != kAttention && tid == 0) {
+#pragma unroll 1
+    for (int s = 0; s < min(p.stages, chunks); ++s) request(s, s);
+  }
   const int count = range.y - range.x, key_stride = p.key_capacity * kChunkBytes;
   const uint32_t keys = base + at.keys, values = keys + chunks * key_stride;
   if constexpr (kKind == kAttention) {
-    const T* const all_keys = static_cast<const T*>(p.input) +
-                              static_cast<size_t>(range.x) * 3 * p.k + p.k + chunk0 * kChunk;
+    const T* const input = static_cast<const T*>(p.input) + chunk0 * kChunk;
+    const T* const queries = input + static_cast<size_t>(token0) * 3 * p.k;
+    const T* const all_keys = input + static_cast<size_t>(range.x) * 3 * p.k + p.k;
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c) {
-      copy_tile<T, kRows, kThreads>(base + at.input + c * kRows * kChunkBytes, input + c * kChunk,
-                                    3 * p.k, rows);
+      copy_tile<T, kRows, kThreads>(base + at.input + c * stride, queries + c * kChunk, 3 * p.k,
+                                    rows);
       copy_rows<T>(keys + c * key_stride, all_keys + c * kChunk, 3 * p.k, round_up(count, 32),
                    count);
       copy_rows<T>(values + c * key_stride, all_keys + p.k + c * kChunk, 3 * p.k,
@@ -888,63 +962,25 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
       }
     }
   }
-  const bool ring = kKind == kResidual && chunks > p.stages;
-  // When all of K fits, two waits are enough; in a ring every step has its own.
-  const int half = (chunks + 1) / 2;
+  commit();
+  if (!p.far_ahead) dependents_may_start();
   if constexpr (kKind == kAttention) {
-    commit();
     wait_copies<0>();
     __syncthreads();
-    attend_all<T>(base + at.input, kRows * kChunkBytes, keys, values, key_stride, rows, chunks,
-                  p.head_dim, bounds, range, p.scale_log2);
-    publish_to_matrix_unit();
+    attend_all<T, 32>(base + at.input, stride, keys, values, key_stride, rows, chunks, p.head_dim,
+                      bounds, range, p.scale_log2);
+    publish_to_engines();
     __syncthreads();
-  } else {
-#pragma unroll 1
-    for (int s = 0; s < filled; ++s) {
-      copy_tile<T, kRows, kThreads>(base + at.input + s * kRows * kChunkBytes, input + s * kChunk,
-                                    p.k, rows);
-      if (ring || s == half - 1) {
-        commit();
-        ++committed;
-      }
-    }
-    if (!ring) commit();
   }
 
-  if (!p.far_ahead) dependents_may_start();
-
   float product[kGroupColumns / 8][4] = {};
+  if (kEndsBranch) wait_for_bytes(weights_here);
 #pragma unroll 1
-  for (int c = 0, stage = 0; c < chunks; ++c) {
-    if constexpr (kKind != kAttention) {
-      const int next = c - 1 + p.stages;  // into the stage that chunk c - 1 leaves
-      const bool refill = ring && c > 0 && next < chunks;
-      if (ring || c == 0 || c == half) {
-        if (ring) {
-          wait_copies_but(committed - (c + 2));
-        } else if (c == 0) {
-          wait_copies<1>();
-        } else {
-          wait_copies<0>();
-        }
-        publish_to_matrix_unit();
-        if (refill) matrix_wait();
-        __syncthreads();
-      }
-      if (refill) {
-        const int free = stage == 0 ? p.stages - 1 : stage - 1;
-        copy_tile<T, kColumns, kThreads>(base + at.weight + free * kColumns * kChunkBytes,
-                                         weight + next * kChunk, p.k, columns);
-        copy_tile<T, kRows, kThreads>(base + at.input + free * kRows * kChunkBytes,
-                                      input + next * kChunk, p.k, rows);
-        commit();
-        ++committed;
-      }
-    }
-    const uint64_t a = tile_descriptor(base + at.input + (stage * kRows + group_row) * kChunkBytes);
+  for (int c = 0, stage = 0, parity = 0; c < chunks; ++c) {
+    if (kKind != kAttention) wait_for_bytes(inputs_here + 8 * stage, parity);
+    const uint64_t a = tile_descriptor(base + at.input + stage * stride + group_row * kChunkBytes);
     const uint64_t b =
-        tile_descriptor(base + at.weight + (stage * kColumns + group_column) * kChunkBytes);
+        tile_descriptor(base + at.weight + (c * kColumns + group_column) * kChunkBytes);
     matrix_begin();
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
@@ -955,58 +991,71 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
       }
     }
     matrix_commit();
-    stage = stage + 1 == p.stages ? 0 : stage + 1;
+    const int next = c - 1 + p.stages;  // into the stage that chunk c - 1 leaves
+    if (kKind != kAttention && c > 0 && next < chunks) {
+      matrix_wait<1>();
+      // The last warp done with a stage asks for its next contents.
+      const int free = stage == 0 ? p.stages - 1 : stage - 1;
+      if (lane == 0 &&
+          count_up(base + at.released + 4 * free) % (kThreads / 32) == kThreads / 32 - 1) {
+        request(next, free);
+      }
+    }
+    if (++stage == p.stages) stage = 0, parity ^= 1;
   }
-  matrix_wait();
+  matrix_wait<0>();
 
   // ---- each row's partial sums to the block that finishes it ----
+  if (p.split > 1) __syncthreads();  // weights and inputs are overwritten
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (warp_row + half * 8 + lane / 4 < rows) {
 #pragma unroll
       for (int j = 0; j < kGroupColumns / 8; ++j) {
-        const float x = product[j][2 * half], y = product[j][2 * half + 1];
-        if (p.split > 1) {
-          send_to_rank(owner[half] + j * 32, owner_barrier[half], x, y);
-        } else {  // the counted store is an illegal instruction outside a cluster
-          store_in_rank(owner[half] + j * 32, x, y);
-        }
+        store_pair(sums_of[half] + j * 32, product[j][2 * half], product[j][2 * half + 1]);
       }
     }
   }
+  wait_copies<0>();
+  if (p.split > 1) publish_to_engines();
+  __syncthreads();
+  if (tid < p.split && tid != rank) {
+    const int count = min(share, rows - tid * share);
+    if (count > 0) {
+      copy_to_rank(address_in_rank(base + at.sums + rank * share * kPitch * 4, tid),
+                   base + at.weight + tid * share * kPitch * 4, count * kPitch * 4,
+                   address_in_rank(sums_sent, tid));
+    }
+  }
 
-  // 16 lanes a row, four columns each.
-  constexpr int kSteps = (kColumns + 63) / 64;
-  const int lane16 = tid % 16;
+  // Four columns a lane.
+  constexpr int kLanes = kColumns <= 32 ? 8 : kColumns <= 64 ? 16 : 32;
+  constexpr int kWidth = 4 * kLanes, kSteps = (kColumns + kWidth - 1) / kWidth;
+  const int row_lane = tid % kLanes;
   const auto row_norm = [&](int row) {
     if (p.moments == nullptr) return make_float2(0.f, 1.f);
     const float2* const from = reinterpret_cast<const float2*>(shared + at.moments) +
                                (min(row, first + share - 1) - first) * moments_stride;
-    return combine_moments<16>(from, p.parts, p.part_width, p.width, p.eps);
+    return combine_moments<kLanes>(from, p.parts, p.part_width, p.width, p.eps);
   };
-  constexpr int kPass = kThreads / 16;
-  float2 norm = row_norm(first + tid / 16);
-  float2 next_norm = share > kPass ? row_norm(first + kPass + tid / 16) : norm;
-  if (p.split == 1) {
-    __syncthreads();
-  } else if (end > first) {
-    wait_for_bytes(base + at.barrier);
-  }
+  constexpr int kPass = kThreads / kLanes;
+  float2 norm = row_norm(first + tid / kLanes);
+  float2 next_norm = share > kPass ? row_norm(first + kPass + tid / kLanes) : norm;
+  if (p.split > 1 && end > first) wait_for_bytes(sums_sent);
+  if (p.split > 1) cluster_arrive();  // what others sent has arrived
   const float* const sums = reinterpret_cast<const float*>(shared + at.sums);
 #pragma unroll 1
   for (int row0 = first; row0 < end; row0 += kPass) {
-    const int row = row0 + tid / 16;
+    const int row = row0 + tid / kLanes;
     if (row0 == first + kPass) norm = next_norm;
     if (row0 > first + kPass) norm = row_norm(row);
-    float value[kSteps][4];
-    float total = 0.f;
+    float value[kSteps][4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int column = step * 64 + lane16 * 4;
+      const int column = step * kWidth + row_lane * 4;
       if (row >= end || column >= columns) continue;
       const float* const from = sums + (row - first) * kPitch + column;
       float* const x = value[step];
-      x[0] = x[1] = x[2] = x[3] = 0.f;
 #pragma unroll
       for (int s0 = 0; s0 < kMaxSplit; s0 += 4) {
         if (s0 >= p.split) break;
@@ -1063,38 +1112,42 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
       if constexpr (kEndsBranch) {  // moments of what readers will see
         const float2 low = Pair<T>::unpack(packed.x), high = Pair<T>::unpack(packed.y);
         x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
-        total += (x[0] + x[1]) + (x[2] + x[3]);
       }
     }
     if constexpr (kEndsBranch) {
-      const float mean = lane_sum<16>(total) / columns;
-      float squares = 0.f;
+      // About the row's first value, so that both sums can be taken at once.
+      const float pivot = __shfl_sync(0xffffffffu, value[0][0], 0, kLanes);
+      float total = 0.f, squares = 0.f;
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        if (row >= end || step * 64 + lane16 * 4 >= columns) continue;
+        if (row >= end || step * kWidth + row_lane * 4 >= columns) continue;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float d = value[step][e] - mean;
+          const float d = value[step][e] - pivot;
+          total += d;
           squares += d * d;
         }
       }
-      squares = lane_sum<16>(squares);
-      if (lane16 == 0 && row < end) {
+      total = lane_sum<kLanes>(total);
+      squares = lane_sum<kLanes>(squares);
+      const float shift = total / columns;
+      if (row_lane == 0 && row < end) {
         const int stride = round_up(gridDim.y, 2);
         float2* const to = p.moments_out + static_cast<size_t>(token0 + row) * stride + blockIdx.y;
-        to[0] = make_float2(mean, squares);
+        to[0] = make_float2(pivot + shift, fmaxf(squares - total * shift, 0.f));
         // Rows are copied in units of two.
         if (blockIdx.y == gridDim.y - 1 && blockIdx.y % 2 == 0) to[1] = make_float2(0.f, 0.f);
       }
     }
   }
+  if (p.split > 1) cluster_wait();  // shared memory is read until then
 }
 
-// Grid (hidden / 64, tiles of 64 queries), 128 threads.
+// Grid (hidden / 64, tiles of kAttentionRows queries).
 template <typename T>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(kAttentionThreads)
     small_attention_kernel(const __grid_constant__ AttentionParams p) {
-  constexpr int kRows = 64;
+  constexpr int kRows = kAttentionRows;
   extern __shared__ __align__(1024) unsigned char shared[];
   int2* const bounds = reinterpret_cast<int2*>(shared);
   int* const sequences = reinterpret_cast<int*>(shared + kRows * 8);
@@ -1115,13 +1168,15 @@ __global__ void __launch_bounds__(128)
   const T* const qkv = static_cast<const T*>(p.qkv) + blockIdx.x * kChunk;
 
   wait_for_predecessors();
-  copy_tile<T, kRows, 128>(queries, qkv + token0 * stride, 3 * p.hidden, rows);
-  copy_rows<T>(keys, qkv + range.x * stride + p.hidden, stride, round_up(count, 32), count);
-  copy_rows<T>(values, qkv + range.x * stride + 2 * p.hidden, stride, round_up(count, 32), count);
+  copy_tile<T, kRows, kAttentionThreads>(queries, qkv + token0 * stride, 3 * p.hidden, rows);
+  const int filled = round_up(count, kAttentionKeys);
+  copy_rows<T>(keys, qkv + range.x * stride + p.hidden, stride, filled, count);
+  copy_rows<T>(values, qkv + range.x * stride + 2 * p.hidden, stride, filled, count);
   commit();
   wait_copies<0>();
   __syncthreads();
-  attend_all<T>(queries, 0, keys, values, 0, rows, 1, p.head_dim, bounds, range, p.scale_log2);
+  attend_all<T, kAttentionKeys>(queries, 0, keys, values, 0, rows, 1, p.head_dim, bounds, range,
+                                p.scale_log2);
   __syncthreads();
   const unsigned char* const context = shared + (queries - shared_address(shared));
   for (int v = threadIdx.x; v < rows * 8; v += blockDim.x) {
