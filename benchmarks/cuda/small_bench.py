@@ -17,14 +17,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-BASE, LARGE = (12, 768, 3072, 12), (24, 1024, 4096, 16)
+BASE, LARGE, MINI = (12, 768, 3072, 12), (24, 1024, 4096, 16), (6, 384, 1536, 12)
 WORKLOADS: dict[str, tuple[tuple[int, int, int, int], list[int]]] = {
     "base fixed b1 s32": (BASE, [32]),
     "base fixed b1 s64": (BASE, [64]),
+    "base fixed b1 s96": (BASE, [96]),
     "base fixed b1 s128": (BASE, [128]),
     "base fixed b2 s128": (BASE, [128, 128]),
     "base fixed b1 s384": (BASE, [384]),
     "large fixed b1 s128": (LARGE, [128]),
+    "mini fixed b1 s32": (MINI, [32]),
+    "mini fixed b1 s64": (MINI, [64]),
     "base ragged b16 s64": (BASE, []),
     "base fixed b8 s128": (BASE, [128] * 8),
 }
@@ -39,10 +42,8 @@ TILES = [
     (128, 64),
     (128, 96),
     (128, 128),
-    (64, 24),
 ]
-# Per GEMM tile, split, stages and shared_by; then fuse_attention, far_ahead, prefetch.
-PLAN = 19
+PLAN = 15  # per GEMM tile, split, stages; then fuse_attention, far_ahead, prefetch
 
 
 def ragged(batch: int, longest: int, total: int) -> list[int]:
@@ -190,13 +191,9 @@ class Model:
                 steps = -(-k // 64 // split)
                 if not 60 <= blocks * split <= 400 or (rows > 64 and rows >= 2 * self.tokens):
                     continue
-                for stages in {min(steps, 12), min(steps, 8), min(steps, 4)}:
+                for stages in {min(steps, 12), min(steps, 6), min(steps, 3)}:
                     if stages == steps or not (which == 1 and fused):
-                        found.append([tile, split, stages, 1])
-                if split == 1 and steps <= 16 and not (which == 1 and fused):
-                    found += [
-                        [tile, 1, steps, share] for share in (2, 4) if -(-n // columns) % share == 0
-                    ]
+                        found.append([tile, split, stages])
         return found
 
     def tune(self, plan: list[int], seconds: float) -> tuple[list[int], float]:
@@ -207,12 +204,12 @@ class Model:
             return min(times)[1] if times else plan
 
         def flagged(plan: list[int]) -> list[int]:
-            return least([[*plan[:17], far, fetch] for far in (0, 1) for fetch in (0, 1)])
+            return least([[*plan[:13], far, fetch] for far in (0, 1) for fetch in (0, 1)])
 
         starts = [flagged(plan)]
         if self.tokens > 64:  # the other place for attention
-            fused = 1 - plan[16]
-            rest = starts[0][:4], starts[0][8:16], starts[0][17:]
+            fused = 1 - plan[12]
+            rest = starts[0][:3], starts[0][6:12], starts[0][13:]
             starts.append(
                 least(
                     [
@@ -227,8 +224,8 @@ class Model:
             for _ in range(3):
                 before = best
                 for which in (3, 2, 0, 1):
-                    for c in self.candidates(which, bool(plan[16])):
-                        trial = [*plan[: 4 * which], *c, *plan[4 * which + 4 :]]
+                    for c in self.candidates(which, bool(plan[12])):
+                        trial = [*plan[: 3 * which], *c, *plan[3 * which + 3 :]]
                         ms = self.time(trial, 12)
                         if 0 < ms < best:
                             best, plan = ms, trial

@@ -37,14 +37,11 @@ struct SmallWeights {
 };
 
 // How one GEMM [tokens,K] x [N,K]^T is cut: a tile of the table in small_kernels.cuh, the number of
-// blocks of a cluster that share K, the 64-wide steps of input kept in shared memory, and the
-// number of neighbouring column tiles that fetch the input together. Clusters are of one kind:
-// split or shared_by is 1, and tiles are shared only where shared memory holds all of K.
+// blocks of a cluster that share K, and the 64-wide steps of input kept in shared memory.
 struct SmallGemmPlan {
   int tile;
   int split;
   int stages;
-  int shared_by;
 };
 
 struct SmallPlan {

@@ -68,10 +68,8 @@ GemmParams gemm_params(const SmallShape& s, Kind kind, const SmallGemmPlan& plan
   p.width = s.hidden;
   p.parts = kMaxParts;  // until the producer is known
   p.split = plan.split;
-  p.shared_by = plan.shared_by;
   p.stages = std::min(plan.stages, chunks);
-  p.held_rows =
-      std::min(kTileTable[plan.tile].rows, round_up(s.tokens, std::max(16, 8 * plan.shared_by)));
+  p.held_rows = std::min(kTileTable[plan.tile].rows, round_up(s.tokens, 16));
   if (kind == kAttention) {
     p.key_capacity = key_capacity(s, kTileTable[plan.tile].rows);
     p.head_dim = s.hidden / s.heads;
@@ -96,7 +94,7 @@ int attention_shared(const SmallShape& s) {
 
 bool gemm_plan_fits(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n, int k) {
   if (plan.tile < 0 || plan.tile >= kTiles || plan.split < 1 || plan.split > kMaxSplit ||
-      plan.split > k / kChunk || plan.shared_by < 1 || plan.shared_by > kMaxSplit) {
+      plan.split > k / kChunk) {
     return false;
   }
   const int chunks = ceil_div(k / kChunk, plan.split);
@@ -104,11 +102,6 @@ bool gemm_plan_fits(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, i
   const bool all = plan.stages >= chunks;
   if (std::min(plan.stages, chunks) > kMaxStages || (!all && plan.stages < 2)) return false;
   if (kind == kAttention && !all) return false;
-  if (plan.shared_by > 1 &&
-      (plan.split > 1 || !all || tiles % plan.shared_by != 0 || kind == kAttention ||
-       kTileTable[plan.tile].rows % (8 * plan.shared_by) != 0)) {
-    return false;
-  }
   const bool ends_branch = kind == kAttention || kind == kResidual;
   if (ends_branch && tiles > kMaxParts) return false;
   return gemm_shared(s, kind, plan, n, k) <= kSharedLimit;
@@ -142,7 +135,7 @@ bool choose(const SmallShape& s, Kind kind, int n, int k, SmallGemmPlan* best, d
     for (int split = 1; split <= std::min(kMaxSplit, k / kChunk); ++split) {
       const int steps = ceil_div(k / kChunk, split);
       for (int stages = std::min(steps, 6); stages >= 2 || stages == steps; --stages) {
-        const SmallGemmPlan plan = {tile, split, stages, 1};
+        const SmallGemmPlan plan = {tile, split, stages};
         if (gemm_plan_fits(s, kind, plan, n, k)) {
           const double time = estimate(s, kind, plan, n, k);
           if (!found || time < *cost) {
@@ -209,15 +202,15 @@ struct Chain {
   bool started = false;
 
   cudaError_t launch(const void* function, std::atomic<uint64_t>& allowed, dim3 grid, int threads,
-                     int shared, dim3 cluster, void* params) {
+                     int shared, int cluster, void* params) {
     const cudaError_t error = allow_shared(function, allowed);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attributes[2];
     int count = 0;
-    if (cluster.x * cluster.y > 1) {
+    if (cluster > 1) {
       attributes[count].id = cudaLaunchAttributeClusterDimension;
-      attributes[count].val.clusterDim.x = cluster.x;
-      attributes[count].val.clusterDim.y = cluster.y;
+      attributes[count].val.clusterDim.x = cluster;
+      attributes[count].val.clusterDim.y = 1;
       attributes[count].val.clusterDim.z = 1;
       ++count;
     }
@@ -268,28 +261,27 @@ struct Chain {
     static std::atomic<uint64_t> allowed[2][kKinds][kTiles];
     const Tile& tile = kTileTable[cut.tile];
     if (!map_matrix(&p.weight_map, p.weight, p.n, p.k, tile.columns)) return cudaErrorNotSupported;
-    if (kind != kAttention &&
-        !map_matrix(&p.input_map, p.input, p.tokens, p.k, p.held_rows / p.shared_by)) {
+    if (kind != kAttention && !map_matrix(&p.input_map, p.input, p.tokens, p.k, p.held_rows)) {
       return cudaErrorNotSupported;
     }
     const GemmLayout layout(kind, tile.rows, tile.columns, p);
     return launch(functions.gemm[kind][cut.tile],
                   allowed[shape.dtype == DType::kBFloat16][kind][cut.tile],
                   dim3(cut.split, ceil_div(p.n, tile.columns), ceil_div(p.tokens, tile.rows)),
-                  tile.threads, layout.total, dim3(cut.split, cut.shared_by), &p);
+                  tile.threads, layout.total, cut.split, &p);
   }
 
   cudaError_t attention(AttentionParams& p, int shared) {
     static std::atomic<uint64_t> allowed[2];
     return launch(functions.attention, allowed[shape.dtype == DType::kBFloat16],
                   dim3(p.hidden / kChunk, ceil_div(p.tokens, kAttentionRows)), kAttentionThreads,
-                  shared, dim3(), &p);
+                  shared, 1, &p);
   }
 
   cudaError_t norm(NormParams& p) {
     static std::atomic<uint64_t> allowed[2];
     return launch(functions.norm, allowed[shape.dtype == DType::kBFloat16],
-                  dim3(ceil_div(p.tokens, 4)), 128, 0, dim3(), &p);
+                  dim3(ceil_div(p.tokens, 4)), 128, 0, 1, &p);
   }
 };
 
@@ -317,10 +309,10 @@ struct Measured {
   SmallPlan plan;
 };
 constexpr Measured kMeasured[] = {
-    {768, 3072, 32, {{0, 4, 3, 1}, {3, 8, 2, 1}, {0, 3, 4, 1}, {3, 8, 6, 1}, true, false, true}},
-    {768, 3072, 64, {{0, 3, 3, 1}, {3, 8, 2, 1}, {2, 2, 6, 1}, {1, 8, 6, 1}, true, false, true}},
-    {384, 1536, 32, {{2, 3, 2, 1}, {1, 6, 1, 1}, {3, 4, 2, 1}, {1, 6, 4, 1}, true, false, false}},
-    {384, 1536, 64, {{2, 4, 2, 1}, {0, 6, 1, 1}, {0, 4, 2, 1}, {0, 4, 6, 1}, true, false, true}},
+    {768, 3072, 32, {{0, 4, 3}, {3, 8, 2}, {0, 3, 4}, {3, 8, 6}, true, false, true}},
+    {768, 3072, 64, {{0, 3, 3}, {3, 8, 2}, {2, 2, 6}, {1, 8, 6}, true, false, true}},
+    {384, 1536, 32, {{2, 3, 2}, {1, 6, 1}, {3, 4, 2}, {1, 6, 4}, true, false, false}},
+    {384, 1536, 64, {{2, 4, 2}, {0, 6, 1}, {0, 4, 2}, {0, 4, 6}, true, false, true}},
 };
 
 }  // namespace

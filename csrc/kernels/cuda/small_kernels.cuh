@@ -2,12 +2,11 @@
 // programmatic dependent launch: it starts while its predecessors run, pulls its share of the
 // weights into shared memory, and only then waits for the activations.
 //
-// A GEMM is cut into rows of tokens and columns of the weight, and its blocks form clusters in one
-// of two ways. Either they share K: each sends its fp32 partial sums of a row, by one bulk copy a
-// block, to the block of the cluster that finishes the row, which adds them in rank order, so
-// results do not change from run to run. Or they are neighbours along the columns and share the
-// input: each fetches a part of every tile for all of them. Weights and inputs come by bulk tensor
-// copies.
+// A GEMM is cut three ways: rows of tokens, columns of the weight, and K over the blocks of a
+// cluster, so that at 32 tokens all multiprocessors read weights at once. Each block sends its fp32
+// partial sums of a row, by one bulk copy a block, to the block of the cluster that finishes the
+// row, which adds them in rank order, so results do not change from run to run. Weights and inputs
+// come by bulk tensor copies.
 //
 // Layer norm has no kernel of its own. The GEMM that ends a residual branch stores the raw sum x,
 // x * gamma, and for each row and column tile mean and sum of squared deviations. Readers combine
@@ -49,24 +48,23 @@ enum Kind {
 };
 
 // index, rows of tokens, columns, warpgroups along each, columns of one matrix instruction
-#define FT_SMALL_TILES(X)  \
-  X(0, 64, 32, 1, 1, 32)   \
-  X(1, 64, 48, 1, 1, 48)   \
-  X(2, 64, 64, 1, 2, 32)   \
-  X(3, 64, 96, 1, 2, 48)   \
-  X(4, 64, 144, 1, 3, 48)  \
-  X(5, 64, 192, 1, 2, 48)  \
-  X(6, 128, 48, 2, 1, 48)  \
-  X(7, 128, 64, 2, 1, 32)  \
-  X(8, 128, 96, 2, 1, 48)  \
-  X(9, 128, 128, 2, 1, 32) \
-  X(10, 64, 24, 1, 1, 24)
+#define FT_SMALL_TILES(X) \
+  X(0, 64, 32, 1, 1, 32)  \
+  X(1, 64, 48, 1, 1, 48)  \
+  X(2, 64, 64, 1, 2, 32)  \
+  X(3, 64, 96, 1, 2, 48)  \
+  X(4, 64, 144, 1, 3, 48) \
+  X(5, 64, 192, 1, 2, 48) \
+  X(6, 128, 48, 2, 1, 48) \
+  X(7, 128, 64, 2, 1, 32) \
+  X(8, 128, 96, 2, 1, 48) \
+  X(9, 128, 128, 2, 1, 32)
 
-constexpr int kTiles = 11;
+constexpr int kTiles = 10;
 
 struct GemmParams {
   CUtensorMap weight_map;  // of weight, boxes of a chunk by a tile's columns
-  CUtensorMap input_map;   // of input, boxes of a chunk by held_rows / shared_by rows
+  CUtensorMap input_map;   // of input, boxes of a chunk by held_rows
   const void* input;       // [tokens, k]; kAttention: qkv [tokens, 3k]
   const void* weight;      // [n, k]
   const void* bias;        // [n]
@@ -81,7 +79,7 @@ struct GemmParams {
   const int* cu_seqlens;   // [batch + 1]
   int tokens, n, k, batch;
   int parts, part_width, width;  // of moments
-  int split, shared_by, stages;
+  int split, stages;
   int held_rows;     // of a tile's rows, those that are copied; what follows is never used
   int key_capacity;  // rows of K and V held in shared memory, a multiple of 32
   int head_dim;
@@ -112,9 +110,7 @@ struct NormParams {
 __host__ __device__ constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
 
 // Floats from one row of partial sums to the next: 8 or 24 mod 32 keeps stores off one bank.
-__host__ __device__ constexpr int pitch(int columns) {
-  return columns + (columns % 32 == 24 ? 16 : 8);
-}
+__host__ __device__ constexpr int pitch(int columns) { return columns + 8; }
 
 // Byte offsets in dynamic shared memory.
 struct GemmLayout {
@@ -240,11 +236,6 @@ __device__ __forceinline__ void matrix_wait() {
 }
 
 #define FT_ACC4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define FT_WGMMA_24(type)                                                                      \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n24k16.f32." type "." type                     \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}, %12, %13, 1, 1, 1, 0, 0;" \
-               : FT_ACC4(0), FT_ACC4(1), FT_ACC4(2)                                            \
-               : "l"(a), "l"(b))
 #define FT_WGMMA_32(type)                                                       \
   asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type      \
                " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, " \
@@ -261,19 +252,16 @@ __device__ __forceinline__ void matrix_wait() {
 // d += A [64,16] B [kColumns,16]^T by a warpgroup, asynchronously.
 template <typename T, int kColumns>
 __device__ __forceinline__ void multiply_tile(float (*d)[4], uint64_t a, uint64_t b) {
-  static_assert(kColumns == 24 || kColumns == 32 || kColumns == 48);
+  static_assert(kColumns == 32 || kColumns == 48);
   if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kColumns == 24) FT_WGMMA_24("f16");
     if constexpr (kColumns == 32) FT_WGMMA_32("f16");
     if constexpr (kColumns == 48) FT_WGMMA_48("f16");
   } else {
-    if constexpr (kColumns == 24) FT_WGMMA_24("bf16");
     if constexpr (kColumns == 32) FT_WGMMA_32("bf16");
     if constexpr (kColumns == 48) FT_WGMMA_48("bf16");
   }
 }
 #undef FT_ACC4
-#undef FT_WGMMA_24
 #undef FT_WGMMA_32
 #undef FT_WGMMA_48
 
@@ -341,16 +329,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       "l"(map), "r"(barrier), "r"(column), "r"(row)
       : "memory");
 }
-// The same to the same place in every block of `blocks`, a bit each, counted by each one's barrier.
-__device__ __forceinline__ void copy_box_to_all(uint32_t to, const CUtensorMap* map, int column,
-                                                int row, uint32_t barrier, int blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(static_cast<uint16_t>(blocks))
-      : "memory");
-}
-
 // Shared memory of this block to that of another one of the cluster, counted by its barrier: a
 // thread's own counted stores leave one by one, eight bytes a cycle.
 __device__ __forceinline__ void copy_to_rank(uint32_t remote, uint32_t from, int bytes,
@@ -752,7 +730,7 @@ __device__ __forceinline__ void attend_all(uint32_t queries, int query_stride, u
 
 // ---- kernels -----------------------------------------------------------------------------------
 
-// Grid (split, column tiles, row tiles), clusters of `split` or of `shared_by` column tiles.
+// Grid (split, column tiles, row tiles), clusters of `split`.
 template <typename T, int kKind, int kRows, int kColumns, int kGroupsM, int kGroupsN, int kStep>
 __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
     small_gemm_kernel(const __grid_constant__ GemmParams p) {
@@ -833,8 +811,7 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
   }
   commit();
   __syncthreads();
-  const bool cluster = p.split > 1 || p.shared_by > 1;
-  if (cluster) cluster_arrive();  // a block must be running before others write to it
+  if (p.split > 1) cluster_arrive();  // a block must be running before others write to it
 
   uint32_t sums_of[2];  // where this thread's two rows go: what this block finishes, to its place
 #pragma unroll
@@ -857,12 +834,12 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
   }
   float* const affine = reinterpret_cast<float*>(shared + at.affine);  // W gamma, W beta + bias
   if constexpr (kEndsBranch) {
-    if (cluster) cluster_wait();
+    if (p.split > 1) cluster_wait();
   } else {
     wait_copies<0>();
     __syncthreads();
     wait_for_bytes(weights_here);
-    if (cluster) cluster_wait();
+    if (p.split > 1) cluster_wait();
     for (int tile = warp; p.moments != nullptr && tile < kColumns / 8; tile += kThreads / 32) {
       float sum[4] = {};
 #pragma unroll 1
@@ -914,15 +891,9 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
 
   const auto request = [&](int chunk, int stage) {
     const uint32_t barrier = inputs_here + 8 * stage;
-    const int column = (chunk0 + chunk) * kChunk;
     expect_bytes(barrier, stride);
-    if (p.shared_by == 1) {
-      copy_box(base + at.input + stage * stride, &p.input_map, column, token0, barrier);
-    } else {
-      const int mine = blockIdx.y % p.shared_by, part = p.held_rows / p.shared_by;
-      copy_box_to_all(base + at.input + stage * stride + mine * part * kChunkBytes, &p.input_map,
-                      column, token0 + mine * part, barrier, (1 << p.shared_by) - 1);
-    }
+    copy_box(base + at.input + stage * stride, &p.input_map, (chunk0 + chunk) * kChunk, token0,
+             barrier);
   };
   if (kKind != kAttention && tid == 0) {
 #pragma unroll 1
