@@ -12,7 +12,7 @@ DEVICE = "cuda"
 
 # Hidden size, heads and intermediate size with measured plans, and two that an estimate plans.
 SIZES = [(768, 12, 3072), (384, 12, 1536), (256, 4, 1024), (192, 6, 320)]
-LENGTHS = [[32], [64], [1], [5, 0, 17, 9], [40, 24], [1] * 33]
+LENGTHS = [[32], [64], [1], [5, 0, 17, 9], [40, 24], [1] * 33, [96], [50, 1, 30]]
 LAYERS = 3
 VOCABULARY = 50
 
@@ -37,7 +37,7 @@ def weights(size: tuple[int, int, int], dtype: torch.dtype) -> list[torch.Tensor
         return [normal(LAYERS, n, k, scale=k**-0.5), normal(LAYERS, n, scale=0.1)]
 
     return [
-        *(normal(VOCABULARY, hidden), normal(64, hidden), normal(2, hidden), *norm(hidden)),
+        *(normal(VOCABULARY, hidden), normal(96, hidden), normal(2, hidden), *norm(hidden)),
         *(*linear(3 * hidden, hidden), *linear(hidden, hidden), *norm(LAYERS, hidden)),
         *(*linear(wide, hidden), *linear(hidden, wide), *norm(LAYERS, hidden)),
     ]

@@ -48,7 +48,7 @@ SmallShape small_shape(const EncoderShape& s) {
 #endif
 
 // Above this many tokens the chain of whole-chip GEMMs is ahead on an H200.
-[[maybe_unused]] constexpr int kFewTokens = 64;
+[[maybe_unused]] constexpr int kFewTokens = 96;
 constexpr int kAttentionWaits = 256;  // tokens from which attention is launched after the product
 
 // Whether the few-token path takes this shape on the current device; FT_HANDLER_SMALL=0 forbids it.

@@ -311,21 +311,28 @@ struct Measured {
 constexpr Measured kMeasured[] = {
     {768, 3072, 32, {{0, 4, 3}, {3, 8, 2}, {0, 3, 4}, {3, 8, 6}, true, false, true}},
     {768, 3072, 64, {{0, 3, 3}, {3, 8, 2}, {2, 2, 6}, {1, 8, 6}, true, false, true}},
+    {768, 3072, 96, {{6, 3, 4}, {3, 6, 2}, {7, 3, 3}, {7, 8, 3}, true, false, true}},
     {384, 1536, 32, {{2, 3, 2}, {1, 6, 1}, {3, 4, 2}, {1, 6, 4}, true, false, false}},
     {384, 1536, 64, {{2, 4, 2}, {0, 6, 1}, {0, 4, 2}, {0, 4, 6}, true, false, true}},
 };
+
+const Measured* measured(const SmallShape& s) {
+  for (const Measured& m : kMeasured)
+    if (s.hidden == m.hidden && s.intermediate == m.intermediate && s.tokens <= m.tokens &&
+        plan_fits(s, m.plan))
+      return &m;
+  return nullptr;
+}
 
 }  // namespace
 
 bool small_plan(const SmallShape& s, SmallPlan* plan) {
   if (!shape_served(s)) return false;
-  const int h = s.hidden, i = s.intermediate;
-  for (const Measured& m : kMeasured) {
-    if (h == m.hidden && i == m.intermediate && s.tokens <= m.tokens && plan_fits(s, m.plan)) {
-      *plan = m.plan;
-      return true;
-    }
+  if (const Measured* const found = measured(s); found != nullptr) {
+    *plan = found->plan;
+    return true;
   }
+  const int h = s.hidden, i = s.intermediate;
   double ignored, fused = 0, plain = 0;
   SmallGemmPlan with_attention = {};
   if (!choose(s, kNorm, 3 * h, h, &plan->qkv, &ignored)) return false;
@@ -341,8 +348,8 @@ bool small_plan(const SmallShape& s, SmallPlan* plan) {
 
 bool small_encoder_supported(const SmallShape& shape, const cudaDeviceProp& device) {
   SmallPlan plan;
-  return device.major == 9 && device.minor == 0 && shape.tokens <= kServedTokens &&
-         shape.hidden <= kServedHidden && small_plan(shape, &plan);
+  return device.major == 9 && device.minor == 0 && shape.hidden <= kServedHidden &&
+         (shape.tokens <= kServedTokens || measured(shape) != nullptr) && small_plan(shape, &plan);
 }
 
 size_t small_encoder_workspace(const SmallShape& shape) { return Buffers(shape, nullptr).bytes; }
