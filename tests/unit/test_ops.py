@@ -496,8 +496,9 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 
 
 def test_memory_that_runs_out_is_named() -> None:
-    # The words for which the pipeline splits a batch; torch's own do not come through.
+    # The words for which the pipeline splits a batch; torch's own do not come through. More than an
+    # address space, or a machine that overcommits would try.
     row = torch.zeros(1, 1024)
     at = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=r"can't allocate memory for \[1048576, 16384, 1024\]"):
-        torch.ops.fastertransformer.restore_padding(row, at, 1 << 20, 1 << 14, 0.0)
+        torch.ops.fastertransformer.restore_padding(row, at, 1 << 20, 1 << 18, 0.0)
