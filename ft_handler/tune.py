@@ -32,6 +32,7 @@ HALF = ("float16", "bfloat16")
 # Plans of one layer that are measured, best guesses first.
 MOST_OURS = 12
 MOST_THEIRS = 4
+LIBRARY_CHOICE = "cublaslt"
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ def measure(
     Coordinate descent on the current GPU: starting from the estimates' choice, each layer in turn
     takes the plan that makes a stack of a few layers, in a CUDA graph, fastest; twice.
 
-    library  whether cuBLASLt's algorithms take part, which binds the plans to its version
+    library  whether cuBLASLt's single algorithms take part, which binds the plans to its version;
+             its own choice always does
     """
     import torch
 
@@ -201,7 +203,7 @@ def measure(
         plans = ops.gemm_candidates(weight, rows, layer.gelu, layer.norm, layer.norm).split("\n")
         ours = [plan for plan in plans if plan.startswith("sm90:")][:MOST_OURS]
         theirs = [plan for plan in plans if not plan.startswith("sm90:")][:MOST_THEIRS]
-        return ours + theirs if library or not ours else ours
+        return [*ours, LIBRARY_CHOICE, *(theirs if library else [])]
 
     pool = cuda.graph_pool_handle()
 
@@ -330,7 +332,9 @@ def tune_command(
     ] = LARGEST,
     library: Annotated[
         bool,
-        typer.Option(help="Let cuBLASLt's algorithms take part; binds the table to its version."),
+        typer.Option(
+            help="Let cuBLASLt's single algorithms take part; binds the table to its version."
+        ),
     ] = True,
 ) -> None:
     """Measure GEMM candidates on this GPU and keep the fastest in a table."""
