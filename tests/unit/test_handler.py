@@ -10,6 +10,7 @@ import pytest
 from fakes import FakeContext, FakeEngine, model_info
 
 from ft_handler import handler as handler_module
+from ft_handler.config import environment
 from ft_handler.errors import ConfigError, EngineLost
 from ft_handler.handler import FtHandler, choose_device, read_labels
 from ft_handler.metrics import METRICS
@@ -148,6 +149,20 @@ def test_the_receive_path_is_a_setting(archive, monkeypatch, wanted):
     monkeypatch.setattr(handler_module.fast_receive, "install", lambda: calls.append(1))
     ready(archive, {"fast_receive": wanted})
     assert bool(calls) is wanted
+
+
+def test_batch_invariance_is_asked_for_before_the_model_is_loaded(archive, monkeypatch):
+    monkeypatch.setenv("FT_HANDLER_BATCH_INVARIANT", "")
+    seen = []
+
+    def load_model(path, device, library):
+        seen.append(environment("FT_HANDLER_BATCH_INVARIANT"))
+        return LoadedModel(None, model_info())
+
+    monkeypatch.setattr(handler_module, "load_model", load_model)
+    ready(archive)
+    ready(archive, {"batch_invariant": True})
+    assert seen == [None, "1"]
 
 
 def test_the_entry_point_initialises_then_answers(archive):
