@@ -8,10 +8,13 @@
 // the scores of the next are in flight together.
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/ptx_sm90.cuh"
 #include "kernels/cuda/tensor_map.h"
 
 namespace ft::cuda {
 namespace {
+
+using namespace sm90;
 
 constexpr int kGroupRows = 64;
 constexpr int kKeys = 64;
@@ -42,55 +45,13 @@ struct Blocks : Layout<kDim> {
   static_assert((2 * kStages + 1) * 8 + kStages * 4 <= 256);
 };
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// One 64-row box at (column, row) of the packed matrix.
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row,
-                                         uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%3, %4}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(column), "r"(row)
-      : "memory");
-}
-
 template <int kDim>
 __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap* map, int column, int row,
                                           uint32_t barrier) {
 #pragma unroll
   for (int half = 0; half < Layout<kDim>::kHalves; ++half) {
-    copy_box(to + half * Layout<kDim>::kHalfBytes, map, column + 64 * half, row, barrier);
+    load_box(to + half * Layout<kDim>::kHalfBytes, map, column + 64 * half, row, barrier);
   }
-}
-
-// Adds one and returns what was there, ordered after this thread's reads and before its later
-// copies.
-__device__ __forceinline__ uint32_t count_up(uint32_t counter) {
-  uint32_t before;
-  asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
-               : "=r"(before)
-               : "r"(counter)
-               : "memory");
-  return before;
 }
 
 // Matrix descriptor of a tile: rows of `kLine` bytes, swizzled over their whole length, groups of 8
@@ -101,23 +62,6 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t tile, int offset) {
   constexpr uint64_t kSwizzle = kLine == 128 ? 1 : 2;
   constexpr uint64_t kHigh = (kSwizzle << 30 | 8 * kLine / 16) << 32;
   return kHigh | ((tile >> 4) + (1u << 16) + static_cast<uint32_t>(offset >> 4));
-}
-
-__device__ __forceinline__ void wgmma_fence() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-// Waits until at most `kPending` committed groups of this warpgroup are still in flight.
-template <int kPending>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// A barrier over the first `threads` threads to come, those of one warpgroup or of the block.
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 #define FT_ACC4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
@@ -403,7 +347,7 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResiden
   using L = Blocks<kDim, kGroups>;
   // Swizzled copies and wgmma want 1,024-byte alignment, which the start of shared memory has.
   extern __shared__ __align__(1024) unsigned char shared[];
-  const uint32_t base = shared_address(shared);
+  const uint32_t base = sm90::shared_address(shared);
   const uint32_t query_full = base + L::kBarriersAt;
   const uint32_t key_full = query_full + 8, value_full = key_full + 8 * L::kStages;
   const uint32_t released = value_full + 8 * L::kStages;
@@ -572,7 +516,7 @@ __global__ void __launch_bounds__(128, 6)
                                  const AttentionArguments arguments) {
   using L = Layout<kDim>;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const uint32_t query_tile = shared_address(shared);
+  const uint32_t query_tile = sm90::shared_address(shared);
   const uint32_t key_tile = query_tile + L::kTileBytes, value_tile = key_tile + L::kTileBytes;
   const uint32_t scores_ready = value_tile + L::kTileBytes, values_ready = scores_ready + 8;
   pdl_launch_dependents();

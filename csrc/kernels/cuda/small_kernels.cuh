@@ -25,6 +25,10 @@
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/kernels.h"
 
+#ifdef __CUDACC__
+#include "kernels/cuda/ptx_sm90.cuh"
+#endif
+
 namespace ft::cuda::small {
 
 constexpr int kChunk = 64;  // columns of K a step holds: 128 bytes, one swizzled row
@@ -152,15 +156,22 @@ struct GemmLayout {
 
 // ---- instructions ------------------------------------------------------------------------------
 
-__device__ __forceinline__ void dependents_may_start() {
-  asm volatile("griddepcontrol.launch_dependents;");
-}
-__device__ __forceinline__ void wait_for_predecessors() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
+using namespace sm90;
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+// As barrier_wait; with that one's branches in assembly the compiler makes more of these kernels.
+__device__ __forceinline__ void wait_for_bytes(uint32_t barrier, int parity = 0) {
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
 }
 
 // Copies 16 bytes past L1, which may hold what an earlier kernel of the chain read; zeros if
@@ -213,28 +224,6 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
   }
 }
 
-// The matrix unit's description of a swizzled tile of 128-byte rows in shared memory.
-__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{kTileAlign / 16} << 32;
-  return kSwizzle128 | kEightRows | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
-}
-// What ordinary stores and copies of this thread wrote to shared memory, for the matrix unit and
-// for bulk copies.
-__device__ __forceinline__ void publish_to_engines() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ __forceinline__ void matrix_begin() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void matrix_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-// Waits until at most `kPending` committed groups of this warpgroup are still in flight.
-template <int kPending>
-__device__ __forceinline__ void matrix_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
 #define FT_ACC4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define FT_WGMMA_32(type)                                                       \
   asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type      \
@@ -273,14 +262,6 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-__device__ __forceinline__ uint32_t address_in_rank(uint32_t address, int rank) {
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  return remote;
-}
-__device__ __forceinline__ void store_pair(uint32_t to, float x, float y) {
-  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(to), "f"(x), "f"(y) : "memory");
-}
 // To another block of the cluster, counted by its barrier when it has arrived: no acknowledgement
 // to wait for.
 __device__ __forceinline__ void send_to_rank(uint32_t remote, uint32_t remote_barrier, float x,
@@ -291,44 +272,7 @@ __device__ __forceinline__ void send_to_rank(uint32_t remote, uint32_t remote_ba
       "f"(x), "f"(y), "r"(remote_barrier)
       : "memory");
 }
-__device__ __forceinline__ void barrier_init(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barriers_initialised() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-// The barrier's phase completes once `bytes` have been sent to this block.
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void wait_for_bytes(uint32_t barrier, int parity = 0) {
-  uint32_t done = 0;
-  while (!done) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  }
-}
 
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-// One box at (column, row) of a matrix, by the copy engine.
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int column, int row,
-                                         uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%3, %4}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(column), "r"(row)
-      : "memory");
-}
 // Shared memory of this block to that of another one of the cluster, counted by its barrier: a
 // thread's own counted stores leave one by one, eight bytes a cycle.
 __device__ __forceinline__ void copy_to_rank(uint32_t remote, uint32_t from, int bytes,
@@ -338,17 +282,6 @@ __device__ __forceinline__ void copy_to_rank(uint32_t remote, uint32_t from, int
       "[%3];" ::"r"(remote),
       "r"(from), "r"(bytes), "r"(remote_barrier)
       : "memory");
-}
-
-// Adds one and returns what was there, ordered after this thread's reads and before its later
-// copies.
-__device__ __forceinline__ uint32_t count_up(uint32_t counter) {
-  uint32_t before;
-  asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
-               : "=r"(before)
-               : "r"(counter)
-               : "memory");
-  return before;
 }
 
 // The sum over each group of kLanes neighbouring lanes, in every one of them.
@@ -742,7 +675,7 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
 
   extern __shared__ __align__(1024) unsigned char shared[];
   const GemmLayout at(kKind, kRows, kColumns, p);
-  const uint32_t base = shared_address(shared);
+  const uint32_t base = sm90::shared_address(shared);
 
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const int rank = blockIdx.x, column0 = blockIdx.y * kColumns, token0 = blockIdx.z * kRows;
@@ -759,27 +692,27 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
   const uint32_t weights_here = affine_sent + 8, inputs_here = weights_here + 8;
   const int stride = p.held_rows * kChunkBytes;  // of the input's stages
 
-  if (p.far_ahead) dependents_may_start();
+  if (p.far_ahead) let_successor_start();
 
   // ---- what no predecessor writes ----
   if (tid == 0) {
     prefetch_map(&p.weight_map);
     if (kKind != kAttention) prefetch_map(&p.input_map);
-    for (int i = 0; i < 3 + p.stages; ++i) barrier_init(sums_sent + 8 * i);
+    for (int i = 0; i < 3 + p.stages; ++i) barrier_init(sums_sent + 8 * i, 1);
     for (int i = 0; i < p.stages; ++i) {
       asm volatile("st.shared.u32 [%0], 0;" ::"r"(base + at.released + 4 * i) : "memory");
     }
-    barriers_initialised();
-    expect_bytes(weights_here, chunks * kColumns * kChunkBytes);
+    barrier_init_fence();
+    barrier_expect(weights_here, chunks * kColumns * kChunkBytes);
 #pragma unroll 1
     for (int c = 0; c < chunks; ++c) {
-      copy_box(base + at.weight + c * kColumns * kChunkBytes, &p.weight_map, (chunk0 + c) * kChunk,
+      load_box(base + at.weight + c * kColumns * kChunkBytes, &p.weight_map, (chunk0 + c) * kChunk,
                column0, weights_here);
     }
     if (p.split > 1) {
-      expect_bytes(sums_sent, (p.split - 1) * max(end - first, 0) * kPitch * 4);
+      barrier_expect(sums_sent, (p.split - 1) * max(end - first, 0) * kPitch * 4);
       if (!kEndsBranch && p.moments != nullptr) {
-        expect_bytes(affine_sent, p.split * 2 * kColumns * 4);
+        barrier_expect(affine_sent, p.split * 2 * kColumns * 4);
       }
     }
   }
@@ -838,7 +771,7 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
   } else {
     wait_copies<0>();
     __syncthreads();
-    wait_for_bytes(weights_here);
+    wait_for_bytes(weights_here, 0);
     if (p.split > 1) cluster_wait();
     for (int tile = warp; p.moments != nullptr && tile < kColumns / 8; tile += kThreads / 32) {
       float sum[4] = {};
@@ -863,16 +796,16 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
       if (lane < 8) {
         const uint32_t to = base + at.affine_parts +
                             ((rank * 2 + lane / 4) * kColumns + tile * 8 + lane % 4 * 2) * 4;
-        if (p.split == 1) store_pair(to, sum[0], sum[1]);
+        if (p.split == 1) store_shared_pair(to, sum[0], sum[1]);
         for (int s = 0; p.split > 1 && s < p.split; ++s) {
-          send_to_rank(address_in_rank(to, s), address_in_rank(affine_sent, s), sum[0], sum[1]);
+          send_to_rank(in_block(to, s), in_block(affine_sent, s), sum[0], sum[1]);
         }
       }
     }
     if (p.split == 1) {
       __syncthreads();
     } else if (p.moments != nullptr) {
-      wait_for_bytes(affine_sent);
+      wait_for_bytes(affine_sent, 0);
     }
     const float* const parts = reinterpret_cast<const float*>(shared + at.affine_parts);
     for (int i = tid; i < 2 * kColumns; i += kThreads) {
@@ -891,8 +824,8 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
 
   const auto request = [&](int chunk, int stage) {
     const uint32_t barrier = inputs_here + 8 * stage;
-    expect_bytes(barrier, stride);
-    copy_box(base + at.input + stage * stride, &p.input_map, (chunk0 + chunk) * kChunk, token0,
+    barrier_expect(barrier, stride);
+    load_box(base + at.input + stage * stride, &p.input_map, (chunk0 + chunk) * kChunk, token0,
              barrier);
   };
   if (kKind != kAttention && tid == 0) {
@@ -934,25 +867,24 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
     }
   }
   commit();
-  if (!p.far_ahead) dependents_may_start();
+  if (!p.far_ahead) let_successor_start();
   if constexpr (kKind == kAttention) {
     wait_copies<0>();
     __syncthreads();
     attend_all<T, 32>(base + at.input, stride, keys, values, key_stride, rows, chunks, p.head_dim,
                       bounds, range, p.scale_log2);
-    publish_to_engines();
+    async_proxy_fence();
     __syncthreads();
   }
 
   float product[kGroupColumns / 8][4] = {};
-  if (kEndsBranch) wait_for_bytes(weights_here);
+  if (kEndsBranch) wait_for_bytes(weights_here, 0);
 #pragma unroll 1
   for (int c = 0, stage = 0, parity = 0; c < chunks; ++c) {
     if (kKind != kAttention) wait_for_bytes(inputs_here + 8 * stage, parity);
-    const uint64_t a = tile_descriptor(base + at.input + stage * stride + group_row * kChunkBytes);
-    const uint64_t b =
-        tile_descriptor(base + at.weight + (c * kColumns + group_column) * kChunkBytes);
-    matrix_begin();
+    const uint64_t a = operand(base + at.input + stage * stride + group_row * kChunkBytes);
+    const uint64_t b = operand(base + at.weight + (c * kColumns + group_column) * kChunkBytes);
+    wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kChunk / 16; ++k) {
 #pragma unroll
@@ -961,10 +893,10 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
                                 b + k * 2 + j * kStep * kChunkBytes / 16);
       }
     }
-    matrix_commit();
+    wgmma_commit();
     const int next = c - 1 + p.stages;  // into the stage that chunk c - 1 leaves
     if (kKind != kAttention && c > 0 && next < chunks) {
-      matrix_wait<1>();
+      wgmma_wait<1>();
       // The last warp done with a stage asks for its next contents.
       const int free = stage == 0 ? p.stages - 1 : stage - 1;
       if (lane == 0 &&
@@ -974,7 +906,7 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
     }
     if (++stage == p.stages) stage = 0, parity ^= 1;
   }
-  matrix_wait<0>();
+  wgmma_wait<0>();
 
   // ---- each row's partial sums to the block that finishes it ----
   if (p.split > 1) __syncthreads();  // weights and inputs are overwritten
@@ -983,19 +915,19 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
     if (warp_row + half * 8 + lane / 4 < rows) {
 #pragma unroll
       for (int j = 0; j < kGroupColumns / 8; ++j) {
-        store_pair(sums_of[half] + j * 32, product[j][2 * half], product[j][2 * half + 1]);
+        store_shared_pair(sums_of[half] + j * 32, product[j][2 * half], product[j][2 * half + 1]);
       }
     }
   }
   wait_copies<0>();
-  if (p.split > 1) publish_to_engines();
+  if (p.split > 1) async_proxy_fence();
   __syncthreads();
   if (tid < p.split && tid != rank) {
     const int count = min(share, rows - tid * share);
     if (count > 0) {
-      copy_to_rank(address_in_rank(base + at.sums + rank * share * kPitch * 4, tid),
+      copy_to_rank(in_block(base + at.sums + rank * share * kPitch * 4, tid),
                    base + at.weight + tid * share * kPitch * 4, count * kPitch * 4,
-                   address_in_rank(sums_sent, tid));
+                   in_block(sums_sent, tid));
     }
   }
 
@@ -1012,7 +944,7 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
   constexpr int kPass = kThreads / kLanes;
   float2 norm = row_norm(first + tid / kLanes);
   float2 next_norm = share > kPass ? row_norm(first + kPass + tid / kLanes) : norm;
-  if (p.split > 1 && end > first) wait_for_bytes(sums_sent);
+  if (p.split > 1 && end > first) wait_for_bytes(sums_sent, 0);
   if (p.split > 1) cluster_arrive();  // what others sent has arrived
   const float* const sums = reinterpret_cast<const float*>(shared + at.sums);
 #pragma unroll 1
@@ -1123,13 +1055,13 @@ __global__ void __launch_bounds__(kAttentionThreads)
   int2* const bounds = reinterpret_cast<int2*>(shared);
   int* const sequences = reinterpret_cast<int*>(shared + kRows * 8);
   const uint32_t queries =
-      shared_address(shared) + round_up(kRows * 8 + 4 * (p.batch + 1), kChunkBytes);
+      sm90::shared_address(shared) + round_up(kRows * 8 + 4 * (p.batch + 1), kChunkBytes);
   const uint32_t keys = queries + kRows * kChunkBytes;
   const uint32_t values = keys + p.key_capacity * kChunkBytes;
   const int token0 = blockIdx.y * kRows, rows = min(kRows, p.tokens - token0);
   const size_t stride = 3 * p.hidden;
 
-  dependents_may_start();
+  let_successor_start();
   for (int i = threadIdx.x; i <= p.batch; i += blockDim.x) sequences[i] = p.cu_seqlens[i];
   __syncthreads();
   find_bounds(sequences, p.batch, token0, kRows, bounds);
@@ -1149,7 +1081,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   attend_all<T, kAttentionKeys>(queries, 0, keys, values, 0, rows, 1, p.head_dim, bounds, range,
                                 p.scale_log2);
   __syncthreads();
-  const unsigned char* const context = shared + (queries - shared_address(shared));
+  const unsigned char* const context = shared + (queries - sm90::shared_address(shared));
   for (int v = threadIdx.x; v < rows * 8; v += blockDim.x) {
     const int row = v / 8, unit = v % 8;
     *reinterpret_cast<uint4*>(static_cast<T*>(p.output) +
@@ -1163,7 +1095,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 template <typename T>
 __global__ void __launch_bounds__(128) small_norm_kernel(const __grid_constant__ NormParams p) {
   const int lane = threadIdx.x % 32, token = blockIdx.x * 4 + threadIdx.x / 32;
-  dependents_may_start();
+  let_successor_start();
   wait_for_predecessors();
   if (token >= p.tokens) return;
   float2 part = make_float2(0.f, 0.f);

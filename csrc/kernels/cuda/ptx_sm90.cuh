@@ -1,4 +1,4 @@
-// The sm_90 instructions the GEMM kernels are made of, one function each.
+// The sm_90 instructions that the kernels are made of, one function each.
 #pragma once
 
 #include <cuda.h>
@@ -70,6 +70,17 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t mapped) {
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Adds one and returns what was there, ordered after this thread's reads and before its later
+// copies.
+__device__ __forceinline__ uint32_t count_up(uint32_t counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "r"(counter)
+               : "memory");
+  return before;
 }
 
 // Writes 8 or 16 bytes into another block's shared memory and counts them on its barrier.
