@@ -22,9 +22,9 @@
 #include <cuda.h>
 
 #include "kernels/cuda/gemm_elements.cuh"
-#include "kernels/cuda/ptx_sm90.cuh"
 #include "kernels/cuda/gemm_sm90_variants.h"
 #include "kernels/cuda/gemm_wgmma.cuh"
+#include "kernels/cuda/ptx_sm90.cuh"
 
 namespace ft::cuda::sm90 {
 
