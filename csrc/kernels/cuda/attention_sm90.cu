@@ -615,22 +615,12 @@ template <typename T, int kDim>
 cudaError_t launch_sm90(const AttentionChoice& choice, const AttentionArguments& arguments,
                         Launch launch) {
   using L = Layout<kDim>;
-  const EncodeTiled encode = tensor_map_encoder();
-  if (encode == nullptr) return cudaErrorNotSupported;
   CUtensorMap map;
-  const cuuint64_t columns = 3ull * arguments.num_heads * kDim;
-  const cuuint64_t sizes[2] = {columns, static_cast<cuuint64_t>(arguments.tokens)};
-  const cuuint64_t strides[1] = {columns * sizeof(T)};
-  const cuuint32_t box[2] = {L::kColumns, 64};
-  const cuuint32_t steps[2] = {1, 1};
   const CUresult result =
-      encode(&map,
-             std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                       : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             2, const_cast<void*>(arguments.qkv), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE,
-             L::kLine == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode_tensor_map(&map, std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16,
+                        arguments.qkv, arguments.tokens, 3 * arguments.num_heads * kDim, 64,
+                        L::kColumns, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+  if (result == CUDA_ERROR_NOT_SUPPORTED) return cudaErrorNotSupported;
   if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
   const auto grid = static_cast<unsigned>(choice.bound) * arguments.num_heads;
   if constexpr (kDim <= 64) {

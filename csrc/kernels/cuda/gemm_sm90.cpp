@@ -212,24 +212,13 @@ cudaError_t tensor_map(const MapKey& key, CUtensorMap* map) {
       return cudaSuccess;
     }
   }
-  const EncodeTiled encode = tensor_map_encoder();
-  if (encode == nullptr) {
+  const CUresult result =
+      encode_tensor_map(map, key.dtype, key.data, key.rows, key.columns, key.box_rows,
+                        key.box_columns, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+  if (result == CUDA_ERROR_NOT_SUPPORTED) {
     set_failure("the driver has no cuTensorMapEncodeTiled");
     return cudaErrorNotSupported;
   }
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(key.columns),
-                              static_cast<cuuint64_t>(key.rows)};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(key.columns) * 2};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(key.box_columns),
-                             static_cast<cuuint32_t>(key.box_rows)};
-  const cuuint32_t step[2] = {1, 1};
-  const CUresult result =
-      encode(map,
-             key.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             2, const_cast<void*>(key.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             key.box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     set_failure("cuTensorMapEncodeTiled failed with status " + std::to_string(result));
     return cudaErrorInvalidValue;

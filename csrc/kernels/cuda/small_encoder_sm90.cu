@@ -233,21 +233,10 @@ struct Chain {
     return cudaLaunchKernelExC(&config, function, arguments);
   }
 
-  // The map of a row-major matrix of `columns` 16-bit values a row, in boxes of a chunk by
-  // box_rows.
+  // In boxes of a chunk by box_rows.
   bool map_matrix(CUtensorMap* map, const void* matrix, int rows, int columns, int box_rows) {
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t strides[1] = {2ull * columns};
-    const cuuint32_t box[2] = {kChunk, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
-    const EncodeTiled encode = tensor_map_encoder();
-    return encode != nullptr &&
-           encode(map,
-                  shape.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                  2, const_cast<void*>(matrix), sizes, strides, box, steps,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return encode_tensor_map(map, shape.dtype, matrix, rows, columns, box_rows, kChunk,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_128B) == CUDA_SUCCESS;
   }
 
   // next_weight [next_n, next_k]: the weight of the product that follows, or null.

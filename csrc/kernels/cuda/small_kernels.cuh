@@ -187,18 +187,6 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-__device__ __forceinline__ void load_matrix4(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_matrix4_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
 __device__ __forceinline__ void load_matrix2(uint32_t& r0, uint32_t& r1, uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
                : "=r"(r0), "=r"(r1)
@@ -261,16 +249,6 @@ __device__ __forceinline__ void cluster_arrive() {
 }
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// To another block of the cluster, counted by its barrier when it has arrived: no acknowledgement
-// to wait for.
-__device__ __forceinline__ void send_to_rank(uint32_t remote, uint32_t remote_barrier, float x,
-                                             float y) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::
-          "r"(remote),
-      "f"(x), "f"(y), "r"(remote_barrier)
-      : "memory");
 }
 
 // Shared memory of this block to that of another one of the cluster, counted by its barrier: a
@@ -479,8 +457,9 @@ __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], f
 #pragma unroll
       for (int pair = 0; pair < kKeys / 16; ++pair) {
         uint32_t b[4];
-        load_matrix4(b, keys + swizzled(block + pair * 16 + lane % 8 + lane / 16 * 8,
-                                        unit0 + k * 2 + lane / 8 % 2));
+        load_matrices(keys + swizzled(block + pair * 16 + lane % 8 + lane / 16 * 8,
+                                      unit0 + k * 2 + lane / 8 % 2),
+                      b[0], b[1], b[2], b[3]);
         multiply<T>(score[2 * pair], q[k], b[0], b[1]);
         multiply<T>(score[2 * pair + 1], q[k], b[2], b[3]);
       }
@@ -534,8 +513,9 @@ __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], f
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t b[4];
-        load_matrix4_transposed(
-            b, values + swizzled(block + k * 16 + lane % 16, unit0 + d * 2 + lane / 16));
+        load_matrices_turned(
+            values + swizzled(block + k * 16 + lane % 16, unit0 + d * 2 + lane / 16), b[0], b[1],
+            b[2], b[3]);
         if constexpr (kAlone) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -577,7 +557,8 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
   uint32_t q[kHeadDim / 16][4];
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; ++k) {
-    load_matrix4(q[k], queries + swizzled(row0 + lane % 16, unit0 + k * 2 + lane / 16));
+    load_matrices(queries + swizzled(row0 + lane % 16, unit0 + k * 2 + lane / 16), q[k][0], q[k][1],
+                  q[k][2], q[k][3]);
   }
   int2 limit[2];
 #pragma unroll
@@ -778,8 +759,9 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
 #pragma unroll 1
       for (int k = 0; k < chunks * 2; ++k) {  // 32 columns of K
         uint32_t b[4];
-        load_matrix4(b, base + at.weight + k / 2 * kColumns * kChunkBytes +
-                            swizzled(tile * 8 + lane % 8, k % 2 * 4 + lane / 8));
+        load_matrices(base + at.weight + k / 2 * kColumns * kChunkBytes +
+                          swizzled(tile * 8 + lane % 8, k % 2 * 4 + lane / 8),
+                      b[0], b[1], b[2], b[3]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           // Row 0 of the fragment is gamma, row 1 beta.
@@ -798,7 +780,7 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
                             ((rank * 2 + lane / 4) * kColumns + tile * 8 + lane % 4 * 2) * 4;
         if (p.split == 1) store_shared_pair(to, sum[0], sum[1]);
         for (int s = 0; p.split > 1 && s < p.split; ++s) {
-          send_to_rank(in_block(to, s), in_block(affine_sent, s), sum[0], sum[1]);
+          store_remote(in_block(to, s), in_block(affine_sent, s), sum[0], sum[1]);
         }
       }
     }
