@@ -248,9 +248,9 @@ class HandlerConfig:
     batch_invariant: bool = _setting(
         False,
         _boolean,
-        "Hidden states on a GPU that do not depend on what shares the batch, down to the last bit, "
-        "at some cost in speed (docs/performance.md); needs an sm_90 GPU and fp16 or bf16. On a "
-        "CPU they never do.",
+        "Take every sum on a GPU in one order, so that hidden states do not depend on what shares "
+        "the batch, at some cost in speed (docs/performance.md); needs an sm_90 GPU and fp16 or "
+        "bf16. On a CPU they never do.",
     )
     metrics: bool = _setting(
         True, _boolean, "Emit the metrics of `ft_handler.metrics` to TorchServe, once a batch."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stacks import VOCABULARY, random_stack
 
 from ft_handler import load_library, reference
 
@@ -13,34 +14,11 @@ DEVICE = "cuda"
 # Hidden size, heads and intermediate size with measured plans, and two that an estimate plans.
 SIZES = [(768, 12, 3072), (384, 12, 1536), (256, 4, 1024), (192, 6, 320)]
 LENGTHS = [[32], [64], [1], [5, 0, 17, 9], [40, 24], [1] * 33, [96], [50, 1, 30]]
-LAYERS = 3
-VOCABULARY = 50
 
 
 @pytest.fixture(scope="module", autouse=True)
 def library() -> None:
     load_library()
-
-
-def weights(size: tuple[int, int, int], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Every tensor of a stack, random, in the encoder op's order."""
-    hidden, _, wide = size
-    g = torch.Generator(device=DEVICE).manual_seed(3)
-
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, device=DEVICE, generator=g) * scale).to(dtype)
-
-    def norm(*shape: int) -> list[torch.Tensor]:
-        return [1 + normal(*shape, scale=0.1), normal(*shape, scale=0.1)]
-
-    def linear(n: int, k: int) -> list[torch.Tensor]:
-        return [normal(LAYERS, n, k, scale=k**-0.5), normal(LAYERS, n, scale=0.1)]
-
-    return [
-        *(normal(VOCABULARY, hidden), normal(96, hidden), normal(2, hidden), *norm(hidden)),
-        *(*linear(3 * hidden, hidden), *linear(hidden, hidden), *norm(LAYERS, hidden)),
-        *(*linear(wide, hidden), *linear(hidden, wide), *norm(LAYERS, hidden)),
-    ]
 
 
 def inputs(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +43,7 @@ def encode(
 def test_against_fp32_and_again(
     size: tuple[int, int, int], lengths: list[int], dtype: torch.dtype
 ) -> None:
-    parameters, (ids, ends) = weights(size, dtype), inputs(lengths)
+    parameters, (ids, ends) = random_stack(size, dtype), inputs(lengths)
     out = encode(parameters, ids, ends, size[1])
     exact = reference.encoder(
         *(ids, ids % 2, None, ends, len(ids)), *[p.float() for p in parameters], size[1], 1e-12
@@ -79,7 +57,7 @@ def test_against_fp32_and_again(
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("size", SIZES)
 def test_what_is_not_finite_stays_in_its_sequence(size: tuple[int, int, int], value: float) -> None:
-    parameters, (ids, ends) = weights(size, torch.float16), inputs([9, 14, 23])
+    parameters, (ids, ends) = random_stack(size, torch.float16), inputs([9, 14, 23])
     healthy = encode(parameters, ids, ends, size[1])
     parameters[0][0] = value  # the word that no sequence has yet
     ids[12] = 0
@@ -91,7 +69,7 @@ def test_what_is_not_finite_stays_in_its_sequence(size: tuple[int, int, int], va
 
 def test_a_graph_follows_new_lengths() -> None:
     size = SIZES[0]
-    parameters = weights(size, torch.float16)
+    parameters = random_stack(size, torch.float16)
     ids, _ = inputs([32])
     ends = torch.tensor([0, 32, 32, 32], dtype=torch.int32, device=DEVICE)
     encode(parameters, ids, ends, size[1])

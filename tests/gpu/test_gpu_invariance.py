@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,29 +18,16 @@ SCRIPT = """
 import json, sys
 import torch
 from ft_handler import load_library
+from stacks import VOCABULARY, random_stack
 
 load_library()
 ops = torch.ops.fastertransformer
 hidden, heads, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
-layers, wide, vocabulary = 3, 4 * hidden, 100
+parameters = random_stack((hidden, heads, 4 * hidden), dtype, 512)
+parameters[5][:, : 2 * hidden] *= 4  # queries and keys: maxima that grow as keys come
 torch.manual_seed(0)
-
-def normal(*shape, scale=1.0):
-    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
-
-def norm(*shape):
-    return [1 + normal(*shape, scale=0.1), normal(*shape, scale=0.1)]
-
-def linear(n, k):
-    return [normal(layers, n, k, scale=k**-0.5), normal(layers, n, scale=0.1)]
-
-parameters = [
-    normal(vocabulary, hidden), normal(512, hidden), normal(2, hidden), *norm(hidden),
-    *linear(3 * hidden, hidden), *linear(hidden, hidden), *norm(layers, hidden),
-    *linear(wide, hidden), *linear(hidden, wide), *norm(layers, hidden),
-]
 lengths = [1, 7, 31, 64, 65, 113, 128, 129, 300, 511] + [5 + 7 * i for i in range(54)]
-sequences = [torch.randint(vocabulary, (n,), device="cuda") for n in lengths]
+sequences = [torch.randint(VOCABULARY, (n,), device="cuda") for n in lengths]
 
 def encode(some):
     ids = torch.cat([sequences[i] for i in some])
@@ -64,7 +52,11 @@ print(json.dumps(different))
 def different_rows(hidden: int, heads: int, dtype: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, str(hidden), str(heads), dtype],
-        env={**os.environ, "FT_HANDLER_BATCH_INVARIANT": "1"},
+        env={
+            **os.environ,
+            "FT_HANDLER_BATCH_INVARIANT": "1",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        },
         capture_output=True,
         text=True,
         timeout=120,

@@ -178,7 +178,8 @@ bool nothing_to_do(const AttentionShape& shape) {
 AttentionChoice choose_attention(const AttentionShape& shape, int arch) {
   AttentionChoice choice{};
   choice.padded_dim = (shape.head_dim + 31) / 32 * 32;
-  // The packed kernels sum in another order than the streaming ones do.
+  // The packed kernels sum in another order than the streaming ones do, and that of sm_90 rescales
+  // 16 rows together, among which a neighbour's may be.
   const bool one_order = batch_invariant();
   const bool short_sequences = shape.max_seqlen <= 64 && !one_order;
   if (shape.dtype == DType::kFloat32 || shape.head_dim % 8 != 0 || arch < 75) {
@@ -193,12 +194,12 @@ AttentionChoice choose_attention(const AttentionShape& shape, int arch) {
   }
 #ifdef FT_WITH_SM90
   const int dim = shape.head_dim;
-  if (arch == 90 && choice.kernel != AttentionKernel::kPlain) {
+  if (arch == 90 && choice.kernel != AttentionKernel::kPlain && !one_order) {
     if (short_sequences && (dim == 32 || dim == 64)) {
       choice.kernel = AttentionKernel::kPackedSm90;
     } else if (!short_sequences && (dim == 32 || dim == 64 || dim == 128)) {
       choice.kernel = AttentionKernel::kSm90;
-      choice.tile_rows = shape.max_seqlen <= 128 && dim <= 64 && !one_order ? 64 : 128;
+      choice.tile_rows = shape.max_seqlen <= 128 && dim <= 64 ? 64 : 128;
     }
   }
 #endif
