@@ -221,8 +221,6 @@ def measure(
     us = 0.0
     for _ in range(2):
         for layer in layers:
-            if len(left[layer]) == 1:
-                continue
             graphs = {}
             for plan in left[layer]:
                 load(layer, plan)
