@@ -36,8 +36,9 @@ import torch
 from tokenizers import Tokenizer
 
 from ft_handler import TraceOptions, load_model
-from ft_handler.engine import Engine, engine_for
-from ft_handler.trace import TRACED_FILE, trace
+from ft_handler.engine.base import Engine
+from ft_handler.engine.select import engine_for
+from ft_handler.prepare.trace import TRACED_FILE, trace
 from ft_handler.types import PackedBatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

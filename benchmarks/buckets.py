@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from ft_handler import load_model
-from ft_handler.batching import flatten, pack, plan_buckets
-from ft_handler.engine import Engine, engine_for
+from ft_handler.engine.base import Engine
+from ft_handler.engine.select import engine_for
+from ft_handler.request.batching import flatten, pack, plan_buckets
 from ft_handler.types import Encoding
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

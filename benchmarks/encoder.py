@@ -33,10 +33,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ft_handler import build_info, load_library, tune
+from ft_handler import build_info, load_library
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from provenance import device_name, provenance
+
+from ft_handler.tuning import table
 
 Run = Callable[[], Any]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -733,7 +735,7 @@ def main(given: list[str] | None = None) -> None:
         torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     load_library()
     if arguments.device == "cuda":
-        tune.load_table()  # as the handler does
+        table.load_table()  # as the handler does
     record = provenance(library=build_info())
     stamp = record["date"][:10]
     default = RESULTS / f"{device_name(arguments.device)}-encoder-{stamp}.json"

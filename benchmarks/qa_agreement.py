@@ -75,9 +75,9 @@ def compare(args: argparse.Namespace) -> None:
     """Ask our pipeline, request by request in batches, and count what agrees."""
     from ft_handler import load_model
     from ft_handler.config import HandlerConfig
-    from ft_handler.engine import CpuEngine
-    from ft_handler.pipeline import Pipeline
-    from ft_handler.tokenization import load_tokenizer
+    from ft_handler.engine.cpu import CpuEngine
+    from ft_handler.request.pipeline import Pipeline
+    from ft_handler.text.tokenizer import load_tokenizer
 
     model = load_model(args.model / "traced_model.pt")
     pipeline = Pipeline(HandlerConfig(), model.info, load_tokenizer(args.model), CpuEngine(model))

@@ -36,7 +36,8 @@ from typing import Any
 import torch
 
 from ft_handler import build_info, load_library
-from ft_handler.serve import ServeOptions, Server
+from ft_handler.servers.torchserve.process import Server
+from ft_handler.servers.torchserve.properties import ServeOptions
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from load import load as bundled_load

@@ -27,9 +27,10 @@ import torch
 
 from ft_handler import load_model
 from ft_handler.config import HandlerConfig
-from ft_handler.engine import CpuEngine, Engine, Logits
-from ft_handler.pipeline import STAGES, BatchStats, Pipeline
-from ft_handler.tokenization import load_tokenizer
+from ft_handler.engine.base import Engine, Logits
+from ft_handler.engine.cpu import CpuEngine
+from ft_handler.request.pipeline import STAGES, BatchStats, Pipeline
+from ft_handler.text.tokenizer import load_tokenizer
 from ft_handler.types import PackedBatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 from ft_handler.version import __version__
 
 if TYPE_CHECKING:
-    from ft_handler._lib import build_info, load_library
     from ft_handler.errors import FtHandlerError
-    from ft_handler.model import LoadedModel, ModelInfo, load_model
-    from ft_handler.trace import TraceOptions
+    from ft_handler.model.bundle import LoadedModel, load_model
+    from ft_handler.model.info import ModelInfo
+    from ft_handler.native.library import build_info, load_library
+    from ft_handler.prepare.options import TraceOptions
 
 _HOMES = {
     "FtHandlerError": "errors",
-    "LoadedModel": "model",
-    "ModelInfo": "model",
-    "TraceOptions": "trace",
-    "build_info": "_lib",
-    "load_library": "_lib",
-    "load_model": "model",
+    "LoadedModel": "model.bundle",
+    "ModelInfo": "model.info",
+    "TraceOptions": "prepare.options",
+    "build_info": "native.library",
+    "load_library": "native.library",
+    "load_model": "model.bundle",
 }
 
 __all__ = [

@@ -103,19 +103,20 @@ def torch() -> str:
 
 def library() -> str:
     """The op library: where it is looked for, and what it says of itself."""
-    from ft_handler import _lib
 
-    places = ", ".join(f"{p} ({'there' if p.is_file() else 'missing'})" for p in _lib.candidates())
+    from ft_handler.native.library import build_info, candidates, load_library
+
+    places = ", ".join(f"{p} ({'there' if p.is_file() else 'missing'})" for p in candidates())
     try:
-        path = _lib.load_library()
-        return f"{path}: {json.dumps(_lib.build_info())}"
+        path = load_library()
+        return f"{path}: {json.dumps(build_info())}"
     except Exception as error:
         return f"not loaded: {error} [candidates: {places}]"
 
 
 def java() -> str:
     """The Java that `ft-handler serve` would use."""
-    from ft_handler.serve import find_java
+    from ft_handler.servers.torchserve.java import find_java
 
     found = find_java()
     return f"Java {found.version} from {found.origin} at {found.path}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ft_handler.handler import FtHandler
+from ft_handler.servers.torchserve.handler import FtHandler
 
 _handler = FtHandler()
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ft_handler import load_library, reference
+from ft_handler import load_library
+from ft_handler.native import twins
 
 pytestmark = pytest.mark.gpu
 
@@ -72,7 +73,7 @@ def error(ours: Tensor, exact: Tensor) -> float:
 def check(lengths: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
     """At most twice eager PyTorch's error (fp32: summation order alone, 2e-6)."""
     qkv, cu = draw(sum(lengths), heads, head_dim, dtype), offsets(lengths)
-    exact = reference.varlen_attention(qkv, cu, max(lengths), heads)
+    exact = twins.varlen_attention(qkv, cu, max(lengths), heads)
     budget = max(2 * error(eager(qkv, lengths, heads), exact), 2e-6)
     assert error(attend(qkv, cu, max(lengths), heads), exact) <= budget
 
@@ -100,7 +101,7 @@ def test_many_sequences(batch: int, longest: int) -> None:
 @pytest.mark.parametrize("lengths", [[1, 2, 3] * 800, ([1] + [0] * 1023) * 4, [40, 30] * 1100])
 def test_more_sequences_than_a_planning_round(lengths: list[int]) -> None:
     qkv, cu = draw(sum(lengths), 2, 64, torch.float16), offsets(lengths)
-    exact = reference.varlen_attention(qkv, cu, max(lengths), 2)
+    exact = twins.varlen_attention(qkv, cu, max(lengths), 2)
     assert error(attend(qkv, cu, max(lengths), 2), exact) < 2e-3
 
 
@@ -112,7 +113,7 @@ def test_capacity_beyond_the_batch(lengths: list[int], head_dim: int) -> None:
     qkv = draw(tokens + pad, heads, head_dim, torch.float16)
     qkv[tokens:] = math.nan
     cu = offsets(lengths, empty=5)
-    exact = reference.varlen_attention(qkv[:tokens], cu, max(lengths), heads)
+    exact = twins.varlen_attention(qkv[:tokens], cu, max(lengths), heads)
     budget = 2 * error(eager(qkv[:tokens], lengths, heads), exact)
     for stretch in (0, 200):
         ours = attend(qkv, cu, max(lengths) + stretch, heads)[:tokens]
@@ -184,5 +185,5 @@ def test_graph_follows_new_lengths() -> None:
         cu.copy_(offsets(lengths, empty=8 - len(lengths)))
         graph.replay()
         live = sum(lengths)
-        exact = reference.varlen_attention(qkv[:live], offsets(lengths), 256, heads)
+        exact = twins.varlen_attention(qkv[:live], offsets(lengths), 256, heads)
         assert error(out[:live], exact) < 1e-3

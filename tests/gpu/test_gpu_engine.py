@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from ft_handler.engine import CpuEngine, CudaEngine, GraphPlan, Logits, synthetic_batch
+from ft_handler.engine.base import Logits, synthetic_batch
+from ft_handler.engine.cpu import CpuEngine
+from ft_handler.engine.cuda import CudaEngine
+from ft_handler.engine.graphs import GraphPlan
 from ft_handler.errors import OutOfDeviceMemory
-from ft_handler.model import LoadedModel, load_model
+from ft_handler.model.bundle import LoadedModel, load_model
 from ft_handler.types import PackedBatch
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +29,8 @@ def traced(
     make_tiny_bert: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
     """`traced(mode, data_type)` is the path of a traced tiny BERT, made once."""
-    from ft_handler.trace import TraceOptions, trace
+    from ft_handler.prepare.options import TraceOptions
+    from ft_handler.prepare.trace import trace
 
     made: dict[tuple[str, str], Path] = {}
 

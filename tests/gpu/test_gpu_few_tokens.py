@@ -6,7 +6,8 @@ import pytest
 import torch
 from stacks import VOCABULARY, random_stack
 
-from ft_handler import load_library, reference
+from ft_handler import load_library
+from ft_handler.native import twins
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -45,7 +46,7 @@ def test_against_fp32_and_again(
 ) -> None:
     parameters, (ids, ends) = random_stack(size, dtype), inputs(lengths)
     out = encode(parameters, ids, ends, size[1])
-    exact = reference.encoder(
+    exact = twins.encoder(
         *(ids, ids % 2, None, ends, len(ids)), *[p.float() for p in parameters], size[1], 1e-12
     )
     bound = 3e-3 if dtype == torch.float16 else 2.4e-2
@@ -81,7 +82,7 @@ def test_a_graph_follows_new_lengths() -> None:
         graph.replay()
         used = sum(lengths)
         assert torch.equal(out[:used], encode(parameters, ids, ends, size[1])[:used])
-        exact = reference.encoder(
+        exact = twins.encoder(
             *(ids[:used], ids[:used] % 2, None, ends, used),
             *[p.float() for p in parameters],
             size[1],

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ft_handler import load_library, reference, tune
+from ft_handler import load_library
+from ft_handler.native import twins
+from ft_handler.tuning import measure, table
 
 pytestmark = pytest.mark.gpu
 
@@ -60,7 +62,7 @@ def test_every_plan(size: tuple[int, int], dtype: torch.dtype, kind: str) -> Non
     for rows in ROWS:
         many = max(rows, 256)
         x, residual = normal(many, k, dtype=dtype), normal(many, n, dtype=dtype)
-        exact = reference.linear(x, w, bias, residual if added else None, gelu)
+        exact = twins.linear(x, w, bias, residual if added else None, gelu)
         plain = F.linear(x, w, bias)
         plain = F.gelu(plain) if gelu else plain + residual if added else plain
         if norm:
@@ -102,7 +104,7 @@ def test_blocks_that_split_k_add_in_order(dtype: torch.dtype) -> None:
 def test_without_bias_and_without_rows() -> None:
     ops = torch.ops.fastertransformer
     x, w = normal(77, 768, dtype=torch.float16), normal(768, 768, dtype=torch.float16, scale=0.036)
-    exact = reference.linear(x, w, None, None, False)
+    exact = twins.linear(x, w, None, None, False)
     assert within_twice(ops.linear(x, w, None, None, False), F.linear(x, w), exact)
     assert ops.linear(x[:0], w, None, None, False).shape == (0, 768)
 
@@ -118,13 +120,13 @@ def test_refusals_name_the_op_and_the_shapes() -> None:
 
 def test_a_measured_table_is_written_and_loaded(tmp_path) -> None:
     gpu = torch.cuda.get_device_name()
-    entries = tune.measure(768, 3072, 12, 100, "float16")
+    entries = measure.measure(768, 3072, 12, 100, "float16")
     rows = torch.ops.fastertransformer.gemm_row_class(100)
     assert [(e.rows, e.n, e.k) for e in entries] == [
-        (rows, layer.n, layer.k) for layer in tune.layers_of(768, 3072)
+        (rows, layer.n, layer.k) for layer in measure.layers_of(768, 3072)
     ]
     path = tmp_path / "table.json"
-    tune.write_table(path, gpu, entries)
-    shipped = tune.shipped_path(gpu)
-    carried = len(tune.read_table(shipped)["entries"]) if shipped.exists() else 0
-    assert tune.load_table(path) == carried * len(tune.HALF) + 4
+    table.write_table(path, gpu, entries)
+    shipped = table.shipped_path(gpu)
+    carried = len(table.read_table(shipped)["entries"]) if shipped.exists() else 0
+    assert table.load_table(path) == carried * len(table.HALF) + 4

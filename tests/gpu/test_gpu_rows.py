@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ft_handler import load_library, reference
+from ft_handler import load_library
+from ft_handler.native import twins
 
 pytestmark = pytest.mark.gpu
 
@@ -49,7 +50,7 @@ def test_residual_layer_norm(rows: int, hidden: int, dtype: torch.dtype, biased:
     ours = torch.ops.fastertransformer.residual_layer_norm(x, bias, residual, gamma, beta, EPS)
     summed = x + residual if bias is None else x + bias + residual
     plain = F.layer_norm(summed, (hidden,), gamma, beta, EPS)
-    exact = reference.residual_layer_norm(x, bias, residual, gamma, beta, EPS)
+    exact = twins.residual_layer_norm(x, bias, residual, gamma, beta, EPS)
     assert within_twice(ours, plain, exact)
 
 
@@ -60,7 +61,7 @@ def test_bias_gelu(width: int, dtype: torch.dtype, biased: bool) -> None:
     x, bias = normal(511, width, dtype=dtype), normal(width, dtype=dtype) if biased else None
     ours = torch.ops.fastertransformer.bias_gelu(x, bias)
     plain = F.gelu(x if bias is None else x + bias)
-    assert within_twice(ours, plain, reference.bias_gelu(x, bias))
+    assert within_twice(ours, plain, twins.bias_gelu(x, bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,13 +81,13 @@ def test_embedding_layer_norm(
     gamma, beta = normal(hidden, dtype=dtype), normal(hidden, dtype=dtype)
     ids = torch.randint(0, 100, (tokens + pad,), device="cuda", dtype=id_type)
     types = torch.randint(0, 2, (tokens + pad,), device="cuda", dtype=id_type)
-    columns = reference.positions_of(cu, tokens + pad).int()
+    columns = twins.positions_of(cu, tokens + pad).int()
     ours = torch.ops.fastertransformer.embedding_layer_norm(
         ids, types, columns if given else None, cu, word, position, kind, gamma, beta, EPS
     )
     live = slice(0, tokens)
     rows = word[ids[live].long()] + position[columns[live].long()] + kind[types[live].long()]
-    exact = reference.embedding_layer_norm(
+    exact = twins.embedding_layer_norm(
         ids[live], types[live], columns[live], cu, word, position, kind, gamma, beta, EPS
     )
     assert within_twice(ours[live], F.layer_norm(rows, (hidden,), gamma, beta, EPS), exact)
@@ -101,7 +102,7 @@ def test_padding_there_and_back(shape: tuple[int, int], id_type: torch.dtype) ->
     ids = torch.randint(0, 1000, shape, device="cuda", dtype=id_type)
     types = torch.randint(0, 2, shape, device="cuda", dtype=id_type)
     ours = torch.ops.fastertransformer.remove_padding(ids, types, mask.to(id_type))
-    exact = reference.remove_padding(ids, types, mask.to(id_type))
+    exact = twins.remove_padding(ids, types, mask.to(id_type))
     for one, other in zip(ours[:5], exact[:5], strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
@@ -110,7 +111,7 @@ def test_padding_there_and_back(shape: tuple[int, int], id_type: torch.dtype) ->
         for width in ((), (6,), (768,)):
             packed = torch.randn(len(ours[0]), *width, device="cuda", dtype=dtype)
             back = torch.ops.fastertransformer.restore_padding(packed, ours[3], *shape, -10000.0)
-            assert torch.equal(back, reference.restore_padding(packed, exact[3], *shape, -10000.0))
+            assert torch.equal(back, twins.restore_padding(packed, exact[3], *shape, -10000.0))
 
 
 def test_padding_refusals() -> None:

@@ -22,9 +22,11 @@ from ports import free_port
 pytest.importorskip("ts", reason="TorchServe is not installed (pip install 'ft-handler[serve]')")
 pytest.importorskip("model_archiver", reason="torch-model-archiver is not installed")
 
-from ft_handler.archive import archive
-from ft_handler.serve import ServeOptions, Server
-from ft_handler.trace import TraceOptions, trace
+from ft_handler.prepare.options import TraceOptions
+from ft_handler.prepare.trace import trace
+from ft_handler.servers.torchserve.archive import archive
+from ft_handler.servers.torchserve.process import Server
+from ft_handler.servers.torchserve.properties import ServeOptions
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -109,7 +111,7 @@ def pack_with_stock_archiver(
 
     def pack(name: str, folder: Path, files: Sequence[Path], config: Path | None) -> None:
         handler = subprocess.run(
-            [sys.executable, "-m", "ft_handler.cli", "handler-path"],
+            [sys.executable, "-m", "ft_handler", "handler-path"],
             check=True, capture_output=True, text=True,
         ).stdout.strip()  # fmt: skip
         command = [

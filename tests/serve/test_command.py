@@ -30,7 +30,7 @@ class Command:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [
-                sys.executable, "-m", "ft_handler.cli", "serve", "--port", str(self.port),
+                sys.executable, "-m", "ft_handler", "serve", "--port", str(self.port),
                 "--grpc-port", str(self.port + 3), *arguments,
             ],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -146,7 +146,7 @@ def test_taken_port_is_named(
         taken.listen()
         done = subprocess.run(
             [
-                sys.executable, "-m", "ft_handler.cli", "serve", "--model-store", "store",
+                sys.executable, "-m", "ft_handler", "serve", "--model-store", "store",
                 "--port", str(server_port),
             ],
             cwd=tmp_path, capture_output=True, text=True, env={**os.environ},

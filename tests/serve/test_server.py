@@ -22,7 +22,7 @@ import yaml
 from malformed import CASES
 from tiny import WORD_LIST
 
-from ft_handler.metrics import METRICS
+from ft_handler.servers.torchserve.metrics import METRICS
 
 Expected = Callable[[str], dict[str, float]]
 
@@ -348,7 +348,7 @@ def test_setup_config_json(
 
 
 def test_every_metric_is_declared() -> None:
-    from ft_handler.serve import METRICS_CONFIG
+    from ft_handler.servers.torchserve.properties import METRICS_CONFIG
 
     declared = yaml.safe_load(METRICS_CONFIG.read_text())["model_metrics"]
     by_kind = {kind: {m["name"] for m in listed} for kind, listed in declared.items()}

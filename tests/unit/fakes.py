@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ft_handler.engine import Logits
-from ft_handler.model import ModelInfo
+from ft_handler.engine.base import Logits
+from ft_handler.model.info import ModelInfo
 from ft_handler.types import PackedBatch
 
 

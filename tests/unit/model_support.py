@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ft_handler import convert, model
-from ft_handler.model import MODES, SEQUENCE_CLASSIFICATION
+from ft_handler.architectures import table
+from ft_handler.model import info, module
+from ft_handler.model.info import MODES, SEQUENCE_CLASSIFICATION
 
 POSITIONS = 64
 VOCABULARY = 211
@@ -31,7 +32,7 @@ def random_bert(mode: str, **settings: Any) -> Any:
     values.update(settings)
     classes = {
         SEQUENCE_CLASSIFICATION: BertForSequenceClassification,
-        model.QUESTION_ANSWERING: BertForQuestionAnswering,
+        info.QUESTION_ANSWERING: BertForQuestionAnswering,
     }
     bert = classes[mode](BertConfig(**values)).eval()
     for name, parameter in bert.named_parameters():
@@ -43,11 +44,11 @@ def random_bert(mode: str, **settings: Any) -> Any:
 
 def fused(bert: Any, mode: str, dtype: torch.dtype = torch.float32) -> Any:
     """The scripted module made of a transformers model."""
-    row = convert.check_config(bert.config, "test")
-    weights = convert.stack_weights(
+    row = table.check_config(bert.config, "test")
+    weights = table.stack_weights(
         row, mode, bert.state_dict(), bert.config.num_hidden_layers, "test"
     )
-    return model.build_module(
+    return module.build_module(
         mode,
         weights,
         num_heads=bert.config.num_attention_heads,
@@ -56,12 +57,12 @@ def fused(bert: Any, mode: str, dtype: torch.dtype = torch.float32) -> Any:
     )
 
 
-def info_of(bert: Any, mode: str, **changes: Any) -> model.ModelInfo:
+def info_of(bert: Any, mode: str, **changes: Any) -> info.ModelInfo:
     """Metadata that fits a transformers model."""
     config = bert.config
     classifies = mode == SEQUENCE_CLASSIFICATION
     values: dict[str, Any] = {
-        "format_version": model.FORMAT_VERSION,
+        "format_version": info.FORMAT_VERSION,
         "mode": mode,
         "architecture": "bert",
         "data_type": "fp32",
@@ -82,7 +83,7 @@ def info_of(bert: Any, mode: str, **changes: Any) -> model.ModelInfo:
         "versions": {"torch": torch.__version__, "transformers": "x", "ft_handler": "x"},
     }
     values.update(changes)
-    return model.ModelInfo(**values)
+    return info.ModelInfo(**values)
 
 
 def ragged(lengths: list[int], width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from ft_handler import load_library
-from ft_handler._lib import LIBRARY
-from ft_handler.archive import HANDLER, archive, handler_path
-from ft_handler.cli import main
+from ft_handler.cli.main import main
 from ft_handler.errors import ConfigError, LibraryError, ModelError
-from ft_handler.model import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
-from ft_handler.trace import TraceOptions, trace
+from ft_handler.model.info import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
+from ft_handler.native.library import LIBRARY
+from ft_handler.prepare.options import TraceOptions
+from ft_handler.prepare.trace import trace
+from ft_handler.servers.torchserve.archive import HANDLER, archive, handler_path
 
 pytest.importorskip("transformers")
 pytest.importorskip("model_archiver")

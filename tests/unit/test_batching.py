@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ft_handler.batching import (
+from ft_handler.request.batching import (
     Sequences,
     default_buckets,
     flatten,

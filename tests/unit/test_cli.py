@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from ft_handler import cli
+from ft_handler.cli import main as cli
 from ft_handler.errors import ModelError
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ft_handler.cli", *arguments],
+        [sys.executable, "-m", "ft_handler", *arguments],
         capture_output=True, text=True, cwd=cwd, timeout=120,
     )  # fmt: skip
 
@@ -27,7 +27,7 @@ def test_help_lists_every_command() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom ft_handler.cli import main\n"
+        "import sys\nfrom ft_handler.cli.main import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'tokenizers'} & set(sys.modules)))"
     )

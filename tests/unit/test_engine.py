@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ft_handler.engine import GraphPlan, synthetic_batch
+from ft_handler.engine.base import synthetic_batch
+from ft_handler.engine.graphs import GraphPlan
 
 PLAN = GraphPlan.of(max_tokens=16384, max_sequences=64, max_length=512)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ft_handler import fast_receive
+from ft_handler.servers.torchserve import receive
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_the_same_messages_come_out_of_the_same_bytes(protocol, decode, batches,
             patch.setenv("TS_DECODE_INPUT_REQUEST", decode)
         stock_connection = Connection(stream, tuple(sizes))
         stock = [protocol.retrieve_msg(stock_connection) for _ in batches]
-        reader = fast_receive.Reader()
+        reader = receive.Reader()
         patch.setattr(protocol, "_retrieve_buffer", reader.take)
         patch.setattr(protocol, "_retrieve_int", reader.integer)
         patch.setattr(protocol, "_retrieve_inference_msg", reader.message)
@@ -107,26 +107,26 @@ def test_the_same_messages_come_out_of_the_same_bytes(protocol, decode, batches,
 
 def test_a_batch_costs_one_receive(protocol, monkeypatch):
     batch = [(b"id", [(b"Host", b"x")] * 5, [(b"body", b"text/plain", b"a film")])] * 64
-    reader = fast_receive.Reader()
+    reader = receive.Reader()
     connection = Connection(stream_of(batch)[1:])
     assert len(reader.message(connection)) == 64
     assert connection.calls == 1
 
 
 def test_another_connection_starts_afresh():
-    reader = fast_receive.Reader()
+    reader = receive.Reader()
     assert reader.take(Connection(b"abcdef"), 2) == b"ab"
     assert reader.take(Connection(b"xyz"), 2) == b"xy"
 
 
 def test_a_frontend_that_is_gone_ends_the_worker():
     with pytest.raises(SystemExit):
-        fast_receive.Reader().take(Connection(b"ab"), 3)
+        receive.Reader().take(Connection(b"ab"), 3)
 
 
 def test_undecodable_inputs_are_logged_without_their_text(caplog):
     stream = stream_of([(b"id", [], [(b"body", b"application/json", b"secretword")])])[1:]
-    (request,) = fast_receive.Reader().message(Connection(stream))
+    (request,) = receive.Reader().message(Connection(stream))
     assert request["parameters"][0]["value"] == bytearray(b"secretword")
     assert "JSONDecodeError" in caplog.text
     assert "secretword" not in caplog.text
@@ -164,16 +164,16 @@ def test_the_same_bytes_go_out(protocol, replies):
     ids = {i: f"{i:08x}-é" for i in range(len(replies))}
     bodies = [body for *_, body in replies]
     args = (bodies, ids, "Prediction success", 200, context_of(replies))
-    assert fast_receive.create_response(*args) == bytes(protocol.create_predict_response(*args))
+    assert receive.create_response(*args) == bytes(protocol.create_predict_response(*args))
 
 
 def test_anything_unusual_is_left_to_the_stock_writer(protocol):
     replies = [(200, "", {}, b"")]
     ids = {0: "a"}
     for body in ("text", {"a": 1}, bytearray(b"a")):
-        assert fast_receive.create_response([body], ids, "", 200, context_of(replies)) is None
+        assert receive.create_response([body], ids, "", 200, context_of(replies)) is None
     streaming = context_of([(200, "", {"ts_stream_next": "true"}, b"")])
-    assert fast_receive.create_response([b"a"], ids, "", 200, streaming) is None
+    assert receive.create_response([b"a"], ids, "", 200, streaming) is None
 
 
 @pytest.fixture
@@ -190,9 +190,9 @@ def stock(protocol, monkeypatch):
 def test_installed_it_answers_like_the_stock_path(protocol, stock, monkeypatch):
     before = protocol.create_predict_response
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert fast_receive.install() is True
+    assert receive.install() is True
     reader = protocol._retrieve_buffer
-    assert fast_receive.install() is True
+    assert receive.install() is True
     assert protocol._retrieve_buffer == reader
     replies = [(400, "Bad Request", {"content-type": "application/json"}, b"{}")]
     args = (["text"], {0: "a"}, "ok", 200, context_of(replies))
@@ -208,5 +208,5 @@ def test_another_version_is_left_alone(protocol, stock, monkeypatch):
 
     monkeypatch.setattr(ts, "__version__", "0.12.1")
     before = protocol._retrieve_inference_msg
-    assert fast_receive.install() is False
+    assert receive.install() is False
     assert protocol._retrieve_inference_msg is before

@@ -9,12 +9,12 @@ import warnings
 import pytest
 from fakes import FakeContext, FakeEngine, model_info
 
-from ft_handler import handler as handler_module
 from ft_handler.config import environment
 from ft_handler.errors import ConfigError, EngineLost
-from ft_handler.handler import FtHandler, choose_device, read_labels
-from ft_handler.metrics import METRICS
-from ft_handler.model import LoadedModel
+from ft_handler.model.bundle import LoadedModel
+from ft_handler.servers.torchserve import handler as handler_module
+from ft_handler.servers.torchserve.handler import FtHandler, choose_device, read_labels
+from ft_handler.servers.torchserve.metrics import METRICS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,7 +146,7 @@ def test_devices(monkeypatch):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_receive_path_is_a_setting(archive, monkeypatch, wanted):
     calls = []
-    monkeypatch.setattr(handler_module.fast_receive, "install", lambda: calls.append(1))
+    monkeypatch.setattr(handler_module.receive, "install", lambda: calls.append(1))
     ready(archive, {"fast_receive": wanted})
     assert bool(calls) is wanted
 

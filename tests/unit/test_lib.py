@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import ft_handler
-from ft_handler import _lib
 from ft_handler.errors import LibraryError
+from ft_handler.native import library
 
 
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has not loaded the library yet."""
-    monkeypatch.setattr(_lib, "_loaded", None)
-    monkeypatch.delenv(_lib.LIBRARY_VARIABLE, raising=False)
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
 
 
 def in_fresh_python(code: str) -> str:
@@ -58,54 +58,56 @@ def test_exported_names() -> None:
 
 def test_loads_once_from_many_threads() -> None:
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(_lib.load_library())) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: found.append(library.load_library())) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(found) == 8
     assert len(set(found)) == 1
-    assert _lib.loaded_library() == found[0]
-    assert _lib.build_info()["version"] == ft_handler.__version__
+    assert library.loaded_library() == found[0]
+    assert library.build_info()["version"] == ft_handler.__version__
 
 
 def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(_lib.LIBRARY_VARIABLE, raising=False)
-    packaged = Path(ft_handler.__file__).parent / "lib" / _lib.LIBRARY
-    assert _lib.candidates() == [packaged]
-    assert _lib.candidates(tmp_path) == [tmp_path / _lib.LIBRARY, packaged]
-    assert _lib.candidates(tmp_path / "other.so") == [tmp_path / "other.so"]
-    monkeypatch.setenv(_lib.LIBRARY_VARIABLE, str(tmp_path))
-    assert _lib.candidates("elsewhere") == [tmp_path / _lib.LIBRARY]
-    monkeypatch.setenv(_lib.LIBRARY_VARIABLE, "/a/b.so")
-    assert _lib.candidates() == [Path("/a/b.so")]
+    monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
+    packaged = Path(ft_handler.__file__).parent / "lib" / library.LIBRARY
+    assert library.candidates() == [packaged]
+    assert library.candidates(tmp_path) == [tmp_path / library.LIBRARY, packaged]
+    assert library.candidates(tmp_path / "other.so") == [tmp_path / "other.so"]
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, str(tmp_path))
+    assert library.candidates("elsewhere") == [tmp_path / library.LIBRARY]
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, "/a/b.so")
+    assert library.candidates() == [Path("/a/b.so")]
 
 
 @pytest.mark.usefixtures("unloaded")
 def test_a_missing_library_lists_the_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_lib, "__file__", str(tmp_path / "package" / "_lib.py"))
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "package" / "native" / "library.py"))
     with pytest.raises(LibraryError) as caught:
-        _lib.load_library(tmp_path)
+        library.load_library(tmp_path)
     message = str(caught.value)
-    assert str(tmp_path / _lib.LIBRARY) in message
-    assert str(tmp_path / "package" / "lib" / _lib.LIBRARY) in message
+    assert str(tmp_path / library.LIBRARY) in message
+    assert str(tmp_path / "package" / "lib" / library.LIBRARY) in message
     assert "pip install ." in message
-    assert _lib.LIBRARY_VARIABLE in message
+    assert library.LIBRARY_VARIABLE in message
 
 
 @pytest.mark.usefixtures("unloaded")
 def test_a_broken_library_is_refused_in_words(tmp_path: Path) -> None:
-    broken = tmp_path / _lib.LIBRARY
+    broken = tmp_path / library.LIBRARY
     broken.write_bytes(b"not a library")
     with pytest.raises(LibraryError, match="does not load"):
-        _lib.load_library(broken)
+        library.load_library(broken)
 
 
 @pytest.mark.usefixtures("unloaded")
 def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     with pytest.raises(LibraryError, match=r"2\.9\.1\+cu128 is too old"):
-        _lib.load_library()
+        library.load_library()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_another_build_is_refused(build: dict[str, str], words: str) -> None:
     with pytest.raises(LibraryError, match=words):
-        _lib.check_build(build, Path("lib.so"))
+        library.check_build(build, Path("lib.so"))
 
 
 @pytest.mark.parametrize(
@@ -134,29 +136,29 @@ def test_another_build_is_refused(build: dict[str, str], words: str) -> None:
     ],
 )
 def test_compute_capabilities(archs: list[str], capability: tuple[int, int], served: bool) -> None:
-    assert _lib.serves_capability(archs, capability) is served
+    assert library.serves_capability(archs, capability) is served
 
 
 def test_a_gpu_without_code_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    _lib.load_library()
+    library.load_library()
     device = torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(LibraryError, match="sees no CUDA GPU"):
-        _lib.check_device(device)
+        library.check_device(device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(_lib, "build_info", lambda: {"cuda_archs": []})
+    monkeypatch.setattr(library, "build_info", lambda: {"cuda_archs": []})
     with pytest.raises(LibraryError, match="built without CUDA"):
-        _lib.check_device(device)
-    monkeypatch.setattr(_lib, "build_info", lambda: {"cuda_archs": ["7.5", "8.0"]})
+        library.check_device(device)
+    monkeypatch.setattr(library, "build_info", lambda: {"cuda_archs": ["7.5", "8.0"]})
     with pytest.raises(LibraryError, match=r"7\.5, 8\.0, and cuda:0 has 9\.0"):
-        _lib.check_device(device)
-    monkeypatch.setattr(_lib, "build_info", lambda: {"cuda_archs": ["9.0"]})
-    _lib.check_device(device)
+        library.check_device(device)
+    monkeypatch.setattr(library, "build_info", lambda: {"cuda_archs": ["9.0"]})
+    library.check_device(device)
 
 
 def test_build_info_is_complete() -> None:
-    info = _lib.build_info()
+    info = library.build_info()
     assert json.loads(json.dumps(info)) == info
     for name in ("version", "torch_build", "cpu_isa", "cpu_isas", "cuda_archs"):
         assert name in info

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ft_handler import ops, reference
+from ft_handler.native import ops, twins
 
 TOKENS, HIDDEN, HEADS, INNER, LAYERS = 7, 24, 2, 40, 2
 CU_SEQLENS = torch.tensor([0, 3, 7], dtype=torch.int32)
@@ -113,7 +113,7 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "prepare_weight"])
 def test_wrappers_agree_with_their_twins(name: str) -> None:
     found = getattr(ops, name)(*arguments(name, ops.prepare_weight))
-    wanted = getattr(reference, name)(*arguments(name, reference.prepare_weight))
+    wanted = getattr(twins, name)(*arguments(name, twins.prepare_weight))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_the_library_registers_nothing_without_a_twin() -> None:
         f"fastertransformer::{n}" for n in NAMES
     }
     for name in NAMES:
-        assert callable(getattr(reference, name))
+        assert callable(getattr(twins, name))
         assert callable(getattr(ops, name))
 
 

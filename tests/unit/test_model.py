@@ -23,16 +23,15 @@ from model_support import (
 
 from ft_handler import load_model
 from ft_handler.errors import ModelError
-from ft_handler.model import (
+from ft_handler.model.bundle import read_info, save_model
+from ft_handler.model.info import (
     METADATA_FILE,
     MODES,
-    PAD_LOGIT,
     QUESTION_ANSWERING,
     SEQUENCE_CLASSIFICATION,
     ModelInfo,
-    read_info,
-    save_model,
 )
+from ft_handler.model.module import PAD_LOGIT
 
 # A refusal inside TorchScript is a torch.jit.Error, one inside an op a RuntimeError.
 REFUSED = (RuntimeError, torch.jit.Error)

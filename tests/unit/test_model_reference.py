@@ -8,56 +8,55 @@ import pytest
 import torch
 from model_support import hf_logits, ragged, random_bert
 
-from ft_handler import convert, reference
-from ft_handler.model import QUESTION_ANSWERING
+from ft_handler.architectures import table
+from ft_handler.model.info import QUESTION_ANSWERING
+from ft_handler.native import twins
 
 
 def test_padding_by_hand() -> None:
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     types = torch.tensor([[0, 0, 1], [0, 1, 0]])
     mask = torch.tensor([[1, 0, 1], [1, 1, 0]])
-    packed, kinds, positions, indices, cu_seqlens, longest = reference.remove_padding(
-        ids, types, mask
-    )
+    packed, kinds, positions, indices, cu_seqlens, longest = twins.remove_padding(ids, types, mask)
     assert packed.tolist() == [5, 7, 8, 9]
     assert kinds.tolist() == [0, 1, 0, 1]
     assert positions.tolist() == [0, 2, 0, 1]
     assert indices.tolist() == [0, 2, 3, 4]
     assert cu_seqlens.tolist() == [0, 2, 4]
     assert longest == 2
-    back = reference.restore_padding(packed, indices, 2, 3, -1)
+    back = twins.restore_padding(packed, indices, 2, 3, -1)
     assert back.tolist() == [[5, -1, 7], [8, 9, -1]]
 
 
 def test_rows_the_head_cannot_read_are_refused() -> None:
     ids = torch.ones(2, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="keeps no token"):
-        reference.remove_padding(ids, ids, torch.tensor([[1, 1], [0, 0]]))
+        twins.remove_padding(ids, ids, torch.tensor([[1, 1], [0, 0]]))
     with pytest.raises(ValueError, match="column 0"):
-        reference.remove_padding(ids, ids, torch.tensor([[1, 1], [0, 1]]))
+        twins.remove_padding(ids, ids, torch.tensor([[1, 1], [0, 1]]))
 
 
 def test_layer_norm_and_gelu_by_hand() -> None:
     x = torch.tensor([[1.0, 3.0]])
-    found = reference.residual_layer_norm(
+    found = twins.residual_layer_norm(
         x, torch.tensor([1.0, 1.0]), x, torch.tensor([2.0, 2.0]), torch.tensor([0.5, 0.0]), 0.0
     )
     torch.testing.assert_close(found, torch.tensor([[-1.5, 2.0]]))
-    value = reference.bias_gelu(torch.tensor([[1.0]]), torch.tensor([0.5]))
+    value = twins.bias_gelu(torch.tensor([[1.0]]), torch.tensor([0.5]))
     assert math.isclose(float(value), 1.5 * 0.5 * (1 + math.erf(1.5 / math.sqrt(2))), rel_tol=1e-6)
 
 
 def test_attention_by_hand() -> None:
     # One head of size 1: the first sequence has one token, so its answer is its own value.
     qkv = torch.tensor([[0.3, 0.2, 5.0], [0.0, 1.0, 1.0], [0.0, 2.0, 3.0]])
-    out = reference.varlen_attention(qkv, torch.tensor([0, 1, 3], dtype=torch.int32), 2, 1)
+    out = twins.varlen_attention(qkv, torch.tensor([0, 1, 3], dtype=torch.int32), 2, 1)
     torch.testing.assert_close(out, torch.tensor([[5.0], [2.0], [2.0]]))
 
 
 def test_encoder_agrees_with_transformers_packed_and_padded() -> None:
     bert = random_bert(QUESTION_ANSWERING)
-    row = convert.check_config(bert.config, "test")
-    weights = convert.stack_weights(row, QUESTION_ANSWERING, bert.state_dict(), 2, "test")
+    row = table.check_config(bert.config, "test")
+    weights = table.stack_weights(row, QUESTION_ANSWERING, bert.state_dict(), 2, "test")
     names = (
         "word", "position", "token_type", "emb_gamma", "emb_beta",
         "qkv_weight", "qkv_bias", "out_weight", "out_bias", "ln1_gamma", "ln1_beta",
@@ -69,13 +68,9 @@ def test_encoder_agrees_with_transformers_packed_and_padded() -> None:
     mask[2, 4] = 0
     kept = mask.bool()
     start, end = (part[kept] for part in hf_logits(bert, ids, mask, types))
-    whole = reference.padded_encoder(ids, types, mask, *stacked, heads, eps)[kept]
-    packed_ids, kinds, positions, _, cu_seqlens, longest = reference.remove_padding(
-        ids, types, mask
-    )
-    packed = reference.encoder(
-        packed_ids, kinds, positions, cu_seqlens, longest, *stacked, heads, eps
-    )
+    whole = twins.padded_encoder(ids, types, mask, *stacked, heads, eps)[kept]
+    packed_ids, kinds, positions, _, cu_seqlens, longest = twins.remove_padding(ids, types, mask)
+    packed = twins.encoder(packed_ids, kinds, positions, cu_seqlens, longest, *stacked, heads, eps)
     for hidden in (whole, packed):
         logits = hidden @ weights["qa_weight"].T + weights["qa_bias"]
         torch.testing.assert_close(logits[:, 0], start, rtol=0, atol=2e-5)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ft_handler
-from ft_handler import reference
+from ft_handler.native import twins
 
 ft_handler.load_library()
 ops = torch.ops.fastertransformer
@@ -103,13 +103,13 @@ def test_linear(dtype: torch.dtype, tokens: int, n: int, k: int) -> None:
         for r in (None, residual):
             for gelu in (False, True):
                 got = ops.linear(x, weight, b, r, gelu)
-                close(got, reference.linear(x, w, b, r, gelu), dtype)
+                close(got, twins.linear(x, w, b, r, gelu), dtype)
 
 
 def test_linear_reads_strided_inputs() -> None:
     x, w, residual = torch.randn(48, 20).T, torch.randn(30, 48), torch.randn(30, 20).T
     got = ops.linear(x, ops.prepare_weight(w.T.contiguous().T), None, residual, False)
-    close(got, reference.linear(x, w, None, residual, False), torch.float32)
+    close(got, twins.linear(x, w, None, residual, False), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -144,7 +144,7 @@ def test_attention_head_sizes(dtype: torch.dtype, head_dim: int) -> None:
     lengths = [1, 7, 0, 113, 32]
     qkv = torch.randn(sum(lengths), 3 * 3 * head_dim).to(dtype)
     got = ops.varlen_attention(qkv, bounds_of(lengths), 113, 3)
-    close(got, reference.varlen_attention(qkv, bounds_of(lengths), 113, 3), dtype)
+    close(got, twins.varlen_attention(qkv, bounds_of(lengths), 113, 3), dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -152,13 +152,13 @@ def test_attention_head_sizes(dtype: torch.dtype, head_dim: int) -> None:
 def test_attention_lengths(dtype: torch.dtype, length: int) -> None:
     qkv = (torch.randn(length, 3 * 64) * 2).to(dtype)
     got = ops.varlen_attention(qkv, bounds_of([length]), 4096, 2)
-    close(got, reference.varlen_attention(qkv, bounds_of([length]), 4096, 2), dtype)
+    close(got, twins.varlen_attention(qkv, bounds_of([length]), 4096, 2), dtype)
 
 
 def test_attention_of_large_scores_stays_finite() -> None:
     qkv = torch.randn(40, 96) * 60
     got = ops.varlen_attention(qkv, bounds_of([40]), 40, 1)
-    want = reference.varlen_attention(qkv, bounds_of([40]), 40, 1)
+    want = twins.varlen_attention(qkv, bounds_of([40]), 40, 1)
     # Scores near 10^4 carry a rounding error of 10^-3, whoever computes them.
     torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-1)
 
@@ -204,14 +204,14 @@ def test_residual_layer_norm(dtype: torch.dtype, width: int) -> None:
     gamma, beta = torch.randn(width).to(dtype), torch.randn(width).to(dtype)
     for bias in (None, torch.randn(width).to(dtype)):
         got = ops.residual_layer_norm(x, bias, r, gamma, beta, 1e-5)
-        close(got, reference.residual_layer_norm(x, bias, r, gamma, beta, 1e-5), dtype)
+        close(got, twins.residual_layer_norm(x, bias, r, gamma, beta, 1e-5), dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_bias_gelu(dtype: torch.dtype) -> None:
     x, bias = (torch.randn(37, 101) * 3).to(dtype), torch.randn(101).to(dtype)
     for b in (None, bias):
-        close(ops.bias_gelu(x, b), reference.bias_gelu(x, b), dtype)
+        close(ops.bias_gelu(x, b), twins.bias_gelu(x, b), dtype)
 
 
 def test_gelu_is_exact_to_fp32_rounding() -> None:
@@ -232,7 +232,7 @@ def test_embedding_layer_norm(dtype: torch.dtype, ids: torch.dtype) -> None:
     cu = inputs["cu_seqlens"]
     for positions in (None, torch.randint(0, 512, (46,), dtype=torch.int32)):
         got = ops.embedding_layer_norm(words, kinds, positions, cu, *args, 1e-12)
-        want = reference.embedding_layer_norm(words, kinds, positions, cu, *args, 1e-12)
+        want = twins.embedding_layer_norm(words, kinds, positions, cu, *args, 1e-12)
         close(got, want, dtype)
 
 
@@ -271,13 +271,13 @@ def test_encoder(dtype: torch.dtype, heads: int, head_dim: int) -> None:
     for lengths in ([1], LENGTHS, [3, 0, 2]):
         inputs = encoder_inputs(dtype, lengths, heads, head_dim)
         got = ops.encoder(*prepared(inputs).values())
-        close(got, reference.encoder(**inputs), dtype)
+        close(got, twins.encoder(**inputs), dtype)
 
 
 def plain_torch_encoder(p: dict[str, Any]) -> Tensor:
     """The same layers in the inputs' own type, as a library that keeps to it computes them."""
     hidden, cu = p["word"].shape[1], p["cu_seqlens"].tolist()
-    positions = reference.positions_of(p["cu_seqlens"], cu[-1])
+    positions = twins.positions_of(p["cu_seqlens"], cu[-1])
     x = p["word"][p["input_ids"]] + p["position"][positions] + p["token_type"][p["token_type_ids"]]
     x = F.layer_norm(x, (hidden,), p["emb_gamma"], p["emb_beta"], p["eps"])
     for i in range(p["qkv_weight"].shape[0]):
@@ -301,7 +301,7 @@ def plain_torch_encoder(p: dict[str, Any]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_errs_at_most_twice_as_much_as_torch(dtype: torch.dtype) -> None:
     inputs = encoder_inputs(dtype, [1, 7, 113, 64], heads=4, head_dim=32, inner=256)
-    want = reference.encoder(**inputs)
+    want = twins.encoder(**inputs)
     ours = (ops.encoder(*prepared(inputs).values()).float() - want).abs().max()
     theirs = (plain_torch_encoder(inputs).float() - want).abs().max()
     assert ours <= 2 * theirs
@@ -407,14 +407,14 @@ def masks(draw: st.DrawFn) -> Tensor:
 def test_padding_round_trip(mask: Tensor, mask_type: torch.dtype, id_type: torch.dtype) -> None:
     ids = torch.arange(mask.numel(), dtype=id_type).reshape(mask.shape)
     got = ops.remove_padding(ids, ids + 1, mask.to(mask_type))
-    want = reference.remove_padding(ids, ids + 1, mask)
+    want = twins.remove_padding(ids, ids + 1, mask)
     for a, b in zip(got[:5], want[:5], strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
     assert got[5] == want[5]
     packed = torch.randn(got[0].shape[0], 3)
     restored = ops.restore_padding(packed, got[3], *mask.shape, -7.0)
-    assert torch.equal(restored, reference.restore_padding(packed, got[3], *mask.shape, -7.0))
+    assert torch.equal(restored, twins.restore_padding(packed, got[3], *mask.shape, -7.0))
     assert (restored[mask == 0] == -7.0).all()
 
 
@@ -425,7 +425,7 @@ def test_restore_padding_shapes(dtype: torch.dtype, shape: tuple[int, ...]) -> N
     indices = torch.tensor([0, 4, 5])
     got = ops.restore_padding(packed, indices, 2, 3, -10000.0)
     assert got.shape == (2, 3, *shape)
-    assert torch.equal(got, reference.restore_padding(packed, indices, 2, 3, -10000.0))
+    assert torch.equal(got, twins.restore_padding(packed, indices, 2, 3, -10000.0))
 
 
 def test_padding_refuses() -> None:
@@ -447,7 +447,7 @@ def test_padding_refuses() -> None:
 def test_strided_padding_inputs() -> None:
     ids, mask = torch.arange(12).reshape(4, 3).T, torch.tensor([[1, 1, 0, 1]] * 3)
     got = ops.remove_padding(ids, ids, mask.T.contiguous().T)
-    want = reference.remove_padding(ids, ids, mask)
+    want = twins.remove_padding(ids, ids, mask)
     assert all(torch.equal(a, b) for a, b in zip(got[:5], want[:5], strict=True))
 
 

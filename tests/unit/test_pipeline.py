@@ -13,9 +13,9 @@ from malformed import CASES, as_item
 
 from ft_handler.config import HandlerConfig
 from ft_handler.errors import ConfigError, EngineLost, OutOfDeviceMemory
-from ft_handler.pipeline import STAGES, Pipeline
-from ft_handler.tasks import softmax
-from ft_handler.tokenization import load_tokenizer
+from ft_handler.request.pipeline import STAGES, Pipeline
+from ft_handler.tasks.scores import softmax
+from ft_handler.text.tokenizer import load_tokenizer
 
 LABELS = ("negative", "neutral", "positive")
 SENTENCES = [

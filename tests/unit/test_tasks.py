@@ -8,16 +8,13 @@ from fakes import token_logits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ft_handler.codec import ALL_LABELS
-from ft_handler.tasks import (
-    Classification,
-    QuestionAnswering,
-    best_spans,
-    default_function,
-    sigmoid,
-    softmax,
-)
-from ft_handler.tokenization import QuestionEncoder, load_tokenizer
+from ft_handler.request.codec import ALL_LABELS
+from ft_handler.tasks.encoders import QuestionEncoder
+from ft_handler.tasks.question_answering import QuestionAnswering
+from ft_handler.tasks.scores import sigmoid, softmax
+from ft_handler.tasks.sequence_classification import Classification, default_function
+from ft_handler.tasks.spans import best_spans
+from ft_handler.text.tokenizer import load_tokenizer
 from ft_handler.types import (
     ClassificationParams,
     Encoding,

@@ -14,16 +14,11 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
 from ft_handler.errors import ConfigError, UnusableRequest
-from ft_handler.tokenization import (
-    QuestionEncoder,
-    RememberedChunks,
-    TextEncoder,
-    WholeTexts,
-    load_tokenizer,
-    longest_first,
-    reader_of,
-    window_spans,
-)
+from ft_handler.tasks.encoders import QuestionEncoder, TextEncoder, window_spans
+from ft_handler.text.chunks import RememberedChunks, reader_of
+from ft_handler.text.readers import WholeTexts
+from ft_handler.text.template import longest_first
+from ft_handler.text.tokenizer import load_tokenizer
 from ft_handler.types import ClassificationParams, QuestionInput, QuestionParams, TextInput
 
 CUT = ClassificationParams(None, None, True)
@@ -211,7 +206,7 @@ def test_remembered_chunks_read_as_the_library_reads(tokenizer, texts, capacity)
 def test_chunks_without_room_in_their_bucket_are_read_right(tokenizer, monkeypatch):
     """One bucket for all: two chunks find room, the others are looked up elsewhere."""
     monkeypatch.setattr(
-        "ft_handler.tokenization._ShortChunks._buckets",
+        "ft_handler.text.chunks._ShortChunks._buckets",
         staticmethod(lambda keys: np.zeros(keys.shape[1], np.int64)),
     )
     memory = RememberedChunks(tokenizer)

@@ -13,13 +13,16 @@ import torch
 import yaml
 from model_support import hf_logits
 
-from ft_handler import convert, load_model
-from ft_handler import trace as tracing
-from ft_handler.cli import main
+from ft_handler import load_model
+from ft_handler.cli.main import main
+from ft_handler.cli.trace import trace_command
 from ft_handler.config import HandlerConfig
 from ft_handler.errors import ModelError
-from ft_handler.model import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, read_info
-from ft_handler.trace import TraceOptions, trace
+from ft_handler.model.bundle import read_info
+from ft_handler.model.info import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
+from ft_handler.prepare import checkpoint, compare
+from ft_handler.prepare.options import TraceOptions
+from ft_handler.prepare.trace import trace
 
 transformers = pytest.importorskip("transformers")
 
@@ -97,8 +100,8 @@ def test_any_shape_after_tracing(
     options: dict[str, Any] = {"mode": mode, "data_type": data_type}
     traced(source, tmp_path, batch_size=2, max_seq_length=16, **options)
     module = load_model(tmp_path / "traced_model.pt").module
-    bert = convert.load_checkpoint(mode, str(source)).model
-    half = convert.load_checkpoint(mode, str(source)).model.to(
+    bert = checkpoint.load_checkpoint(mode, str(source)).model
+    half = checkpoint.load_checkpoint(mode, str(source)).model.to(
         {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[data_type]
     )
     ours = theirs = 0.0
@@ -139,7 +142,7 @@ def test_plain_torchscript(tiny_qa: Path, tmp_path: Path) -> None:
     assert not loaded.packed
     assert loaded.info.model_type == "ths"
     assert not loaded.info.remove_padding
-    bert = convert.load_checkpoint(QUESTION_ANSWERING, str(tiny_qa)).model
+    bert = checkpoint.load_checkpoint(QUESTION_ANSWERING, str(tiny_qa)).model
     ids = torch.randint(5, 100, (3, 21))
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
@@ -231,7 +234,7 @@ def test_a_tokenizer_of_another_model_is_refused(
 def test_a_file_that_is_off_is_not_written(
     tiny_classification: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracing, "FP32_TOLERANCE", 0.0)
+    monkeypatch.setattr(compare, "FP32_TOLERANCE", 0.0)
     with pytest.raises(ModelError, match="differ from transformers' by"):
         traced(tiny_classification, tmp_path)
     assert not list(tmp_path.rglob("traced_model*"))
@@ -280,7 +283,7 @@ def test_flags_keep_their_names_and_take_dashes() -> None:
     import typer
 
     app = typer.Typer()
-    app.command()(tracing.trace_command)
+    app.command()(trace_command)
     options = {o for p in typer.main.get_command(app).params for o in p.opts}
     for name in PUBLISHED_FLAGS:
         assert f"--{name}" in options

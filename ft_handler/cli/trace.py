@@ -1,0 +1,158 @@
+"""`ft-handler trace`: the names are those of NVIDIA's published TorchServe example."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ft_handler.errors import ModelError
+from ft_handler.model.info import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
+from ft_handler.prepare.adapters import read_adapter
+from ft_handler.prepare.options import DEFAULT_SAMPLES, TraceOptions
+from ft_handler.prepare.trace import trace
+
+
+class Mode(str, Enum):
+    """What the model is for."""
+
+    sequence_classification = SEQUENCE_CLASSIFICATION
+    question_answering = QUESTION_ANSWERING
+
+
+class DataType(str, Enum):
+    """Type of the encoder's parameters; heads are always fp32."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+class ModelType(str, Enum):
+    """`thsext`: fused, padding-free; `ths`: transformers' own as TorchScript; `ori`: eager."""
+
+    ori = "ori"
+    ths = "ths"
+    thsext = "thsext"
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def _names(name: str) -> tuple[str, str]:
+    return f"--{name}", f"--{name.replace('_', '-')}"
+
+
+def trace_command(
+    mode: Annotated[Mode, typer.Option("--mode", help="What the model is for.")],
+    model_name_or_path: Annotated[
+        str | None,
+        typer.Option(
+            *_names("model_name_or_path"),
+            help="A hub name or a folder. With --adapter: default the adapter's own base.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder to write; made when missing.")
+    ] = Path("traced_model"),
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="A PEFT LoRA adapter's folder, merged in.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            help="Label names in order, comma-separated. Default: labels.json in the adapter's "
+            "folder, else the checkpoint's id2label.",
+        ),
+    ] = None,
+    tokenizer_name: Annotated[
+        str | None,
+        typer.Option(*_names("tokenizer_name"), help="Tokenizer, if not the checkpoint's own."),
+    ] = None,
+    config_name: Annotated[
+        str | None,
+        typer.Option(*_names("config_name"), help="Configuration, if not the checkpoint's own."),
+    ] = None,
+    cache_dir: Annotated[
+        str | None, typer.Option(*_names("cache_dir"), help="Where hub downloads are kept.")
+    ] = None,
+    max_seq_length: Annotated[
+        int | None,
+        typer.Option(
+            *_names("max_seq_length"),
+            min=4,
+            help="Most tokens served (max_length in model-config.yaml), and of the sample that "
+            "checks the file. The traced file takes any length. Default: the model's positions.",
+        ),
+    ] = None,
+    do_lower_case: Annotated[
+        bool | None,
+        typer.Option(
+            "--do_lower_case/--no_do_lower_case",
+            "--do-lower-case/--no-do-lower-case",
+            help="Lower-case text or not. Default: what the tokenizer says.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            *_names("batch_size"),
+            min=1,
+            help="Sequences in the sample that checks the file; the file takes any batch.",
+        ),
+    ] = DEFAULT_SAMPLES,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of that sample.")] = 42,
+    data_type: Annotated[
+        DataType, typer.Option(*_names("data_type"), help="The encoder's type; heads are fp32.")
+    ] = DataType.fp32,
+    model_type: Annotated[
+        ModelType,
+        typer.Option(
+            *_names("model_type"),
+            help="thsext: fused and padding-free. For comparison: ths, transformers' model as "
+            "plain TorchScript; ori, an eager checkpoint.",
+        ),
+    ] = ModelType.thsext,
+    ths_path: Annotated[
+        Path | None,
+        typer.Option(
+            *_names("ths_path"), help="libpyt_fastertransformer.so, if not the package's own."
+        ),
+    ] = None,
+    remove_padding: Annotated[
+        bool,
+        typer.Option(
+            *_names("remove_padding"),
+            help="Accepted for old scripts: thsext always removes padding, ths and ori never do.",
+        ),
+    ] = False,
+) -> None:
+    """Write a traced model and everything an archive needs from a BERT checkpoint."""
+    if remove_padding and model_type is not ModelType.thsext:
+        raise ModelError(f"--remove_padding needs --model_type thsext, not {model_type.value}")
+    name = model_name_or_path
+    if name is None and adapter is not None:
+        name = read_adapter(adapter).base
+    if name is None:
+        raise ModelError("--model_name_or_path is missing")
+    options = TraceOptions(
+        mode=mode.value,
+        model_name_or_path=name,
+        output=output,
+        tokenizer_name=tokenizer_name,
+        config_name=config_name,
+        cache_dir=cache_dir,
+        adapter=adapter,
+        labels=[part.strip() for part in labels.split(",")] if labels else None,
+        max_seq_length=max_seq_length,
+        do_lower_case=do_lower_case,
+        batch_size=batch_size,
+        seed=seed,
+        data_type=data_type.value,
+        model_type=model_type.value,
+        ths_path=ths_path,
+    )
+    trace(options, typer.echo)

@@ -1,0 +1,60 @@
+"""What the pipeline asks of a device: packed batches in, fp32 logits on the host out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ft_handler.types import PackedBatch
+
+if TYPE_CHECKING:
+    pass
+
+
+Logits = tuple[NDArray[np.float32], ...]
+
+
+class Pending(Protocol):
+    """A batch under way."""
+
+    def result(self) -> Logits:
+        """Wait for the logits: `([batch, num_labels],)`, or `([total], [total])` for QA.
+
+        Raises OutOfDeviceMemory when the batch has to be split, EngineLost when the process
+        cannot use its GPU any more.
+        """
+
+
+class Engine(Protocol):
+    """What the pipeline asks of a device."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether `launch` returns before the batch is computed."""
+
+    def launch(self, batch: PackedBatch) -> Pending:
+        """Start a batch; on a GPU this returns before the kernels end."""
+
+    def warm_up(self) -> dict[str, float]:
+        """Run once before the first request; returns what it took, for the log."""
+
+
+class Done:
+    """A batch that was computed when it was launched."""
+
+    def __init__(self, logits: Logits) -> None:
+        self._logits = logits
+
+    def result(self) -> Logits:
+        return self._logits
+
+
+def synthetic_batch(lengths: list[int], vocab_size: int) -> PackedBatch:
+    """A batch of the given lengths with valid ids, for warm-up and tests."""
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    total = int(cu_seqlens[-1])
+    ids = np.arange(total, dtype=np.int64) % vocab_size
+    return PackedBatch(ids, np.zeros(total, np.int64), cu_seqlens, max(lengths, default=0))

@@ -1,0 +1,256 @@
+"""Typed wrappers of the ops, and their fake kernels for torch.compile and torch.export.
+
+Importing this module loads the library. Shapes: T tokens, B sequences, S padded length, H hidden,
+I intermediate, L layers, N outputs, K inputs, V vocabulary, P positions. Float tensors are fp32,
+fp16 or bf16 and agree with each other; ids are int64 or int32; `cu_seqlens` is int32. On the CPU
+wrong values raise RuntimeError in words; on CUDA ids are clamped, since checking them would wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from ft_handler.native.library import NAMESPACE, load_library
+
+load_library()
+_ops = getattr(torch.ops, NAMESPACE)
+
+
+def prepare_weight(weight: Tensor) -> Tensor:
+    """Lay a GEMM weight `[L,N,K]` or `[N,K]` out for the running processor; opaque on the CPU."""
+    return cast(Tensor, _ops.prepare_weight(weight))
+
+
+def remove_padding(
+    input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """Pack the tokens that the mask keeps: three `[B,S]` in.
+
+    Returns `input_ids [T]`, `token_type_ids [T]`, `position_ids [T]` int32, `token_indices [T]`
+    int64 (`b * S + s`), `cu_seqlens [B+1]` and the longest length. Column 0 must be kept.
+    """
+    return cast(
+        "tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]",
+        _ops.remove_padding(input_ids, token_type_ids, attention_mask),
+    )
+
+
+def restore_padding(
+    packed: Tensor, token_indices: Tensor, batch: int, seqlen: int, fill: float
+) -> Tensor:
+    """Put packed rows back: `[T,...]` -> `[B,S,...]`, pads equal `fill`."""
+    return cast(Tensor, _ops.restore_padding(packed, token_indices, batch, seqlen, fill))
+
+
+def embedding_layer_norm(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+) -> Tensor:
+    """Layer norm of the three summed embeddings: ids `[T]`, tables `[V|P|types,H]` -> `[T,H]`."""
+    return cast(
+        Tensor,
+        _ops.embedding_layer_norm(
+            input_ids,
+            token_type_ids,
+            position_ids,
+            cu_seqlens,
+            word,
+            position,
+            token_type,
+            gamma,
+            beta,
+            eps,
+        ),
+    )
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool
+) -> Tensor:
+    """`input @ weight.T + bias`, GELU if asked, then `+ residual`: `[T,K]` -> `[T,N]`.
+
+    `weight` is what `prepare_weight` made of `[N,K]`.
+    """
+    return cast(Tensor, _ops.linear(input, weight, bias, residual, gelu))
+
+
+def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int) -> Tensor:
+    """Attention within each sequence: `[T,3H]` (q, k, v, each `[heads, head size]`) -> `[T,H]`."""
+    return cast(Tensor, _ops.varlen_attention(qkv, cu_seqlens, max_seqlen, num_heads))
+
+
+def residual_layer_norm(
+    input: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float
+) -> Tensor:
+    """Layer norm of `input + bias + residual`: `[T,H]` -> `[T,H]`."""
+    return cast(Tensor, _ops.residual_layer_norm(input, bias, residual, gamma, beta, eps))
+
+
+def bias_gelu(input: Tensor, bias: Tensor | None) -> Tensor:
+    """Exact GELU of `input + bias`: `[T,N]` -> `[T,N]`."""
+    return cast(Tensor, _ops.bias_gelu(input, bias))
+
+
+def encoder(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    emb_gamma: Tensor,
+    emb_beta: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    ln1_gamma: Tensor,
+    ln1_beta: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    ln2_gamma: Tensor,
+    ln2_beta: Tensor,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    """The whole encoder: ids `[T]` -> `[T,H]` in the dtype of `word`.
+
+    GEMM weights are what `prepare_weight` made of `[L,3H,H] [L,H,H] [L,I,H] [L,H,I]`; biases are
+    `[L,N]`, norms `[L,H]`.
+    """
+    return cast(
+        Tensor,
+        _ops.encoder(
+            input_ids,
+            token_type_ids,
+            position_ids,
+            cu_seqlens,
+            max_seqlen,
+            word,
+            position,
+            token_type,
+            emb_gamma,
+            emb_beta,
+            qkv_weight,
+            qkv_bias,
+            out_weight,
+            out_bias,
+            ln1_gamma,
+            ln1_beta,
+            up_weight,
+            up_bias,
+            down_weight,
+            down_bias,
+            ln2_gamma,
+            ln2_beta,
+            num_heads,
+            eps,
+        ),
+    )
+
+
+_Kernel = TypeVar("_Kernel", bound=Callable[..., object])
+
+
+def _fake(name: str) -> Callable[[_Kernel], _Kernel]:
+    return cast("Callable[[_Kernel], _Kernel]", torch.library.register_fake(f"{NAMESPACE}::{name}"))
+
+
+@_fake("prepare_weight")
+def _prepare_weight_fake(weight: Tensor) -> Tensor:
+    if weight.device.type != "cpu":
+        return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    # How many bytes the packed form takes depends on the processor.
+    size = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty(size, dtype=torch.uint8)
+
+
+# remove_padding has none: it returns the longest length as a plain integer, which no symbolic
+# trace can hold. It runs once, before the part worth compiling.
+
+
+@_fake("restore_padding")
+def _restore_padding_fake(
+    packed: Tensor, token_indices: Tensor, batch: int, seqlen: int, fill: float
+) -> Tensor:
+    return packed.new_empty((batch, seqlen, *packed.shape[1:]))
+
+
+@_fake("embedding_layer_norm")
+def _embedding_layer_norm_fake(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+) -> Tensor:
+    return word.new_empty((input_ids.shape[0], word.shape[1]))
+
+
+@_fake("linear")
+def _linear_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool
+) -> Tensor:
+    outputs: int | torch.SymInt
+    if bias is not None:
+        outputs = bias.shape[0]
+    elif residual is not None:
+        outputs = residual.shape[1]
+    elif weight.dtype != torch.uint8:
+        outputs = weight.shape[-2]
+    else:  # the blob's header knows, its shape does not
+        outputs = torch.library.get_ctx().new_dynamic_size()
+    return input.new_empty((input.shape[0], outputs))
+
+
+@_fake("varlen_attention")
+def _varlen_attention_fake(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int
+) -> Tensor:
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
+
+
+@_fake("residual_layer_norm")
+def _residual_layer_norm_fake(
+    input: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float
+) -> Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+@_fake("bias_gelu")
+def _bias_gelu_fake(input: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+@_fake("encoder")
+def _encoder_fake(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    word: Tensor,
+    *_: object,
+) -> Tensor:
+    return word.new_empty((input_ids.shape[0], word.shape[1]))

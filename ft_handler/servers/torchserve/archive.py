@@ -1,0 +1,168 @@
+"""A traced model's folder into a .mar, on the stock archiver's library."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from ft_handler.config import HandlerConfig
+from ft_handler.errors import ConfigError, EnvironmentProblem, LibraryError, ModelError
+from ft_handler.model.bundle import read_info
+from ft_handler.model.info import SEQUENCE_CLASSIFICATION
+from ft_handler.native.library import LIBRARY, candidates
+from ft_handler.prepare.trace import CONFIG_FILE, LABELS_FILE
+
+HANDLER = "ft_handler.entry:handle"
+SHIM = Path(__file__).resolve().parent / "data" / "ft_handler_shim.py"
+# Taken along when they are there.
+OPTIONAL_FILES = (
+    "vocab.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "setup_config.json",
+    "gemm_table.json",
+)
+
+_temporary_folder = threading.Lock()
+
+
+def handler_path() -> Path:
+    """The file for `torch-model-archiver --handler`: it imports the installed package's handler."""
+    return SHIM
+
+
+def archive(
+    directory: Path,
+    model_name: str | None = None,
+    version: str = "1.0",
+    export_path: Path = Path("model_store"),
+    force: bool = False,
+    library: Path | None = None,
+) -> Path:
+    """Pack the folder that `ft-handler trace` wrote; returns the .mar's path.
+
+    The name defaults to the folder's. The library travels in the archive. The archive appears
+    whole or not at all. Raises ModelError, ConfigError or LibraryError naming what is missing or
+    contradictory.
+    """
+    try:
+        from model_archiver import model_packaging_utils as utils
+        from model_archiver.model_archiver_config import ModelArchiverConfig
+        from model_archiver.model_archiver_error import ModelArchiverError
+        from model_archiver.model_packaging import generate_model_archive
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "archives need torch-model-archiver: pip install 'ft-handler[serve]'"
+        ) from error
+    name = model_name or directory.resolve().name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise ModelError(f"model name {name!r}: letters, digits, '_', '-' and '.' only")
+    target = export_path / f"{name}.mar"
+    if target.exists() and not force:
+        raise ModelError(f"{target} is there already; --force replaces it")
+    model_file, extra = contents(directory, library)
+    export_path.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        # In the store, so that the finished archive only has to be renamed.
+        tempfile.TemporaryDirectory(prefix=".archive-", dir=export_path) as out,
+    ):
+        files, work = Path(scratch) / "files", Path(scratch) / "work"
+        files.mkdir()
+        work.mkdir()
+        # The archiver splits its list of files at commas and expands wildcards; links in a folder
+        # of our own spare user paths from both.
+        for file in extra:
+            (files / file.name).symlink_to(file.resolve())
+        with _archiver_folder(work), _dotted_handler(utils.model_handlers):
+            try:
+                generate_model_archive(
+                    ModelArchiverConfig(
+                        model_name=name,
+                        handler=HANDLER,
+                        version=version,
+                        serialized_file=str(model_file),
+                        extra_files=str(files),
+                        config_file=str(directory / CONFIG_FILE),
+                        export_path=out,
+                        # Weights hardly compress, and a stored archive is unpacked faster.
+                        archive_format="zip-store",
+                    )
+                )
+            except ModelArchiverError as error:
+                raise ModelError(f"torch-model-archiver: {error}") from error
+        os.replace(Path(out) / target.name, target)
+    return target
+
+
+def contents(directory: Path, library: Path | None = None) -> tuple[Path, list[Path]]:
+    """The traced file and the files that go beside it; raises when one is missing, by name."""
+    if not directory.is_dir():
+        raise ModelError(f"{directory}: no such folder; `ft-handler trace --output` writes one")
+    settings = directory / CONFIG_FILE
+    if not settings.is_file():
+        raise ModelError(f"{directory} lacks {CONFIG_FILE}")
+    try:
+        loaded = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{settings} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"{settings} must hold a mapping")
+    config = HandlerConfig.from_model_dir(directory, loaded)
+    info = read_info(directory / config.model_file)
+    if info.model_type != "thsext":
+        raise ModelError(
+            f"{directory / config.model_file} is a plain TorchScript model (model_type "
+            f"{info.model_type}), for comparisons; the handler serves thsext"
+        )
+    required = [config.tokenizer_file]
+    if info.mode == SEQUENCE_CLASSIFICATION:
+        required.append(LABELS_FILE)
+    if missing := [n for n in required if not (directory / n).is_file()]:
+        raise ModelError(f"{directory} lacks {', '.join(missing)}")
+    if config.mode not in (None, info.mode):
+        raise ConfigError(
+            f"{settings} says mode {config.mode}, {config.model_file} was traced for {info.mode}"
+        )
+    names = [*required, *(n for n in OPTIONAL_FILES if (directory / n).is_file())]
+    return directory / config.model_file, [*(directory / n for n in names), find_library(library)]
+
+
+def find_library(library: Path | None = None) -> Path:
+    """The library's file, without loading it; raises LibraryError listing the paths tried."""
+    tried = candidates(library)
+    for path in tried:
+        if path.is_file():
+            if path.name != LIBRARY:
+                raise LibraryError(f"{path}: the archive's library must be named {LIBRARY}")
+            return path
+    raise LibraryError(f"{LIBRARY} not found; tried {', '.join(map(str, tried))}")
+
+
+@contextmanager
+def _archiver_folder(folder: Path) -> Iterator[None]:
+    """Give the archiver a temporary folder of its own: it deletes `$TMPDIR/<model name>`."""
+    with _temporary_folder:
+        before = tempfile.tempdir
+        tempfile.tempdir = str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
+@contextmanager
+def _dotted_handler(known: dict[str, str]) -> Iterator[None]:
+    """Let the archiver take the installed package's handler by its dotted name."""
+    known[HANDLER] = "text"
+    try:
+        yield
+    finally:
+        known.pop(HANDLER, None)

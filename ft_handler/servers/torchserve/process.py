@@ -1,0 +1,349 @@
+"""Runs TorchServe in the foreground: finds Java, waits for the workers, leaves nothing behind.
+
+Java is started directly with the command line that `torchserve --start` would build, so that one
+process owns the server and its end can be waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from ft_handler.errors import EnvironmentProblem
+from ft_handler.servers.torchserve.java import find_java, java_options
+from ft_handler.servers.torchserve.properties import (
+    ADDRESSES,
+    GRPC_PORTS,
+    LOG_CONFIG,
+    ServeOptions,
+    effective_properties,
+    wanted_models,
+)
+
+KEY_FILE = "key_file.json"
+
+#: Lines every start prints on a machine without a GPU or on a newer Java; they mean nothing.
+NOISE = ("WARNING: sun.reflect.Reflection.getCallerClass", "nvidia-smi not available")
+
+
+# -- the server ----------------------------------------------------------------------------------
+
+
+def _die_with_parent() -> None:
+    """Linux: have the kernel end this child when its parent is killed outright."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class Server:
+    """One TorchServe, started on `start()` (or `with`) and gone with all its workers on `stop()`.
+
+    `cwd` is where TorchServe writes key_file.json when token authorization is on; everything else
+    it writes goes to a temporary folder of its own.
+    """
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        *,
+        cwd: Path | None = None,
+        output: IO[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.java = find_java()
+        self.properties = effective_properties(options)
+        self.models = wanted_models(options, self.properties)
+        self.cwd = (cwd or Path.cwd()).resolve()
+        self._output = output or sys.stdout
+        self._environment = dict(os.environ if environment is None else environment)
+        self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
+        self._scratch: Path | None = None
+        self._started = 0.0
+        self._deaths = 0
+        self._cause = ""
+
+    # addresses
+
+    @property
+    def inference(self) -> str:
+        """Base URL of the inference API."""
+        return self.properties["inference_address"]
+
+    @property
+    def management(self) -> str:
+        """Base URL of the management API."""
+        return self.properties["management_address"]
+
+    @property
+    def metrics(self) -> str:
+        """Base URL of the metrics API."""
+        return self.properties["metrics_address"]
+
+    @property
+    def token_auth(self) -> bool:
+        """Whether requests need a key."""
+        return self.properties.get("disable_token_authorization", "false").lower() != "true"
+
+    @property
+    def key_file(self) -> Path:
+        """Where TorchServe writes its keys."""
+        return self.cwd / KEY_FILE
+
+    @property
+    def pid(self) -> int:
+        """Process id of the Java server, also the id of its process group."""
+        if self._process is None:
+            raise RuntimeError("the server was not started")
+        return self._process.pid
+
+    def key(self, purpose: str) -> str | None:
+        """The key for `inference`, `management` or `API`; None when none is needed (yet)."""
+        if not self.token_auth:
+            return None
+        try:
+            keys = json.loads(self.key_file.read_text(encoding="utf-8"))
+            return str(keys[purpose]["key"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    # life
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def command(self, config: Path) -> list[str]:
+        """The Java command line."""
+        spec = importlib.util.find_spec("ts")
+        if spec is None or not spec.submodule_search_locations:
+            raise EnvironmentProblem(
+                "TorchServe is not installed; pip install 'ft-handler[serve]' (or torchserve)"
+            )
+        home = Path(next(iter(spec.submodule_search_locations))).resolve()
+        vmargs = self.properties.get("vmargs", "").split()
+        if not any(a.startswith("-Dlog4j.configurationFile=") for a in vmargs):
+            vmargs.append(f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}")
+        command = [
+            str(self.java.path), f"-Dmodel_server_home={home.parent}",
+            f"-Djava.io.tmpdir={self._scratch}", *java_options(self.java.version), *vmargs,
+            "-cp", f".:{home / 'frontend' / '*'}", "org.pytorch.serve.ModelServer",
+            "--python", sys.executable, "-f", str(config), "-s", self.properties["model_store"],
+            "-ncs",
+        ]  # fmt: skip
+        # The switches count on the command line as well as in the file.
+        if not self.token_auth:
+            command.append("--disable-token-auth")
+        if self.properties.get("enable_model_api", "false").lower() == "true":
+            command.append("--enable-model-api")
+        if self.models:
+            command += ["-m", *self.models.values()]
+        return command
+
+    def start(self) -> None:
+        """Start Java; returns at once. Raises EnvironmentProblem when a port is taken."""
+        self._check_ports()
+        self._scratch = Path(tempfile.mkdtemp(prefix="ft_handler_"))
+        config = self._scratch / "config.properties"
+        config.write_text("".join(f"{k}={v}\n" for k, v in self.properties.items()))
+        environment = self._environment
+        # Its pid file, sockets and extracted archives stay apart from any other instance's.
+        environment["TMPDIR"] = str(self._scratch)
+        environment.setdefault("LOG_LOCATION", str(self._scratch / "logs"))
+        environment.setdefault("METRICS_LOCATION", str(self._scratch / "logs"))
+        if self.token_auth:
+            self.key_file.unlink(missing_ok=True)  # never mistake an older server's keys for ours
+        self._started = time.monotonic()
+        try:
+            self._process = subprocess.Popen(
+                self.command(config),
+                cwd=self.cwd,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+        except BaseException:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            raise
+        self._reader = threading.Thread(target=self._forward, daemon=True)
+        self._reader.start()
+
+    def _check_ports(self) -> None:
+        for key in ADDRESSES:
+            parts = urlsplit(self.properties[key])
+            self._check_port(key, parts.hostname or "127.0.0.1", parts.port or 80)
+        for key in GRPC_PORTS:
+            host = self.properties.get(key.replace("_port", "_address"), "127.0.0.1")
+            self._check_port(key, host, int(self.properties[key]))
+
+    @staticmethod
+    def _check_port(key: str, host: str, port: int) -> None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise EnvironmentProblem(
+                    f"{host}:{port} ({key}) cannot be bound: {error.strerror}; stop what uses it, "
+                    "or choose others with --port and --grpc-port"
+                ) from None
+
+    def _forward(self) -> None:
+        """Pass the server's output on, and remember why a worker died."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            message = line.rstrip("\n").partition(" MODEL_LOG - ")[2]
+            if re.match(r"[\w.]*(Error|Exception|Problem|Exit)\b", message):
+                self._cause = message.strip()
+            if "Backend worker process died" in message:
+                self._deaths += 1
+            if line.startswith(NOISE):
+                continue
+            with contextlib.suppress(ValueError, OSError):  # the output may be closed before us
+                self._output.write(line)
+                self._output.flush()
+
+    def stop(self) -> None:
+        """End the server and every worker; may be called twice."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        # Java ends its workers; whatever it left behind shares its process group.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + 3
+            while _group_alive(process.pid) and time.monotonic() < deadline:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, number)
+                time.sleep(0.05)
+        if self._reader is not None:
+            self._reader.join(5)
+        if process.stdout is not None:
+            process.stdout.close()
+        if self.token_auth:
+            self.key_file.unlink(missing_ok=True)
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def wait(self) -> int:
+        """Block until the server ends by itself; its exit code."""
+        assert self._process is not None
+        return self._process.wait()
+
+    # state
+
+    def request(
+        self, url: str, data: bytes | None = None, method: str | None = None, timeout: float = 60
+    ) -> Any:
+        """Call the inference or management API with the right key; the answer as JSON or text."""
+        purpose = "management" if url.startswith(self.management) else "inference"
+        headers = {}
+        key = self.key(purpose)
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        call = urllib.request.Request(url, data=data, method=method, headers=headers)
+        with urllib.request.urlopen(call, timeout=timeout) as answer:
+            body = answer.read().decode()
+        try:
+            return json.loads(body)
+        except ValueError:
+            return body
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """`GET /models/NAME`: the default version's description."""
+        versions = self.request(f"{self.management}/models/{name}")
+        return dict(versions[0])
+
+    def registered(self) -> list[str]:
+        """Names of all registered models."""
+        listed = self.request(f"{self.management}/models?limit=1000")
+        return [str(model["modelName"]) for model in listed["models"]]
+
+    def ready(self) -> tuple[list[str], list[str]]:
+        """Registered models whose workers are all READY, and the others."""
+        done: list[str] = []
+        waiting: list[str] = []
+        for name in self.registered():
+            model = self.describe(name)
+            workers = model.get("workers", [])
+            up = sum(worker["status"] == "READY" for worker in workers)
+            full = up == len(workers) and up >= int(model["minWorkers"])
+            (done if full else waiting).append(name)
+        return done, waiting
+
+    def wait_ready(self, timeout: float = 300, on_progress: Any = None) -> float:
+        """Wait until every loaded model's workers are READY; seconds since the start.
+
+        Raises EnvironmentProblem when the server ends, when workers die while they load, or after
+        `timeout` seconds. `on_progress(ready, waiting)` is called while waiting.
+        """
+        assert self._process is not None
+        while True:
+            if self._process.poll() is not None:
+                raise EnvironmentProblem(
+                    f"TorchServe ended with code {self._process.returncode} before it was ready; "
+                    "its messages are above"
+                )
+            if self._deaths >= 2:
+                raise EnvironmentProblem(
+                    "a worker died twice while loading: " + (self._cause or "see the log above")
+                )
+            with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+                done, waiting = self.ready()
+                missing = set(self.models) - {*done, *waiting}
+                if missing:
+                    raise EnvironmentProblem(
+                        "TorchServe did not register " + ", ".join(sorted(missing)) + "; its "
+                        "messages are above"
+                    )
+                if on_progress:
+                    on_progress(done, waiting)
+                if not waiting:
+                    return time.monotonic() - self._started
+            if time.monotonic() - self._started > timeout:
+                raise EnvironmentProblem(f"the workers are not ready after {timeout:.0f} s")
+            time.sleep(0.2)
+
+
+def _group_alive(group: int) -> bool:
+    """Whether a process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,23 @@
+"""Logits to scores."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+def softmax(logits: Floats) -> Floats:
+    """exp(x - max) / sum over the last axis; logits [..., labels]."""
+    shifted: Floats = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shifted /= shifted.sum(axis=-1, keepdims=True)
+    return shifted
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """1 / (1 + exp(-x)), without overflow on either side."""
+    small: Floats = np.exp(-np.abs(logits))
+    scores: Floats = np.where(logits >= 0, np.float32(1), small)
+    scores /= 1 + small
+    return scores

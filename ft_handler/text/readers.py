@@ -1,0 +1,61 @@
+"""Texts to token ids, and where the tokens came from, by the tokenizers library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+#: [tokens] ids of a text's tokens, without special ones.
+Ids: TypeAlias = NDArray[np.int64]
+#: [tokens, 4] characters: begin and end of each token, then of its word; as in QuestionWindows.
+Origins: TypeAlias = NDArray[np.int32]
+
+
+def origins_of(encodings: Sequence[Any]) -> Origins:
+    """Characters of every token of the library's encodings, and of its word, as [tokens, 4].
+
+    A token without a word is a word of its own.
+    """
+    own = np.array([*chain.from_iterable(e.offsets for e in encodings)], np.int32).reshape(-1, 2)
+    if not len(own):
+        return np.zeros((0, 4), np.int32)
+    numbers = np.array(
+        [-1 if word is None else word for e in encodings for word in e.word_ids], np.int64
+    )
+    # A word is a run of tokens with the same number.
+    begins = numbers < 0
+    begins[1:] |= numbers[1:] != numbers[:-1]
+    counts = np.array([len(e) for e in encodings])
+    begins[(np.cumsum(counts) - counts)[counts > 0]] = True
+    runs, word_of = np.flatnonzero(begins), np.cumsum(begins) - 1
+    words = np.minimum.reduceat(own[:, 0], runs), np.maximum.reduceat(own[:, 1], runs)
+    return np.column_stack((own, words[0][word_of], words[1][word_of]))
+
+
+def split_rows(rows: NDArray[Any], ends: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """`rows` cut into pieces that end at `ends`."""
+    stops = ends.tolist()
+    return [rows[begin:stop] for begin, stop in zip([0, *stops], stops, strict=False)]
+
+
+class WholeTexts:
+    """Token ids and origins straight from the library, for any tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of each text, without special tokens, in one call of the library."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(e.ids, np.int64) for e in encoded]
+
+    def located(self, texts: Sequence[str]) -> tuple[list[Ids], list[Origins]]:
+        """Token ids of each text, and where its tokens came from."""
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        ids = [np.array(e.ids, np.int64) for e in encoded]
+        return ids, split_rows(origins_of(encoded), np.cumsum([len(e) for e in encoded]))
