@@ -205,6 +205,6 @@ def test_shipped_config_is_safe() -> None:
     assert settings["disable_token_authorization"] == "false"
     assert settings["enable_model_api"] == "false"
     assert settings["install_py_dep_per_model"] == "false"
-    assert "." not in properties["allowed_urls"]  # no pattern: it can match no URL
-    assert "/" not in properties["allowed_urls"]
+    assert "." not in settings["allowed_urls"]  # no pattern: it can match no URL
+    assert "/" not in settings["allowed_urls"]
     assert os.path.exists(properties.LOG_CONFIG)
