@@ -1,0 +1,23 @@
+"""What an encoder is: sizes and choices that no tensor's shape has to tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """An encoder's sizes and choices; an architecture makes one of a checkpoint's configuration.
+
+    embedding_size  width of the embedding tables; where it differs from `hidden_size` a projection
+                    follows their layer norm
+    activation      of the feed-forward block, such as "gelu" (erf)
+    """
+
+    hidden_size: int
+    embedding_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    activation: str
+    layer_norm_eps: float
