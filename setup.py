@@ -26,9 +26,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Distribution, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_py import build_py
+try:
+    from setuptools import Distribution, setup
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from setuptools.command.build_py import build_py
+except ImportError:
+    sys.exit("ft_handler: setup.py needs setuptools 77 or later; pip install -U setuptools")
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "libpyt_fastertransformer.so"
@@ -259,6 +262,8 @@ class BuildPyWithLibrary(build_py):
     """Builds the library before the Python files are gathered."""
 
     def run(self) -> None:
+        # setuptools would pack modules that an earlier build left there.
+        shutil.rmtree(Path(self.build_lib) / "ft_handler", ignore_errors=True)
         build_library(ROOT / "ft_handler" / "lib" / LIBRARY)
         super().run()
 

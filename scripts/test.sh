@@ -24,6 +24,7 @@ unset PYTHONPATH
 step "lint, format, types" scripts/check.sh
 step "tests" pytest "$@"
 step "address sanitizer" scripts/asan.sh
+step "source distribution, wheel" scripts/check_wheel.sh
 step "CUDA compile" scripts/compile_cuda.sh
 
 if ((${#failed[@]})); then
