@@ -1,6 +1,6 @@
 # make demo    answers over HTTP from two traced models, start to finish, then stops
 # make serve   the same models, left running until Ctrl-C
-# make test    everything CI checks: lint, types, tests, sanitizer, CUDA compile (where nvcc is)
+# make test    everything CI checks: lint, types, tests, sanitizer, wheel, CUDA (where nvcc is)
 # make bench   the encoder and serving benchmarks on this machine
 # make clean   removes what the targets above made
 #
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 QUIET := $(shell [ -t 2 ] || echo --quiet)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(QUIET)
 # What an installed package is made from; a change reinstalls it.
-SOURCES := pyproject.toml setup.py $(shell find ft_handler csrc -type f -not -name '*.so' -not -path '*/__pycache__/*')
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find ft_handler csrc -type f -not -name '*.so*' -not -path '*/__pycache__/*')
 
 # Without a GPU here the demo and the tests need no CUDA kernels, and building them takes minutes;
 # with one, only its own architecture is needed.

@@ -9,7 +9,7 @@ if ! command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" >/dev/null; then
 fi
 wheels=build/cuda-wheel
 rm -rf "$wheels" && mkdir -p "$wheels"
-# The build's own requirements bring the cuBLASLt and CUTLASS headers that a toolkit may lack.
+# The build's own requirements bring the cuBLASLt header that a toolkit may lack.
 FT_HANDLER_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0" \
     python -m pip --disable-pip-version-check wheel --quiet . --no-deps --wheel-dir "$wheels"
 # One binary for both: what was built with CUDA must load where there is none.
