@@ -61,10 +61,14 @@ def tool(name: str, least: tuple[int, int] = (0, 0)) -> str | None:
     # is a Python script, which inside an isolated build does not find its own package.
     for folder in [*os.get_exec_path(), str(Path(sys.executable).parent)]:
         found = shutil.which(name, path=folder)
-        if found:
+        if found is None:
+            continue
+        try:
             said = subprocess.run([found, "--version"], capture_output=True, text=True)
-            if said.returncode == 0 and release(said.stdout) >= least:
-                return found
+        except OSError:
+            continue
+        if said.returncode == 0 and release(said.stdout) >= least:
+            return found
     return None
 
 

@@ -151,6 +151,8 @@ def test_what_the_build_lacks_is_asked_for(
     assert build.build_requirements() == []
     program(no_programs, "cmake", "cmake version 4.1.0", status=1)
     assert build.build_requirements() == ["cmake>=3.25"]
+    (no_programs / "cmake").write_text("#!/a/venv/that/was/removed/bin/python\n")
+    assert build.build_requirements() == ["cmake>=3.25"]
 
 
 def test_cublas_headers_are_asked_for_by_the_toolkits_version(
