@@ -56,7 +56,7 @@ def release(text: str) -> tuple[int, int]:
 
 
 def tool(name: str, least: tuple[int, int] = (0, 0)) -> str | None:
-    """The first program of that name, on PATH or beside the interpreter, that runs and is new."""
+    """A program that runs and is new enough: the first on PATH, else beside the interpreter."""
     # Beside it, for a virtual environment that is not activated. It must run: the cmake of a wheel
     # is a Python script, which inside an isolated build does not find its own package.
     for folder in [*os.get_exec_path(), str(Path(sys.executable).parent)]:
