@@ -63,6 +63,12 @@ inline std::string shape_of(const Tensor& tensor) {
   return shape_of(sizes);
 }
 
+inline bool has_shape(const Tensor& tensor, const std::vector<int64_t>& sizes) {
+  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(i) == sizes[i];
+  return same;
+}
+
 // Of a tensor that FT_CHECK_FLOAT let pass.
 inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {

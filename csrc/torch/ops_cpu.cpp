@@ -97,9 +97,7 @@ Tensor checked_float(const Tensor& tensor, const char* name, std::vector<int64_t
   FT_CHECK(tensor.is_cpu(), name, " must be on the CPU like the other tensors");
   FT_CHECK(is_float_type(tensor.scalar_type()), name,
            " must have dtype float32, float16 or bfloat16, has ", dtype_name(tensor.scalar_type()));
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(i) == shape[i];
-  if (!same) {
+  if (!has_shape(tensor, shape)) {
     fail(name, " must have shape ", shape_of(shape), ", has ", shape_of(tensor));
   }
   return contiguous(tensor);

@@ -87,10 +87,14 @@ int narrow_int(int64_t value, const char* what) {
   return static_cast<int>(value);
 }
 
+bool aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+}
+
 // Row-major and 16-byte aligned, as the kernels want it.
 Tensor packed(const Tensor& tensor) {
   const Tensor rows = torch::stable::contiguous(tensor);
-  if (reinterpret_cast<uintptr_t>(rows.data_ptr()) % 16 == 0) return rows;
+  if (aligned(rows)) return rows;
   return torch::stable::clone(rows);
 }
 
@@ -158,10 +162,13 @@ Tensor prepare_weight(Tensor weight, std::optional<Tensor> scale) {
 }
 
 bool is_prepared(Tensor prepared, Tensor weight) {
-  return prepared.is_cuda() && weight.is_cuda() &&
-         prepared.get_device_index() == weight.get_device_index() &&
-         prepared.scalar_type() == weight.scalar_type() && prepared.is_contiguous() &&
-         shape_of(prepared) == shape_of(weight);
+  bool same = prepared.is_cuda() && weight.is_cuda() &&
+              prepared.get_device_index() == weight.get_device_index() &&
+              prepared.scalar_type() == weight.scalar_type() && prepared.dim() == weight.dim() &&
+              prepared.is_contiguous() && aligned(prepared);
+  for (int64_t axis = 0; same && axis < weight.dim(); ++axis)
+    same = prepared.size(axis) == weight.size(axis);
+  return same;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> remove_padding(Tensor input_ids,
@@ -452,7 +459,7 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
     }
     wanted.push_back(shape.rows < 0 && tensor.dim() > 0 ? tensor.size(0) : shape.rows);
     if (shape.columns > 0) wanted.push_back(shape.columns);
-    FT_CHECK(shape_of(tensor) == shape_of(wanted) && tensor.is_contiguous() &&
+    FT_CHECK(has_shape(tensor, wanted) && tensor.is_contiguous() &&
                  tensor.scalar_type() == word.scalar_type(),
              op, ": ", name, " must be contiguous ", shape_of(wanted), " ",
              dtype_name(word.scalar_type()), ", is ", shape_of(tensor), " ",
