@@ -124,7 +124,7 @@ inline EncoderWeightShape shape_of(const EncoderSpec& s, EncoderWeight weight) {
 namespace spec_detail {
 
 [[noreturn]] inline void refuse(const std::string& what) {
-  throw std::runtime_error(what + "; install the ft-handler library that matches the model file");
+  throw std::runtime_error(what + "; install the ft_handler that matches the model file");
 }
 
 inline std::string quoted(std::string_view text) { return '"' + std::string(text) + '"'; }

@@ -22,7 +22,7 @@ void refused(const std::function<void()>& call, const std::string& words) {
   } catch (const std::runtime_error& error) {
     const std::string said = error.what();
     if (said.find(words) != std::string::npos &&
-        said.find("install the ft-handler library that matches") != std::string::npos) {
+        said.find("install the ft_handler that matches") != std::string::npos) {
       return;
     }
     std::printf("FAILED \"%s\" should say \"%s\"\n", said.c_str(), words.c_str());

@@ -472,6 +472,8 @@ Tensor residual_layer_norm(const Tensor& input, const OptTensor& bias, const Ten
 
 Tensor bias_activation(const Tensor& input, const OptTensor& bias, const std::string& activation) {
   FT_CHECK_DIM(input, 2);
+  const Activation follows = activation_named(activation);
+  FT_CHECK(follows != Activation::kNone, "bias_activation: activation must be one, is none");
   const int64_t tokens = input.size(0), n = input.size(1);
   const Tensor x = checked_float(input, "input", {tokens, n});
   Tensor added;
@@ -483,8 +485,8 @@ Tensor bias_activation(const Tensor& input, const OptTensor& bias, const std::st
   Tensor out = empty({tokens, n}, x.scalar_type());
   const cpu::Threads threads = torch_threads();
   const Scratch space(cpu::bias_activation_workspace(n, threads));
-  cpu::bias_activation(operand_of(x), added_bias, activation_named(activation), tokens, n,
-                       dtype_of(x), out.mutable_data_ptr(), space.get(), threads);
+  cpu::bias_activation(operand_of(x), added_bias, follows, tokens, n, dtype_of(x),
+                       out.mutable_data_ptr(), space.get(), threads);
   return out;
 }
 

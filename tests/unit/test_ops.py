@@ -233,6 +233,8 @@ def test_bias_activation(dtype: torch.dtype) -> None:
     x, bias = (torch.randn(37, 101) * 3).to(dtype), torch.randn(101).to(dtype)
     for b in (None, bias):
         close(ops.bias_activation(x, b, "gelu"), twins.bias_activation(x, b, "gelu"), dtype)
+    with pytest.raises(RuntimeError, match="activation must be one, is none"):
+        ops.bias_activation(x, bias, "")
 
 
 def test_gelu_is_exact_to_fp32_rounding() -> None:
@@ -320,7 +322,7 @@ def test_specifications_of_a_later_library_are_refused(change: tuple[str, str], 
     inputs = prepared(encoder_inputs(torch.float32, [4, 3]))
     spec = inputs["spec"].replace(*change)
     assert spec != inputs["spec"]
-    with pytest.raises(RuntimeError, match=words + ".*install the ft-handler library that matches"):
+    with pytest.raises(RuntimeError, match=words + ".*install the ft_handler that matches"):
         encode({**inputs, "spec": spec})
 
 
