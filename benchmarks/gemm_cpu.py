@@ -75,7 +75,7 @@ def systems_of(
     found: dict[str, Callable[[], object]] = {"encoder": encoder, "gemms": gemms}
     for (n, k), x, w in zip(shapes, inputs, weights, strict=True):
         one = ops.prepare_weight(w[0])
-        found[f"linear {n}x{k}"] = lambda x=x, one=one: ops.linear(x, one, None, None, False)
+        found[f"linear {n}x{k}"] = lambda x=x, one=one: ops.linear(x, one, None, None)
         found[f"F.linear {n}x{k}"] = lambda x=x, w=w: F.linear(x, w[0])
     return found
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds the CPU kernels with address and undefined-behaviour sanitizers and runs their driver once
-# for each instruction set; those that this processor lacks run in emulation. No Torch involved.
+# for each instruction set; those that this processor lacks run in emulation. The same for what reads
+# an encoder's specification. No Torch involved.
 set -eu
 cd "$(dirname "$0")/.."
 out=${ASAN_BUILD_DIR:-build/asan}
@@ -23,6 +24,9 @@ objects=""
 for source in $sources; do objects="$objects $out/$(basename "$source" .cpp).o"; done
 # shellcheck disable=SC2086
 $cxx $flags $objects -o "$out/cpu_kernels_test"
+# shellcheck disable=SC2086
+$cxx $flags csrc/tests/encoder_spec_test.cpp -o "$out/encoder_spec_test"
+"$out/encoder_spec_test"
 for isa in portable avx2 avx512 avx512_bf16 amx; do
   FT_HANDLER_CPU_ISA=$isa "$out/cpu_kernels_test"
 done

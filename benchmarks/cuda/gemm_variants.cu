@@ -26,6 +26,8 @@
 #include "kernels/cuda/runtime.h"
 
 using namespace ft::cuda;
+using ft::Activation;
+using ft::DType;
 
 namespace {
 
@@ -117,11 +119,17 @@ struct Layer {
     for (T* p : {x, w, bias, residual, gamma, beta, out, scratch}) cudaFree(p);
   }
   Gemm gemm(bool gelu, bool added, int copy = 0) const {
-    return {x,    w + size_t(copy) * n * k,
-            bias, added ? residual : nullptr,
-            out,  rows,
-            n,    k,
-            gelu, std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16};
+    constexpr DType kType = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
+    return {{x, kType},
+            {w + size_t(copy) * n * k, kType},
+            bias,
+            added ? residual : nullptr,
+            out,
+            rows,
+            n,
+            k,
+            gelu ? Activation::kGelu : Activation::kNone,
+            kType};
   }
   GemmNorm norm() const { return {gamma, beta, 1e-12f, nullptr}; }
 };
@@ -136,7 +144,7 @@ cudaError_t run(const Gemm& gemm, const GemmNorm* norm, void* scratch, bool pdl)
 }
 
 GemmKey key_of(const Gemm& g, bool norm) {
-  return {gemm_row_class(g.rows), g.n, g.k, g.dtype, g.gelu, g.residual != nullptr, norm};
+  return {gemm_row_class(g.rows), g.n, g.k, g.dtype, g.activation, g.residual != nullptr, norm};
 }
 
 std::string label_of(const std::string& plan, size_t index) {

@@ -24,7 +24,7 @@
 
 #include "kernels/cuda/small_encoder.h"
 
-using ft::cuda::DType;
+using ft::DType;
 using ft::cuda::SmallPlan;
 using ft::cuda::SmallShape;
 using ft::cuda::SmallWeights;

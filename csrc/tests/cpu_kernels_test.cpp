@@ -17,8 +17,9 @@
 
 namespace {
 
-using ft::cpu::Array;
-using ft::cpu::DType;
+using ft::Activation;
+using ft::DType;
+using ft::Operand;
 
 std::mt19937 rng(7);
 
@@ -62,7 +63,7 @@ struct Values {
   DType type;
 
   Values(int64_t count, DType t, float spread, float centre = 0)
-      : f(count), raw(count * ft::cpu::size_of(t)), type(t) {
+      : f(count), raw(count * ft::size_of(t)), type(t) {
     std::normal_distribution<float> normal(centre, spread);
     for (int64_t i = 0; i < count; ++i) {
       f[i] = rounded(normal(rng), t);
@@ -81,7 +82,7 @@ struct Values {
       }
     }
   }
-  Array array() const { return {raw.get(), type}; }
+  Operand operand() const { return {raw.get(), type}; }
 };
 
 float read(const Buffer& buffer, DType type, int64_t i) {
@@ -192,18 +193,18 @@ void test_linear(DType type, DType weights, int64_t m, int64_t n, int64_t k, int
   const Buffer blob = packed(w, 1, n, k, t);
   for (int variant = 0; variant < 4; ++variant) {
     ft::cpu::Linear op{};
-    op.input = a.array();
+    op.input = a.operand();
     op.blob = blob.get();
-    op.gelu = variant & 1;
-    if (variant != 0) op.bias = b.array();
-    if (variant & 2) op.residual = r.array();
+    op.activation = variant & 1 ? Activation::kGelu : Activation::kNone;
+    if (variant != 0) op.bias = b.operand();
+    if (variant & 2) op.residual = r.operand();
     op.out_dtype = type;
-    const Buffer out(m * n * ft::cpu::size_of(type));
+    const Buffer out(m * n * ft::size_of(type));
     const Buffer space(ft::cpu::linear_workspace(m, n, t));
     ft::cpu::linear(op, m, out.get(), space.get(), t);
     auto want = multiply(wide(a.f), w.f.data(), variant ? b.f.data() : nullptr, n, k);
     for (size_t i = 0; i < want.size(); ++i) {
-      if (op.gelu) want[i] = gelu(want[i]);
+      if (op.activation == Activation::kGelu) want[i] = gelu(want[i]);
       if (op.residual.data) want[i] += r.f[i];
     }
     check("linear " + std::string(name_of(type)) + " by " + name_of(weights) + " " +
@@ -223,18 +224,20 @@ void test_attention(DType type, std::vector<int32_t> lengths, int64_t heads, int
   }
   const int64_t tokens = cu.back(), h = heads * d;
   const Values qkv(tokens * 3 * h, type, 1);
-  const Buffer out(tokens * h * ft::cpu::size_of(type));
+  const Buffer out(tokens * h * ft::size_of(type));
   const Buffer space(ft::cpu::attention_workspace(longest, d, t));
-  ft::cpu::varlen_attention(qkv.array(), cu.data(), static_cast<int64_t>(lengths.size()), longest,
+  ft::cpu::varlen_attention(qkv.operand(), cu.data(), static_cast<int64_t>(lengths.size()), longest,
                             heads, d, type, out.get(), space.get(), t);
   check("attention " + std::string(name_of(type)) + " head size " + std::to_string(d), out, type,
         attend(wide(qkv.f), cu, heads, d), tolerance_of(type));
 }
 
 void test_encoder(DType type, std::vector<int32_t> lengths, int64_t heads, int64_t d, int64_t inner,
-                  int64_t layers, int threads) {
+                  int64_t layers, int threads, int64_t embedding = 0, bool shared = false) {
   const auto t = threads_of(threads);
   const int64_t h = heads * d, vocab = 11, positions = 600;
+  const int64_t e = embedding ? embedding : h;  // another size than h is projected to it
+  const int64_t stored = shared ? 1 : layers;   // one layer's parameters may serve all
   std::vector<int32_t> cu{0}, pos;
   int64_t longest = 0;
   for (int32_t l : lengths) {
@@ -248,54 +251,64 @@ void test_encoder(DType type, std::vector<int32_t> lengths, int64_t heads, int64
     ids.push_back(static_cast<int64_t>(rng() % vocab));
     types.push_back(rng() % 2);
   }
-  const Values word(vocab * h, type, 1), position(positions * h, type, 1), kind(2 * h, type, 1);
-  const Values eg(h, type, 0.1f, 1), eb(h, type, 0.1f);
-  const Values wq(layers * 3 * h * h, type, 0.05f), bq(layers * 3 * h, type, 0.1f);
-  const Values wo(layers * h * h, type, 0.05f), bo(layers * h, type, 0.1f);
-  const Values wu(layers * inner * h, type, 0.05f), bu(layers * inner, type, 0.1f);
-  const Values wd(layers * h * inner, type, 0.05f), bd(layers * h, type, 0.1f);
-  const Values g1(layers * h, type, 0.1f, 1), b1(layers * h, type, 0.1f);
-  const Values g2(layers * h, type, 0.1f, 1), b2(layers * h, type, 0.1f);
-  const Buffer q = packed(wq, layers, 3 * h, h, t), o = packed(wo, layers, h, h, t);
-  const Buffer u = packed(wu, layers, inner, h, t), dn = packed(wd, layers, h, inner, t);
+  const Values word(vocab * e, type, 1), position(positions * e, type, 1), kind(2 * e, type, 1);
+  const Values eg(e, type, 0.1f, 1), eb(e, type, 0.1f);
+  const Values wp(h * e, type, 0.1f), bp(h, type, 0.1f);
+  const Values wq(stored * 3 * h * h, type, 0.05f), bq(stored * 3 * h, type, 0.1f);
+  const Values wo(stored * h * h, type, 0.05f), bo(stored * h, type, 0.1f);
+  const Values wu(stored * inner * h, type, 0.05f), bu(stored * inner, type, 0.1f);
+  const Values wd(stored * h * inner, type, 0.05f), bd(stored * h, type, 0.1f);
+  const Values g1(stored * h, type, 0.1f, 1), b1(stored * h, type, 0.1f);
+  const Values g2(stored * h, type, 0.1f, 1), b2(stored * h, type, 0.1f);
+  const Buffer p = packed(wp, 1, h, e, t);
+  const Buffer q = packed(wq, stored, 3 * h, h, t), o = packed(wo, stored, h, h, t);
+  const Buffer u = packed(wu, stored, inner, h, t), dn = packed(wd, stored, h, inner, t);
   ft::cpu::Encoder op{};
   op.tokens = tokens;
   op.hidden = h;
+  op.embedding = e;
+  op.activation = Activation::kGelu;
   op.intermediate = inner;
   op.layers = layers;
   op.batch = static_cast<int64_t>(lengths.size());
   op.longest = longest;
   op.heads = heads;
   op.cu_seqlens = cu.data();
-  op.embeddings = {ids.data(),   types.data(), pos.data(), word.array(), position.array(),
-                   kind.array(), eg.array(),   eb.array(), 1e-12f};
+  op.embeddings = {ids.data(),     types.data(), pos.data(),   word.operand(), position.operand(),
+                   kind.operand(), eg.operand(), eb.operand(), 1e-12f};
+  if (e != h) {
+    op.projection = p.get();
+    op.projection_bias = bp.operand();
+  }
   op.qkv = q.get();
   op.out = o.get();
   op.up = u.get();
   op.down = dn.get();
-  op.qkv_bias = bq.array();
-  op.out_bias = bo.array();
-  op.up_bias = bu.array();
-  op.down_bias = bd.array();
-  op.ln1_gamma = g1.array();
-  op.ln1_beta = b1.array();
-  op.ln2_gamma = g2.array();
-  op.ln2_beta = b2.array();
+  op.qkv_bias = {bq.operand(), stored};
+  op.out_bias = {bo.operand(), stored};
+  op.up_bias = {bu.operand(), stored};
+  op.down_bias = {bd.operand(), stored};
+  op.ln1_gamma = {g1.operand(), stored};
+  op.ln1_beta = {b1.operand(), stored};
+  op.ln2_gamma = {g2.operand(), stored};
+  op.ln2_beta = {b2.operand(), stored};
   op.eps = 1e-12f;
   op.out_dtype = type;
-  const Buffer out(tokens * h * ft::cpu::size_of(type));
+  const Buffer out(tokens * h * ft::size_of(type));
   const Buffer space(ft::cpu::encoder_workspace(op, t));
   ft::cpu::encoder(op, out.get(), space.get(), t);
 
-  std::vector<double> x(tokens * h);
+  std::vector<double> x(tokens * e);
   for (int64_t i = 0; i < tokens; ++i) {
-    for (int64_t j = 0; j < h; ++j) {
-      x[i * h + j] = static_cast<double>(word.f[ids[i] * h + j]) + position.f[pos[i] * h + j] +
-                     kind.f[types[i] * h + j];
+    for (int64_t j = 0; j < e; ++j) {
+      x[i * e + j] = static_cast<double>(word.f[ids[i] * e + j]) + position.f[pos[i] * e + j] +
+                     kind.f[types[i] * e + j];
     }
   }
-  x = norm(x, h, eg.f.data(), eb.f.data(), 1e-12);
-  for (int64_t l = 0; l < layers; ++l) {
+  x = norm(x, e, eg.f.data(), eb.f.data(), 1e-12);
+  if (e != h) x = multiply(x, wp.f.data(), bp.f.data(), h, e);
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const int64_t l = layer % stored;
     const auto qkv = multiply(x, &wq.f[l * 3 * h * h], &bq.f[l * 3 * h], 3 * h, h);
     auto y = multiply(attend(qkv, cu, heads, d), &wo.f[l * h * h], &bo.f[l * h], h, h);
     for (size_t i = 0; i < y.size(); ++i) y[i] += x[i];
@@ -310,20 +323,21 @@ void test_encoder(DType type, std::vector<int32_t> lengths, int64_t heads, int64
         2 * tolerance_of(type));
 }
 
-void test_gelu_and_norm(DType type) {
+void test_rows(DType type) {
   const auto t = threads_of(2);
   for (int64_t n : {1, 7, 33, 100}) {
     const int64_t m = 21;
     const Values x(m * n, type, 3), b(n, type, 1), r(m * n, type, 1), g(n, type, 0.1f, 1);
-    const Buffer out(m * n * ft::cpu::size_of(type)), s1(ft::cpu::bias_gelu_workspace(n, t));
-    ft::cpu::bias_gelu(x.array(), b.array(), m, n, type, out.get(), s1.get(), t);
+    const Buffer out(m * n * ft::size_of(type)), s1(ft::cpu::bias_activation_workspace(n, t));
+    ft::cpu::bias_activation(x.operand(), b.operand(), Activation::kGelu, m, n, type, out.get(),
+                             s1.get(), t);
     std::vector<double> want(m * n);
     for (int64_t i = 0; i < m * n; ++i) want[i] = gelu(static_cast<double>(x.f[i]) + b.f[i % n]);
-    check("bias_gelu", out, type, want, tolerance_of(type));
+    check("bias_activation", out, type, want, tolerance_of(type));
     if (n == 1) continue;  // a row of one has no variance
     const Buffer s2(ft::cpu::layer_norm_workspace(n, t));
-    ft::cpu::residual_layer_norm(x.array(), b.array(), r.array(), g.array(), b.array(), 1e-5f, m, n,
-                                 type, out.get(), s2.get(), t);
+    ft::cpu::residual_layer_norm(x.operand(), b.operand(), r.operand(), g.operand(), b.operand(),
+                                 1e-5f, m, n, type, out.get(), s2.get(), t);
     for (int64_t i = 0; i < m * n; ++i) {
       want[i] = static_cast<double>(x.f[i]) + b.f[i % n] + r.f[i];
     }
@@ -348,7 +362,10 @@ int main() {
     test_encoder(type, {1, 7, 61, 17}, 3, 32, 130, 2, 2);
     test_encoder(type, {5, 40}, 11, 6, 70, 1, 1);
     test_encoder(type, {5}, 2, 64, 200, 1, 3);
-    test_gelu_and_norm(type);
+    test_encoder(type, {9, 1}, 3, 32, 130, 3, 2, 40, true);
+    test_encoder(type, {9, 1}, 2, 6, 20, 2, 2, 70);
+    test_encoder(type, {3}, 2, 32, 20, 0, 2, 40);
+    test_rows(type);
   }
   test_attention(DType::kBFloat16, {1100}, 1, 2, 2);
   std::printf("ok %s\n", ft::cpu::isa_name());

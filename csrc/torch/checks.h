@@ -4,10 +4,15 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "kernels/encoder_spec.h"
 
 namespace ft {
 
@@ -58,11 +63,74 @@ inline std::string shape_of(const Tensor& tensor) {
   return shape_of(sizes);
 }
 
+inline bool has_shape(const Tensor& tensor, const std::vector<int64_t>& sizes) {
+  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(i) == sizes[i];
+  return same;
+}
+
+// Of a tensor that FT_CHECK_FLOAT let pass.
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
 inline bool is_float_type(ScalarType d) {
   return d == ScalarType::Float || d == ScalarType::Half || d == ScalarType::BFloat16;
 }
 
 inline bool is_id_type(ScalarType d) { return d == ScalarType::Int || d == ScalarType::Long; }
+
+// Float weights carry no scale of their own.
+inline void check_no_scale(const Tensor& weight, const std::optional<Tensor>& scale) {
+  if (!scale) return;
+  fail("scale must be None for a ", dtype_name(weight.scalar_type()),
+       " weight; only quantised weights have one, and this library knows no quantised format");
+}
+
+// The tensors of an encoder by what they are; null where the encoder has none.
+class EncoderWeights {
+ public:
+  EncoderWeights(const EncoderSpec& spec, const std::vector<Tensor>& tensors)
+      : spec_(spec), tensors_(tensors) {
+    if (static_cast<int64_t>(tensors.size()) != spec.tensors) {
+      fail("weights must be the ", spec.tensors, " tensors that spec names, are ", tensors.size());
+    }
+  }
+  const Tensor& operator[](EncoderWeight weight) const { return tensors_[spec_.places[weight]]; }
+
+ private:
+  const EncoderSpec& spec_;
+  const std::vector<Tensor>& tensors_;
+};
+
+// What the op of interface 1 says with its arguments' shapes.
+inline EncoderSpec spec_of_interface_1(const Tensor& word, const Tensor& qkv_bias,
+                                       const Tensor& up_bias, int64_t num_heads, double eps) {
+  for (const auto& [tensor, name] : {std::pair{&word, "word"}, std::pair{&qkv_bias, "qkv_bias"},
+                                     std::pair{&up_bias, "up_bias"}}) {
+    if (tensor->dim() != 2) fail(name, " must have 2 dimensions, has shape ", shape_of(*tensor));
+  }
+  if (num_heads < 1) fail("num_heads must be at least 1, is ", num_heads);
+  EncoderSpec spec;
+  spec.hidden = spec.embedding = word.size(1);
+  spec.layers = qkv_bias.size(0);
+  spec.heads = num_heads;
+  spec.intermediate = up_bias.size(1);
+  spec.activation = Activation::kGelu;
+  spec.eps = eps;
+  for (int w = 0; w < kEncoderWeightCount; ++w) {
+    if (w != kProjectionWeight && w != kProjectionBias) spec.places[w] = spec.tensors++;
+  }
+  check_encoder_spec(spec);
+  return spec;
+}
 
 }  // namespace ft
 

@@ -35,17 +35,6 @@ cpu::Threads torch_threads() {
           }};
 }
 
-cpu::DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return cpu::DType::kFloat16;
-    case ScalarType::BFloat16:
-      return cpu::DType::kBFloat16;
-    default:
-      return cpu::DType::kFloat32;  // FT_CHECK_FLOAT came first
-  }
-}
-
 Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
   try {
     return torch::stable::empty(sizes, dtype);
@@ -108,15 +97,13 @@ Tensor checked_float(const Tensor& tensor, const char* name, std::vector<int64_t
   FT_CHECK(tensor.is_cpu(), name, " must be on the CPU like the other tensors");
   FT_CHECK(is_float_type(tensor.scalar_type()), name,
            " must have dtype float32, float16 or bfloat16, has ", dtype_name(tensor.scalar_type()));
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(i) == shape[i];
-  if (!same) {
+  if (!has_shape(tensor, shape)) {
     fail(name, " must have shape ", shape_of(shape), ", has ", shape_of(tensor));
   }
   return contiguous(tensor);
 }
 
-cpu::Array array_of(const Tensor& tensor) { return {tensor.const_data_ptr(), dtype_of(tensor)}; }
+Operand operand_of(const Tensor& tensor) { return {tensor.const_data_ptr(), dtype_of(tensor)}; }
 
 // int64 copies of ids [T], checked against their table.
 std::vector<int64_t> checked_ids(const Tensor& tensor, const char* name, int64_t tokens,
@@ -205,8 +192,9 @@ Tensor checked_blob(const Tensor& tensor, const char* name, int64_t layers, int6
 
 // ---- ops ---------------------------------------------------------------------------------------
 
-Tensor prepare_weight(const Tensor& weight) {
+Tensor prepare_weight(const Tensor& weight, const OptTensor& scale) {
   FT_CHECK_FLOAT(weight);
+  check_no_scale(weight, scale);
   FT_CHECK(weight.dim() == 2 || weight.dim() == 3,
            "weight must have shape [N, K] or [L, N, K], has ", shape_of(weight));
   const Tensor whole = contiguous(weight);
@@ -217,6 +205,17 @@ Tensor prepare_weight(const Tensor& weight) {
   cpu::pack_weight(whole.const_data_ptr(), dtype_of(whole), layers, n, k, blob.mutable_data_ptr(),
                    torch_threads());
   return blob;
+}
+
+bool is_prepared(const Tensor& prepared, const Tensor& weight) {
+  const int64_t dim = weight.dim();
+  if (!prepared.is_cpu() || !weight.is_cpu() || !is_float_type(weight.scalar_type()) ||
+      (dim != 2 && dim != 3) || prepared.scalar_type() != ScalarType::Byte || prepared.dim() != 1 ||
+      !prepared.is_contiguous()) {
+    return false;
+  }
+  return cpu::is_packed(prepared.const_data_ptr(), prepared.numel(), dtype_of(weight),
+                        dim == 3 ? weight.size(0) : 1, weight.size(dim - 2), weight.size(dim - 1));
 }
 
 template <typename Id>
@@ -321,7 +320,7 @@ Tensor restore_padding(const Tensor& packed, const Tensor& token_indices, int64_
   Tensor out = empty(shape, packed.scalar_type());
   torch::stable::fill_(out, fill);
   const Tensor whole = contiguous(packed);
-  const int64_t width = tokens ? whole.numel() / tokens * cpu::size_of(dtype_of(whole)) : 0;
+  const int64_t width = tokens ? whole.numel() / tokens * size_of(dtype_of(whole)) : 0;
   const char* from = static_cast<const char*>(whole.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
   for (int64_t t = 0; t < tokens; ++t) {
@@ -329,6 +328,12 @@ Tensor restore_padding(const Tensor& packed, const Tensor& token_indices, int64_
   }
   return out;
 }
+
+// What the caller calls its tensors.
+struct EmbeddingNames {
+  const char *word = "word", *position = "position", *token_type = "token_type", *gamma = "gamma",
+             *beta = "beta";
+};
 
 // What the embeddings' pointers point into.
 struct EmbeddingInputs {
@@ -340,23 +345,26 @@ struct EmbeddingInputs {
   EmbeddingInputs(const Tensor& input_ids, const Tensor& token_type_ids,
                   const OptTensor& position_ids, const Tensor& cu_seqlens,
                   std::optional<int64_t> max_seqlen, const Tensor& word_, const Tensor& position_,
-                  const Tensor& token_type_, const Tensor& gamma_, const Tensor& beta_)
+                  const Tensor& token_type_, const Tensor& gamma_, const Tensor& beta_,
+                  const EmbeddingNames& called = {})
       : sequences() {
     FT_CHECK_DIM(input_ids, 1);
     const int64_t tokens = input_ids.size(0);
-    for (const auto& [table, name] : {std::pair{&word_, "word"}, std::pair{&position_, "position"},
-                                      std::pair{&token_type_, "token_type"}}) {
+    for (const auto& [table, name] :
+         {std::pair{&word_, called.word}, std::pair{&position_, called.position},
+          std::pair{&token_type_, called.token_type}}) {
       FT_CHECK(table->dim() == 2, name, " must have shape [rows, H], has ", shape_of(*table));
-      FT_CHECK(table->scalar_type() == word_.scalar_type(), name, " must have the dtype of word, ",
-               dtype_name(word_.scalar_type()), ", has ", dtype_name(table->scalar_type()));
+      FT_CHECK(table->scalar_type() == word_.scalar_type(), name, " must have the dtype of ",
+               called.word, ", ", dtype_name(word_.scalar_type()), ", has ",
+               dtype_name(table->scalar_type()));
     }
     const int64_t hidden = word_.size(1);
-    FT_CHECK(hidden > 0, "word must have shape [V, H] with H > 0, has ", shape_of(word_));
-    word = checked_float(word_, "word", {word_.size(0), hidden});
-    position = checked_float(position_, "position", {position_.size(0), hidden});
-    token_type = checked_float(token_type_, "token_type", {token_type_.size(0), hidden});
-    gamma = checked_float(gamma_, "gamma", {hidden});
-    beta = checked_float(beta_, "beta", {hidden});
+    FT_CHECK(hidden > 0, called.word, " must have shape [V, H] with H > 0, has ", shape_of(word_));
+    word = checked_float(word_, called.word, {word_.size(0), hidden});
+    position = checked_float(position_, called.position, {position_.size(0), hidden});
+    token_type = checked_float(token_type_, called.token_type, {token_type_.size(0), hidden});
+    gamma = checked_float(gamma_, called.gamma, {hidden});
+    beta = checked_float(beta_, called.beta, {hidden});
     sequences = checked_sequences(cu_seqlens, tokens, max_seqlen);
     ids = checked_ids(input_ids, "input_ids", tokens, word.size(0));
     types = checked_ids(token_type_ids, "token_type_ids", tokens, token_type.size(0));
@@ -364,9 +372,9 @@ struct EmbeddingInputs {
   }
 
   cpu::Embeddings pointers(double eps) const {
-    return {ids.data(),      types.data(),       positions.data(),
-            array_of(word),  array_of(position), array_of(token_type),
-            array_of(gamma), array_of(beta),     static_cast<float>(eps)};
+    return {ids.data(),        types.data(),         positions.data(),
+            operand_of(word),  operand_of(position), operand_of(token_type),
+            operand_of(gamma), operand_of(beta),     static_cast<float>(eps)};
   }
 };
 
@@ -386,7 +394,7 @@ Tensor embedding_layer_norm(const Tensor& input_ids, const Tensor& token_type_id
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias,
-              const OptTensor& residual, bool gelu) {
+              const OptTensor& residual, const std::string& activation) {
   FT_CHECK_DIM(input, 2);
   const Tensor blob = checked_blob(weight, "weight", 1, -1, input.size(1));
   const int64_t tokens = input.size(0);
@@ -394,17 +402,17 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias,
   const Tensor whole = checked_float(input, "input", {tokens, input.size(1)});
   Tensor b, r;
   cpu::Linear op{};
-  op.input = array_of(whole);
+  op.input = operand_of(whole);
   op.blob = blob.const_data_ptr();
   if (bias) {
     b = checked_float(*bias, "bias", {n});
-    op.bias = array_of(b);
+    op.bias = operand_of(b);
   }
   if (residual) {
     r = checked_float(*residual, "residual", {tokens, n});
-    op.residual = array_of(r);
+    op.residual = operand_of(r);
   }
-  op.gelu = gelu;
+  op.activation = activation_named(activation);
   op.out_dtype = dtype_of(whole);
   Tensor out = empty({tokens, n}, whole.scalar_type());
   if (tokens == 0) return out;
@@ -434,7 +442,7 @@ Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max
   Tensor out = empty({tokens, hidden}, whole.scalar_type());
   const cpu::Threads threads = torch_threads();
   const Scratch space(cpu::attention_workspace(s.longest, head_dim, threads));
-  cpu::varlen_attention(array_of(whole), s.bounds, s.batch, s.longest, num_heads, head_dim,
+  cpu::varlen_attention(operand_of(whole), s.bounds, s.batch, s.longest, num_heads, head_dim,
                         dtype_of(whole), out.mutable_data_ptr(), space.get(), threads);
   return out;
 }
@@ -448,36 +456,138 @@ Tensor residual_layer_norm(const Tensor& input, const OptTensor& bias, const Ten
   const Tensor g = checked_float(gamma, "gamma", {hidden}),
                b = checked_float(beta, "beta", {hidden});
   Tensor added;
-  cpu::Array added_bias;
+  Operand added_bias;
   if (bias) {
     added = checked_float(*bias, "bias", {hidden});
-    added_bias = array_of(added);
+    added_bias = operand_of(added);
   }
   Tensor out = empty({tokens, hidden}, x.scalar_type());
   const cpu::Threads threads = torch_threads();
   const Scratch space(cpu::layer_norm_workspace(hidden, threads));
-  cpu::residual_layer_norm(array_of(x), added_bias, array_of(r), array_of(g), array_of(b),
+  cpu::residual_layer_norm(operand_of(x), added_bias, operand_of(r), operand_of(g), operand_of(b),
                            static_cast<float>(eps), tokens, hidden, dtype_of(x),
                            out.mutable_data_ptr(), space.get(), threads);
   return out;
 }
 
-Tensor bias_gelu(const Tensor& input, const OptTensor& bias) {
+Tensor bias_activation(const Tensor& input, const OptTensor& bias, const std::string& activation) {
   FT_CHECK_DIM(input, 2);
+  const Activation follows = activation_named(activation);
+  FT_CHECK(follows != Activation::kNone, "bias_activation: activation must be one, is none");
   const int64_t tokens = input.size(0), n = input.size(1);
   const Tensor x = checked_float(input, "input", {tokens, n});
   Tensor added;
-  cpu::Array added_bias;
+  Operand added_bias;
   if (bias) {
     added = checked_float(*bias, "bias", {n});
-    added_bias = array_of(added);
+    added_bias = operand_of(added);
   }
   Tensor out = empty({tokens, n}, x.scalar_type());
   const cpu::Threads threads = torch_threads();
-  const Scratch space(cpu::bias_gelu_workspace(n, threads));
-  cpu::bias_gelu(array_of(x), added_bias, tokens, n, dtype_of(x), out.mutable_data_ptr(),
-                 space.get(), threads);
+  const Scratch space(cpu::bias_activation_workspace(n, threads));
+  cpu::bias_activation(operand_of(x), added_bias, follows, tokens, n, dtype_of(x),
+                       out.mutable_data_ptr(), space.get(), threads);
   return out;
+}
+
+// A parameter of each layer or one for all, contiguous and floating.
+struct CheckedStack {
+  Tensor tensor;
+  Stack stack;
+};
+
+CheckedStack checked_stack(const Tensor& tensor, const char* name, const EncoderSpec& spec,
+                           int64_t width) {
+  const int64_t layers = tensor.dim() == 2 && tensor.size(0) == 1 ? 1 : spec.layers;
+  Tensor whole = checked_float(tensor, name, {layers, width});
+  const Stack stack{operand_of(whole), layers};
+  return {std::move(whole), stack};
+}
+
+Tensor checked_layers(const Tensor& tensor, const char* name, const EncoderSpec& spec,
+                      EncoderWeightShape shape) {
+  Tensor blob = checked_blob(tensor, name, -1, shape.rows, shape.columns);
+  const int64_t layers = static_cast<const cpu::BlobHeader*>(blob.const_data_ptr())->layers;
+  FT_CHECK(layers == spec.layers || layers == 1, name, " must hold ", spec.layers,
+           " weights, one a layer, or a single one for all, holds ", layers);
+  return blob;
+}
+
+Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
+                   const OptTensor& position_ids, const Tensor& cu_seqlens, int64_t max_seqlen,
+                   const std::vector<Tensor>& tensors, const EncoderSpec& spec) {
+  const EncoderWeights w(spec, tensors);
+  const auto& names = kEncoderWeightNames;
+  FT_CHECK(w[kWord].dim() == 2 && w[kWord].size(1) == spec.embedding, names[kWord],
+           " must have shape [V, ", spec.embedding, "], has ", shape_of(w[kWord]));
+  const EmbeddingInputs in(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen,
+                           w[kWord], w[kPosition], w[kTokenType], w[kEmbeddingGamma],
+                           w[kEmbeddingBeta],
+                           {names[kWord], names[kPosition], names[kTokenType],
+                            names[kEmbeddingGamma], names[kEmbeddingBeta]});
+  const int64_t tokens = input_ids.size(0), hidden = spec.hidden;
+  checked_head_dim(hidden, spec.heads);
+  const auto blob = [&](EncoderWeight weight) {
+    return checked_layers(w[weight], names[weight], spec, shape_of(spec, weight));
+  };
+  const auto vectors = [&](EncoderWeight weight) {
+    return checked_stack(w[weight], names[weight], spec, shape_of(spec, weight).rows);
+  };
+  const Tensor qkv = blob(kQkvWeight), proj = blob(kOutWeight);
+  const Tensor up = blob(kUpWeight), down = blob(kDownWeight);
+  const CheckedStack bq = vectors(kQkvBias), bo = vectors(kOutBias);
+  const CheckedStack bu = vectors(kUpBias), bd = vectors(kDownBias);
+  const CheckedStack g1 = vectors(kNorm1Gamma), b1 = vectors(kNorm1Beta);
+  const CheckedStack g2 = vectors(kNorm2Gamma), b2 = vectors(kNorm2Beta);
+  cpu::Encoder op{};
+  Tensor projection, projection_bias;
+  if (spec.projects()) {
+    projection =
+        checked_blob(w[kProjectionWeight], names[kProjectionWeight], 1, hidden, spec.embedding);
+    projection_bias = checked_float(w[kProjectionBias], names[kProjectionBias], {hidden});
+    op.projection = projection.const_data_ptr();
+    op.projection_bias = operand_of(projection_bias);
+  }
+  Tensor out = empty({tokens, hidden}, w[kWord].scalar_type());
+  if (tokens == 0) return out;
+  op.tokens = tokens;
+  op.hidden = hidden;
+  op.embedding = spec.embedding;
+  op.intermediate = spec.intermediate;
+  op.layers = spec.layers;
+  op.activation = spec.activation;
+  op.batch = in.sequences.batch;
+  op.longest = in.sequences.longest;
+  op.heads = spec.heads;
+  op.cu_seqlens = in.sequences.bounds;
+  op.embeddings = in.pointers(spec.eps);
+  op.qkv = qkv.const_data_ptr();
+  op.out = proj.const_data_ptr();
+  op.up = up.const_data_ptr();
+  op.down = down.const_data_ptr();
+  op.qkv_bias = bq.stack;
+  op.out_bias = bo.stack;
+  op.up_bias = bu.stack;
+  op.down_bias = bd.stack;
+  op.ln1_gamma = g1.stack;
+  op.ln1_beta = b1.stack;
+  op.ln2_gamma = g2.stack;
+  op.ln2_beta = b2.stack;
+  op.eps = static_cast<float>(spec.eps);
+  op.out_dtype = dtype_of(w[kWord]);
+  const cpu::Threads threads = torch_threads();
+  const Scratch space(cpu::encoder_workspace(op, threads));
+  cpu::encoder(op, out.mutable_data_ptr(), space.get(), threads);
+  return out;
+}
+
+Tensor encode(const Tensor& input_ids, const Tensor& token_type_ids, const OptTensor& position_ids,
+              const Tensor& cu_seqlens, int64_t max_seqlen, const std::vector<Tensor>& weights,
+              const std::string& spec, const std::string& options) {
+  // Whatever they say, a sequence's results depend on it alone here.
+  parse_encoder_options(options);
+  return run_encoder(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen, weights,
+                     parse_encoder_spec(spec));
 }
 
 Tensor encoder(const Tensor& input_ids, const Tensor& token_type_ids, const OptTensor& position_ids,
@@ -488,62 +598,26 @@ Tensor encoder(const Tensor& input_ids, const Tensor& token_type_ids, const OptT
                const Tensor& ln1_beta, const Tensor& up_weight, const Tensor& up_bias,
                const Tensor& down_weight, const Tensor& down_bias, const Tensor& ln2_gamma,
                const Tensor& ln2_beta, int64_t num_heads, double eps) {
-  const EmbeddingInputs in(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen, word,
-                           position, token_type, emb_gamma, emb_beta);
-  const int64_t tokens = input_ids.size(0), hidden = word.size(1);
-  checked_head_dim(hidden, num_heads);
-  FT_CHECK(qkv_bias.dim() == 2, "qkv_bias must have shape [L, 3H], has ", shape_of(qkv_bias));
-  FT_CHECK(up_bias.dim() == 2, "up_bias must have shape [L, I], has ", shape_of(up_bias));
-  const int64_t layers = qkv_bias.size(0), inner = up_bias.size(1);
-  const Tensor qkv = checked_blob(qkv_weight, "qkv_weight", layers, 3 * hidden, hidden);
-  const Tensor proj = checked_blob(out_weight, "out_weight", layers, hidden, hidden);
-  const Tensor up = checked_blob(up_weight, "up_weight", layers, inner, hidden);
-  const Tensor down = checked_blob(down_weight, "down_weight", layers, hidden, inner);
-  const Tensor bq = checked_float(qkv_bias, "qkv_bias", {layers, 3 * hidden});
-  const Tensor bo = checked_float(out_bias, "out_bias", {layers, hidden});
-  const Tensor bu = checked_float(up_bias, "up_bias", {layers, inner});
-  const Tensor bd = checked_float(down_bias, "down_bias", {layers, hidden});
-  const Tensor g1 = checked_float(ln1_gamma, "ln1_gamma", {layers, hidden});
-  const Tensor b1 = checked_float(ln1_beta, "ln1_beta", {layers, hidden});
-  const Tensor g2 = checked_float(ln2_gamma, "ln2_gamma", {layers, hidden});
-  const Tensor b2 = checked_float(ln2_beta, "ln2_beta", {layers, hidden});
-  Tensor out = empty({tokens, hidden}, word.scalar_type());
-  if (tokens == 0) return out;
-  cpu::Encoder op{};
-  op.tokens = tokens;
-  op.hidden = hidden;
-  op.intermediate = inner;
-  op.layers = layers;
-  op.batch = in.sequences.batch;
-  op.longest = in.sequences.longest;
-  op.heads = num_heads;
-  op.cu_seqlens = in.sequences.bounds;
-  op.embeddings = in.pointers(eps);
-  op.qkv = qkv.const_data_ptr();
-  op.out = proj.const_data_ptr();
-  op.up = up.const_data_ptr();
-  op.down = down.const_data_ptr();
-  op.qkv_bias = array_of(bq);
-  op.out_bias = array_of(bo);
-  op.up_bias = array_of(bu);
-  op.down_bias = array_of(bd);
-  op.ln1_gamma = array_of(g1);
-  op.ln1_beta = array_of(b1);
-  op.ln2_gamma = array_of(g2);
-  op.ln2_beta = array_of(b2);
-  op.eps = static_cast<float>(eps);
-  op.out_dtype = dtype_of(word);
-  const cpu::Threads threads = torch_threads();
-  const Scratch space(cpu::encoder_workspace(op, threads));
-  cpu::encoder(op, out.mutable_data_ptr(), space.get(), threads);
-  return out;
+  return run_encoder(
+      input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen,
+      {word, position, token_type, emb_gamma, emb_beta, qkv_weight, qkv_bias, out_weight, out_bias,
+       ln1_gamma, ln1_beta, up_weight, up_bias, down_weight, down_bias, ln2_gamma, ln2_beta},
+      spec_of_interface_1(word, qkv_bias, up_bias, num_heads, eps));
 }
+
+// The ops' interfaces: 1 is `encoder` with its 24 arguments, 2 is `encode`. A change of a signature
+// or of what an argument means is a new one.
+#define FT_FIRST_INTERFACE "1"
+#define FT_LAST_INTERFACE "2"
 
 #ifndef FT_HANDLER_VERSION
 #define FT_HANDLER_VERSION "unknown"
 #endif
 #ifndef FT_TORCH_BUILD_VERSION
 #define FT_TORCH_BUILD_VERSION "unknown"
+#endif
+#ifndef FT_CUDA_ARCHS
+#define FT_CUDA_ARCHS ""
 #endif
 
 std::string json_list(const std::string& separated, char by) {
@@ -559,7 +633,8 @@ std::string json_list(const std::string& separated, char by) {
 
 std::string build_info() {
   std::string text = std::string("{\"version\": \"") + FT_HANDLER_VERSION +
-                     "\", \"torch_build\": \"" + FT_TORCH_BUILD_VERSION + "\", \"compiler\": \"" +
+                     "\", \"interface\": [" FT_FIRST_INTERFACE ", " FT_LAST_INTERFACE "]" +
+                     ", \"torch_build\": \"" + FT_TORCH_BUILD_VERSION + "\", \"compiler\": \"" +
                      __VERSION__ + "\", \"cpu_isa\": \"" + cpu::isa_name() +
                      "\", \"cpu_isas\": " + json_list(cpu::isas_available(), ',');
 #ifdef FT_WITH_CUDA
@@ -577,15 +652,23 @@ std::string build_info() {
 }  // namespace
 }  // namespace ft
 
+// Read in the file, before it is loaded: which interfaces of the ops it has, and which GPUs it has
+// code for. Exported, so that no linker drops it.
+extern "C" __attribute__((visibility("default"))) const char ft_handler_library[] =
+    "ft_handler library interface=" FT_FIRST_INTERFACE "-" FT_LAST_INTERFACE " cuda=" FT_CUDA_ARCHS
+    " ";
+
 STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CPU, m) {
   m.impl("prepare_weight", TORCH_BOX(&ft::prepare_weight));
+  m.impl("is_prepared", TORCH_BOX(&ft::is_prepared));
   m.impl("remove_padding", TORCH_BOX(&ft::remove_padding));
   m.impl("restore_padding", TORCH_BOX(&ft::restore_padding));
   m.impl("embedding_layer_norm", TORCH_BOX(&ft::embedding_layer_norm));
   m.impl("linear", TORCH_BOX(&ft::linear));
   m.impl("varlen_attention", TORCH_BOX(&ft::varlen_attention));
   m.impl("residual_layer_norm", TORCH_BOX(&ft::residual_layer_norm));
-  m.impl("bias_gelu", TORCH_BOX(&ft::bias_gelu));
+  m.impl("bias_activation", TORCH_BOX(&ft::bias_activation));
+  m.impl("encode", TORCH_BOX(&ft::encode));
   m.impl("encoder", TORCH_BOX(&ft::encoder));
 }
 

@@ -23,7 +23,6 @@
 namespace ft {
 namespace {
 
-using cuda::DType;
 using cuda::IntType;
 using cuda::Launch;
 using torch::headeronly::IntHeaderOnlyArrayRef;
@@ -71,17 +70,6 @@ void check_status(cudaError_t status, const char* op, const Parts&... request) {
   fail("fastertransformer::", op, " (", request..., ") failed: ", why);
 }
 
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      return DType::kFloat32;
-  }
-}
-
 IntType int_type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Bool:
@@ -99,10 +87,14 @@ int narrow_int(int64_t value, const char* what) {
   return static_cast<int>(value);
 }
 
+bool aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+}
+
 // Row-major and 16-byte aligned, as the kernels want it.
 Tensor packed(const Tensor& tensor) {
   const Tensor rows = torch::stable::contiguous(tensor);
-  if (reinterpret_cast<uintptr_t>(rows.data_ptr()) % 16 == 0) return rows;
+  if (aligned(rows)) return rows;
   return torch::stable::clone(rows);
 }
 
@@ -115,6 +107,7 @@ const void* pointer(const Tensor& tensor) { return tensor.const_data_ptr(); }
 const void* pointer(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
+Operand operand_of(const Tensor& tensor) { return {pointer(tensor), dtype_of(tensor)}; }
 const int32_t* int32_pointer(const Tensor& tensor) {
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
@@ -160,11 +153,22 @@ void check_cu_seqlens(const char* op, const Tensor& like, const Tensor& cu_seqle
   FT_CHECK(cu_seqlens.size(0) >= 1, op, ": cu_seqlens must have at least one entry");
 }
 
-Tensor prepare_weight(Tensor weight) {
+Tensor prepare_weight(Tensor weight, std::optional<Tensor> scale) {
   FT_CHECK_FLOAT(weight);
+  check_no_scale(weight, scale);
   FT_CHECK(weight.dim() == 2 || weight.dim() == 3, "weight must be [n, k] or [layers, n, k], is ",
            shape_of(weight));
   return packed(weight);
+}
+
+bool is_prepared(Tensor prepared, Tensor weight) {
+  bool same = prepared.is_cuda() && weight.is_cuda() &&
+              prepared.get_device_index() == weight.get_device_index() &&
+              prepared.scalar_type() == weight.scalar_type() && prepared.dim() == weight.dim() &&
+              prepared.is_contiguous() && aligned(prepared);
+  for (int64_t axis = 0; same && axis < weight.dim(); ++axis)
+    same = prepared.size(axis) == weight.size(axis);
+  return same;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> remove_padding(Tensor input_ids,
@@ -309,7 +313,7 @@ std::pair<int64_t, int64_t> weight_size(const Tensor& weight) {
 }
 
 Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias,
-              std::optional<Tensor> residual, bool gelu) {
+              std::optional<Tensor> residual, std::string activation) {
   FT_CHECK_FLOAT(input);
   FT_CHECK_DIM(input, 2);
   FT_CHECK_DTYPE(weight, input.scalar_type());
@@ -323,17 +327,26 @@ Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias,
     FT_CHECK(residual->dim() == 2 && residual->size(0) == input.size(0) && residual->size(1) == n,
              "residual must be [", input.size(0), ", ", n, "], is ", shape_of(*residual));
   }
-  FT_CHECK(!(gelu && residual), "linear: gelu and residual exclude each other");
+  const Activation follows = activation_named(activation);
+  FT_CHECK(follows == Activation::kNone || !residual,
+           "linear: an activation and a residual exclude each other");
   const OnDeviceOf device(input);
   const Tensor x = packed(input), w = packed(weight);
   const std::optional<Tensor> b = packed(bias), r = packed(residual);
   Tensor out = empty_like_rows(x, {x.size(0), n});
   if (x.size(0) == 0) return out;
   const Tensor workspace = bytes_like(x, cuda::gemm_workspace_bytes());
-  const cuda::Gemm gemm{pointer(x),         pointer(w),         pointer(b),
-                        pointer(r),         out.data_ptr(),     narrow_int(x.size(0), "rows"),
-                        narrow_int(n, "n"), narrow_int(k, "k"), gelu,
-                        dtype_of(x)};
+  const cuda::Gemm gemm{operand_of(x),
+                        operand_of(w),
+                        pointer(b),
+                        pointer(r),
+                        out.data_ptr(),
+                        narrow_int(x.size(0), "rows"),
+                        narrow_int(n, "n"),
+                        narrow_int(k, "k"),
+                        follows,
+                        dtype_of(x),
+                        cuda::batch_invariant(false)};
   check_status(cuda::linear(gemm, workspace.data_ptr(), device.launch()), "linear", "input ",
                shape_of(x), ", weight ", shape_of(w), ", ", dtype_name(x.scalar_type()));
   return out;
@@ -356,7 +369,8 @@ Tensor varlen_attention(Tensor qkv, Tensor cu_seqlens, int64_t max_seqlen, int64
                                    narrow_int(max_seqlen, "max_seqlen"),
                                    narrow_int(num_heads, "num_heads"),
                                    narrow_int(hidden / num_heads, "head_dim"),
-                                   dtype_of(x)};
+                                   dtype_of(x),
+                                   cuda::batch_invariant(false)};
   const Tensor plan = bytes_like(x, cuda::attention_plan_bytes(shape));
   const Launch launch = device.launch();
   cudaError_t status = cuda::attention_plan(shape, int32_pointer(cu), plan.data_ptr(), launch);
@@ -394,73 +408,67 @@ Tensor residual_layer_norm(Tensor input, std::optional<Tensor> bias, Tensor resi
   return out;
 }
 
-Tensor bias_gelu(Tensor input, std::optional<Tensor> bias) {
+Tensor bias_activation(Tensor input, std::optional<Tensor> bias, std::string activation) {
   FT_CHECK_FLOAT(input);
   FT_CHECK_DIM(input, 2);
-  if (bias) check_vector("bias_gelu", "bias", input, *bias, input.size(1));
+  const Activation follows = activation_named(activation);
+  FT_CHECK(follows != Activation::kNone, "bias_activation: activation must be one, is none");
+  if (bias) check_vector("bias_activation", "bias", input, *bias, input.size(1));
   const OnDeviceOf device(input);
   const Tensor x = packed(input);
   const std::optional<Tensor> b = packed(bias);
   Tensor out = empty_like_rows(x, {x.size(0), x.size(1)});
   if (out.numel() > 0)
-    check_status(cuda::bias_gelu(pointer(x), pointer(b), narrow_int(x.size(0), "rows"),
-                                 narrow_int(x.size(1), "width"), dtype_of(x), out.data_ptr(),
-                                 nullptr, device.launch()),
-                 "bias_gelu", "input ", shape_of(x), ", ", dtype_name(x.scalar_type()));
+    check_status(
+        cuda::bias_activation(pointer(x), pointer(b), follows, narrow_int(x.size(0), "rows"),
+                              narrow_int(x.size(1), "width"), dtype_of(x), out.data_ptr(), nullptr,
+                              device.launch()),
+        "bias_activation", "input ", shape_of(x), ", ", dtype_name(x.scalar_type()));
   return out;
 }
 
-Tensor encoder(Tensor input_ids, Tensor token_type_ids, std::optional<Tensor> position_ids,
-               Tensor cu_seqlens, int64_t max_seqlen, Tensor word, Tensor position,
-               Tensor token_type, Tensor emb_gamma, Tensor emb_beta, Tensor qkv_weight,
-               Tensor qkv_bias, Tensor out_weight, Tensor out_bias, Tensor ln1_gamma,
-               Tensor ln1_beta, Tensor up_weight, Tensor up_bias, Tensor down_weight,
-               Tensor down_bias, Tensor ln2_gamma, Tensor ln2_beta, int64_t num_heads, double eps) {
-  FT_CHECK_FLOAT(word);
-  FT_CHECK_DIM(word, 2);
+Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
+                   const std::optional<Tensor>& position_ids, const Tensor& cu_seqlens,
+                   int64_t max_seqlen, const std::vector<Tensor>& tensors, const EncoderSpec& spec,
+                   const EncoderOptions& options) {
+  const char* op = "encode";
+  const EncoderWeights w(spec, tensors);
+  const Tensor& word = w[kWord];
+  FT_CHECK(word.is_cuda() && is_float_type(word.scalar_type()), kEncoderWeightNames[kWord],
+           " must be float32, float16 or bfloat16 on the inputs' GPU, is ",
+           dtype_name(word.scalar_type()));
   FT_CHECK_DIM(input_ids, 1);
   FT_CHECK_IDS(input_ids);
   FT_CHECK(token_type_ids.scalar_type() == input_ids.scalar_type() && token_type_ids.dim() == 1 &&
                token_type_ids.size(0) == input_ids.size(0),
            "token_type_ids must have input_ids' dtype and shape");
-  FT_CHECK_DIM(up_weight, 3);
-  check_cu_seqlens("encoder", word, cu_seqlens);
-  const int64_t layers = up_weight.size(0), hidden = word.size(1), wide = up_weight.size(1);
-  FT_CHECK(num_heads > 0 && hidden % num_heads == 0, "hidden ", hidden, " is not a multiple of ",
-           num_heads, " heads");
-  const auto parameter = [&](const Tensor& tensor, const char* name, std::vector<int64_t> size) {
-    check_device("encoder", word, name, tensor);
-    bool right = tensor.dim() == static_cast<int64_t>(size.size()) && tensor.is_contiguous() &&
-                 tensor.scalar_type() == word.scalar_type();
-    for (size_t axis = 0; right && axis < size.size(); ++axis)
-      right = size[axis] < 0 || tensor.size(static_cast<int64_t>(axis)) == size[axis];
-    if (right) return;
-    std::string wanted;
-    for (const int64_t s : size) wanted += (wanted.empty() ? "" : ", ") + std::to_string(s);
-    fail("encoder: ", name, " must be contiguous [", wanted, "] ", dtype_name(word.scalar_type()),
-         ", is ", shape_of(tensor), " ", dtype_name(tensor.scalar_type()));
-  };
-  parameter(word, "word", {-1, hidden});
-  parameter(position, "position", {-1, hidden});
-  parameter(token_type, "token_type", {-1, hidden});
-  parameter(emb_gamma, "emb_gamma", {hidden});
-  parameter(emb_beta, "emb_beta", {hidden});
-  parameter(qkv_weight, "qkv_weight", {layers, 3 * hidden, hidden});
-  parameter(qkv_bias, "qkv_bias", {layers, 3 * hidden});
-  parameter(out_weight, "out_weight", {layers, hidden, hidden});
-  parameter(out_bias, "out_bias", {layers, hidden});
-  parameter(ln1_gamma, "ln1_gamma", {layers, hidden});
-  parameter(ln1_beta, "ln1_beta", {layers, hidden});
-  parameter(up_weight, "up_weight", {layers, wide, hidden});
-  parameter(up_bias, "up_bias", {layers, wide});
-  parameter(down_weight, "down_weight", {layers, hidden, wide});
-  parameter(down_bias, "down_bias", {layers, hidden});
-  parameter(ln2_gamma, "ln2_gamma", {layers, hidden});
-  parameter(ln2_beta, "ln2_beta", {layers, hidden});
-  check_device("encoder", word, "input_ids", input_ids);
-  check_device("encoder", word, "token_type_ids", token_type_ids);
+  check_cu_seqlens(op, word, cu_seqlens);
+  bool one_per_layer = true;
+  for (int i = 0; i < kEncoderWeightCount; ++i) {
+    const auto weight = static_cast<EncoderWeight>(i);
+    if (!spec.has(weight)) continue;
+    const Tensor& tensor = w[weight];
+    const char* name = kEncoderWeightNames[i];
+    check_device(op, word, name, tensor);
+    const EncoderWeightShape shape = shape_of(spec, weight);
+    std::vector<int64_t> wanted;
+    if (shape.stacked) {
+      const bool shared = tensor.dim() > 0 && tensor.size(0) == 1;
+      one_per_layer = one_per_layer && (!shared || spec.layers == 1);
+      wanted.push_back(shared ? 1 : spec.layers);
+    }
+    wanted.push_back(shape.rows < 0 && tensor.dim() > 0 ? tensor.size(0) : shape.rows);
+    if (shape.columns > 0) wanted.push_back(shape.columns);
+    FT_CHECK(has_shape(tensor, wanted) && tensor.is_contiguous() &&
+                 tensor.scalar_type() == word.scalar_type(),
+             op, ": ", name, " must be contiguous ", shape_of(wanted), " ",
+             dtype_name(word.scalar_type()), ", is ", shape_of(tensor), " ",
+             dtype_name(tensor.scalar_type()));
+  }
+  check_device(op, word, "input_ids", input_ids);
+  check_device(op, word, "token_type_ids", token_type_ids);
   if (position_ids) {
-    check_device("encoder", word, "position_ids", *position_ids);
+    check_device(op, word, "position_ids", *position_ids);
     FT_CHECK_DTYPE(*position_ids, ScalarType::Int);
     FT_CHECK_SIZE(*position_ids, 0, input_ids.size(0));
   }
@@ -471,33 +479,77 @@ Tensor encoder(Tensor input_ids, Tensor token_type_ids, std::optional<Tensor> po
   shape.tokens = narrow_int(ids.size(0), "tokens");
   shape.batch = narrow_int(cu.size(0) - 1, "batch");
   shape.max_seqlen = narrow_int(max_seqlen, "max_seqlen");
-  shape.hidden = narrow_int(hidden, "hidden");
-  shape.intermediate = narrow_int(wide, "intermediate");
-  shape.layers = narrow_int(layers, "layers");
-  shape.num_heads = narrow_int(num_heads, "num_heads");
+  shape.hidden = narrow_int(spec.hidden, "hidden");
+  shape.embedding = narrow_int(spec.embedding, "embedding");
+  shape.intermediate = narrow_int(spec.intermediate, "intermediate");
+  shape.layers = narrow_int(spec.layers, "layers");
+  shape.num_heads = narrow_int(spec.heads, "heads");
   shape.vocab = narrow_int(word.size(0), "vocab");
-  shape.positions = narrow_int(position.size(0), "positions");
-  shape.types = narrow_int(token_type.size(0), "types");
-  shape.eps = static_cast<float>(eps);
+  shape.positions = narrow_int(w[kPosition].size(0), "positions");
+  shape.types = narrow_int(w[kTokenType].size(0), "types");
+  shape.activation = spec.activation;
+  shape.eps = static_cast<float>(spec.eps);
   shape.dtype = dtype_of(word);
-  Tensor out = empty_like_rows(word, {ids.size(0), hidden});
+  shape.one_per_layer = one_per_layer;
+  shape.projects = spec.projects();
+  shape.batch_invariant = cuda::batch_invariant(options.batch_invariant);
+  shape.few_tokens = cuda::few_tokens_allowed(options.few_tokens);
+  Tensor out = empty_like_rows(word, {ids.size(0), spec.hidden});
   if (shape.tokens == 0 || shape.batch == 0) return out;
   const cuda::EncoderInputs inputs{pointer(ids), pointer(types), int_type_of(ids),
                                    static_cast<const int32_t*>(pointer(positions)),
                                    int32_pointer(cu)};
-  const cuda::EncoderWeights weights{pointer(word),      pointer(position),    pointer(token_type),
-                                     pointer(emb_gamma), pointer(emb_beta),    pointer(qkv_weight),
-                                     pointer(qkv_bias),  pointer(out_weight),  pointer(out_bias),
-                                     pointer(ln1_gamma), pointer(ln1_beta),    pointer(up_weight),
-                                     pointer(up_bias),   pointer(down_weight), pointer(down_bias),
-                                     pointer(ln2_gamma), pointer(ln2_beta)};
+  const auto data = [&](EncoderWeight weight) { return pointer(w[weight]); };
+  const auto stack = [&](EncoderWeight weight) {
+    return Stack{operand_of(w[weight]), w[weight].size(0)};
+  };
+  const cuda::EncoderParameters parameters{
+      data(kWord),
+      data(kPosition),
+      data(kTokenType),
+      data(kEmbeddingGamma),
+      data(kEmbeddingBeta),
+      spec.projects() ? operand_of(w[kProjectionWeight]) : Operand{},
+      spec.projects() ? data(kProjectionBias) : nullptr,
+      stack(kQkvWeight),
+      stack(kQkvBias),
+      stack(kOutWeight),
+      stack(kOutBias),
+      stack(kNorm1Gamma),
+      stack(kNorm1Beta),
+      stack(kUpWeight),
+      stack(kUpBias),
+      stack(kDownWeight),
+      stack(kDownBias),
+      stack(kNorm2Gamma),
+      stack(kNorm2Beta)};
   const Tensor workspace = bytes_like(word, cuda::encoder_workspace_bytes(shape));
-  check_status(cuda::encoder(shape, inputs, weights, workspace.data_ptr(), out.data_ptr(),
+  check_status(cuda::encoder(shape, inputs, parameters, workspace.data_ptr(), out.data_ptr(),
                              device.launch().stream),
-               "encoder", "tokens ", shape.tokens, ", batch ", shape.batch, ", max_seqlen ",
-               max_seqlen, ", hidden ", hidden, ", intermediate ", wide, ", ", num_heads,
+               op, "tokens ", shape.tokens, ", batch ", shape.batch, ", max_seqlen ", max_seqlen,
+               ", hidden ", spec.hidden, ", intermediate ", spec.intermediate, ", ", spec.heads,
                " heads, ", dtype_name(word.scalar_type()));
   return out;
+}
+
+Tensor encode(Tensor input_ids, Tensor token_type_ids, std::optional<Tensor> position_ids,
+              Tensor cu_seqlens, int64_t max_seqlen, std::vector<Tensor> weights, std::string spec,
+              std::string options) {
+  return run_encoder(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen, weights,
+                     parse_encoder_spec(spec), parse_encoder_options(options));
+}
+
+Tensor encoder(Tensor input_ids, Tensor token_type_ids, std::optional<Tensor> position_ids,
+               Tensor cu_seqlens, int64_t max_seqlen, Tensor word, Tensor position,
+               Tensor token_type, Tensor emb_gamma, Tensor emb_beta, Tensor qkv_weight,
+               Tensor qkv_bias, Tensor out_weight, Tensor out_bias, Tensor ln1_gamma,
+               Tensor ln1_beta, Tensor up_weight, Tensor up_bias, Tensor down_weight,
+               Tensor down_bias, Tensor ln2_gamma, Tensor ln2_beta, int64_t num_heads, double eps) {
+  return run_encoder(
+      input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen,
+      {word, position, token_type, emb_gamma, emb_beta, qkv_weight, qkv_bias, out_weight, out_bias,
+       ln1_gamma, ln1_beta, up_weight, up_bias, down_weight, down_bias, ln2_gamma, ln2_beta},
+      spec_of_interface_1(word, qkv_bias, up_bias, num_heads, eps), {});
 }
 
 // LayerNorm(input * weight^T + bias + residual), the norm in the product's epilogue where it fits.
@@ -524,10 +576,17 @@ Tensor linear_layer_norm(Tensor input, Tensor weight, Tensor bias, Tensor residu
   if (x.size(0) == 0) return out;
   const Tensor workspace = bytes_like(x, cuda::gemm_workspace_bytes());
   const Tensor scratch = empty_like_rows(x, {x.size(0), n});
-  const cuda::Gemm gemm{pointer(x),         pointer(w),         pointer(b),
-                        pointer(r),         out.data_ptr(),     narrow_int(x.size(0), "rows"),
-                        narrow_int(n, "n"), narrow_int(k, "k"), false,
-                        dtype_of(x)};
+  const cuda::Gemm gemm{operand_of(x),
+                        operand_of(w),
+                        pointer(b),
+                        pointer(r),
+                        out.data_ptr(),
+                        narrow_int(x.size(0), "rows"),
+                        narrow_int(n, "n"),
+                        narrow_int(k, "k"),
+                        Activation::kNone,
+                        dtype_of(x),
+                        cuda::batch_invariant(false)};
   const cuda::GemmNorm norm{pointer(g), pointer(c), static_cast<float>(eps), nullptr};
   check_status(cuda::linear_layer_norm(gemm, norm, scratch.data_ptr(), workspace.data_ptr(),
                                        device.launch()),
@@ -543,15 +602,15 @@ std::string gemm_candidates(Tensor weight, int64_t rows, bool gelu, bool residua
   const OnDeviceOf device(weight);
   // Only alignment is read of the pointers, and torch's allocations have the best there is.
   void* const any = weight.data_ptr();
-  const cuda::Gemm gemm{any,
-                        any,
+  const cuda::Gemm gemm{operand_of(weight),
+                        operand_of(weight),
                         any,
                         residual ? any : nullptr,
                         any,
                         cuda::gemm_row_class(narrow_int(rows, "rows")),
                         narrow_int(n, "n"),
                         narrow_int(k, "k"),
-                        gelu,
+                        gelu ? Activation::kGelu : Activation::kNone,
                         dtype_of(weight)};
   const cuda::GemmNorm with_norm{any, any, 1e-12f, nullptr};
   std::vector<std::string> plans;
@@ -569,7 +628,7 @@ void load_gemm_plan(int64_t device, std::string dtype, int64_t rows, int64_t n, 
                     narrow_int(n, "n"),
                     narrow_int(k, "k"),
                     DType::kFloat32,
-                    gelu,
+                    gelu ? Activation::kGelu : Activation::kNone,
                     residual,
                     norm};
   if (dtype == "float16")
@@ -607,13 +666,15 @@ STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CUDA, m) {
   m.impl("prepare_weight", TORCH_BOX(&prepare_weight));
+  m.impl("is_prepared", TORCH_BOX(&is_prepared));
   m.impl("remove_padding", TORCH_BOX(&remove_padding));
   m.impl("restore_padding", TORCH_BOX(&restore_padding));
   m.impl("embedding_layer_norm", TORCH_BOX(&embedding_layer_norm));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
   m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));
-  m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
+  m.impl("bias_activation", TORCH_BOX(&bias_activation));
+  m.impl("encode", TORCH_BOX(&encode));
   m.impl("encoder", TORCH_BOX(&encoder));
   m.impl("linear_layer_norm", TORCH_BOX(&linear_layer_norm));
   m.impl("gemm_candidates", TORCH_BOX(&gemm_candidates));

@@ -2,7 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastertransformer, m) {
-  m.def("prepare_weight(Tensor weight) -> Tensor");
+  m.def("prepare_weight(Tensor weight, Tensor? scale=None) -> Tensor");
+  m.def("is_prepared(Tensor prepared, Tensor weight) -> bool");
   m.def(
       "remove_padding(Tensor input_ids, Tensor token_type_ids, Tensor attention_mask) -> "
       "(Tensor input_ids, Tensor token_type_ids, Tensor position_ids, Tensor token_indices, "
@@ -14,12 +15,18 @@ STABLE_TORCH_LIBRARY(fastertransformer, m) {
       "embedding_layer_norm(Tensor input_ids, Tensor token_type_ids, Tensor? position_ids, "
       "Tensor cu_seqlens, Tensor word, Tensor position, Tensor token_type, Tensor gamma, "
       "Tensor beta, float eps) -> Tensor");
-  m.def("linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, bool gelu) -> Tensor");
+  m.def(
+      "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation=\"\") -> "
+      "Tensor");
   m.def("varlen_attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, int num_heads) -> Tensor");
   m.def(
       "residual_layer_norm(Tensor input, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, "
       "float eps) -> Tensor");
-  m.def("bias_gelu(Tensor input, Tensor? bias) -> Tensor");
+  m.def("bias_activation(Tensor input, Tensor? bias, str activation) -> Tensor");
+  m.def(
+      "encode(Tensor input_ids, Tensor token_type_ids, Tensor? position_ids, Tensor cu_seqlens, "
+      "int max_seqlen, Tensor[] weights, str spec, str options) -> Tensor");
+  // Interface 1: the encoder of files of format 1.
   m.def(
       "encoder(Tensor input_ids, Tensor token_type_ids, Tensor? position_ids, Tensor cu_seqlens, "
       "int max_seqlen, Tensor word, Tensor position, Tensor token_type, Tensor emb_gamma, "

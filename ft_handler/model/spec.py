@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -21,3 +22,11 @@ class EncoderSpec:
     intermediate_size: int
     activation: str
     layer_norm_eps: float
+
+    def text(self, names: Iterable[str]) -> str:
+        """The specification as the op `encode` reads it, with its weights' names in order."""
+        return (
+            f"hidden={self.hidden_size} embedding={self.embedding_size} layers={self.num_layers} "
+            f"heads={self.num_heads} intermediate={self.intermediate_size} "
+            f"activation={self.activation} eps={self.layer_norm_eps!r} weights={','.join(names)}"
+        )

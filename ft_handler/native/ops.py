@@ -20,9 +20,20 @@ load_library()
 _ops = getattr(torch.ops, NAMESPACE)
 
 
-def prepare_weight(weight: Tensor) -> Tensor:
-    """Lay a GEMM weight `[L,N,K]` or `[N,K]` out for the running processor; opaque on the CPU."""
-    return cast(Tensor, _ops.prepare_weight(weight))
+def prepare_weight(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Lay a GEMM weight `[L,N,K]` or `[N,K]` out for the running processor; opaque on the CPU.
+
+    `scale` is for quantised weights, of which this library knows none yet.
+    """
+    return cast(Tensor, _ops.prepare_weight(weight, scale))
+
+
+def is_prepared(prepared: Tensor, weight: Tensor) -> bool:
+    """Whether `prepared` is what `prepare_weight` makes of such a weight here, by its header.
+
+    False after a move to another device, dtype, shape or processor; the numbers are not compared.
+    """
+    return cast(bool, _ops.is_prepared(prepared, weight))
 
 
 def remove_padding(
@@ -77,13 +88,17 @@ def embedding_layer_norm(
 
 
 def linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str = "",
 ) -> Tensor:
-    """`input @ weight.T + bias`, GELU if asked, then `+ residual`: `[T,K]` -> `[T,N]`.
+    """`input @ weight.T + bias`, activated, then `+ residual`: `[T,K]` -> `[T,N]`.
 
-    `weight` is what `prepare_weight` made of `[N,K]`.
+    `weight` is what `prepare_weight` made of `[N,K]`; `activation` is "gelu" (erf) or empty.
     """
-    return cast(Tensor, _ops.linear(input, weight, bias, residual, gelu))
+    return cast(Tensor, _ops.linear(input, weight, bias, residual, activation))
 
 
 def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int) -> Tensor:
@@ -98,69 +113,39 @@ def residual_layer_norm(
     return cast(Tensor, _ops.residual_layer_norm(input, bias, residual, gamma, beta, eps))
 
 
-def bias_gelu(input: Tensor, bias: Tensor | None) -> Tensor:
-    """Exact GELU of `input + bias`: `[T,N]` -> `[T,N]`."""
-    return cast(Tensor, _ops.bias_gelu(input, bias))
+def bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """The activation of `input + bias`, "gelu" (erf): `[T,N]` -> `[T,N]`."""
+    return cast(Tensor, _ops.bias_activation(input, bias, activation))
 
 
-def encoder(
+def encode(
     input_ids: Tensor,
     token_type_ids: Tensor,
     position_ids: Tensor | None,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    word: Tensor,
-    position: Tensor,
-    token_type: Tensor,
-    emb_gamma: Tensor,
-    emb_beta: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    ln1_gamma: Tensor,
-    ln1_beta: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    ln2_gamma: Tensor,
-    ln2_beta: Tensor,
-    num_heads: int,
-    eps: float,
+    weights: list[Tensor],
+    spec: str,
+    options: str = "",
 ) -> Tensor:
-    """The whole encoder: ids `[T]` -> `[T,H]` in the dtype of `word`.
+    """The whole encoder: ids `[T]` -> `[T,H]` in the dtype of the word table.
 
-    GEMM weights are what `prepare_weight` made of `[L,3H,H] [L,H,H] [L,I,H] [L,H,I]`; biases are
-    `[L,N]`, norms `[L,H]`.
+    weights  in the order of `spec`; GEMM weights are what `prepare_weight` made of them
+    spec     sizes and names, as `ft_handler.model.spec.EncoderSpec.text` writes them
+    options  words apart by blanks: `batch_invariant` (results do not depend on the batch, to the
+             last bit) and `few_tokens=0` (no kernels of their own for a few tokens)
     """
     return cast(
         Tensor,
-        _ops.encoder(
+        _ops.encode(
             input_ids,
             token_type_ids,
             position_ids,
             cu_seqlens,
             max_seqlen,
-            word,
-            position,
-            token_type,
-            emb_gamma,
-            emb_beta,
-            qkv_weight,
-            qkv_bias,
-            out_weight,
-            out_bias,
-            ln1_gamma,
-            ln1_beta,
-            up_weight,
-            up_bias,
-            down_weight,
-            down_bias,
-            ln2_gamma,
-            ln2_beta,
-            num_heads,
-            eps,
+            weights,
+            spec,
+            options,
         ),
     )
 
@@ -173,7 +158,7 @@ def _fake(name: str) -> Callable[[_Kernel], _Kernel]:
 
 
 @_fake("prepare_weight")
-def _prepare_weight_fake(weight: Tensor) -> Tensor:
+def _prepare_weight_fake(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     if weight.device.type != "cpu":
         return torch.empty_like(weight, memory_format=torch.contiguous_format)
     # How many bytes the packed form takes depends on the processor.
@@ -181,8 +166,8 @@ def _prepare_weight_fake(weight: Tensor) -> Tensor:
     return weight.new_empty(size, dtype=torch.uint8)
 
 
-# remove_padding has none: it returns the longest length as a plain integer, which no symbolic
-# trace can hold. It runs once, before the part worth compiling.
+# remove_padding and is_prepared have none: they return a plain number that depends on what tensors
+# hold, which no symbolic trace can know. They run once, before the part worth compiling.
 
 
 @_fake("restore_padding")
@@ -210,7 +195,11 @@ def _embedding_layer_norm_fake(
 
 @_fake("linear")
 def _linear_fake(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str = "",
 ) -> Tensor:
     outputs: int | torch.SymInt
     if bias is not None:
@@ -238,11 +227,28 @@ def _residual_layer_norm_fake(
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-@_fake("bias_gelu")
-def _bias_gelu_fake(input: Tensor, bias: Tensor | None) -> Tensor:
+@_fake("bias_activation")
+def _bias_activation_fake(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
+@_fake("encode")
+def _encode_fake(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    weights: list[Tensor],
+    spec: str,
+    options: str,
+) -> Tensor:
+    words = dict(word.split("=", 1) for word in spec.split())
+    table = weights[words["weights"].split(",").index("embeddings.word")]
+    return table.new_empty((input_ids.shape[0], int(words["hidden"])))
+
+
+# Interface 1: files of format 1 call it.
 @_fake("encoder")
 def _encoder_fake(
     input_ids: Tensor,

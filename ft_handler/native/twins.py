@@ -9,15 +9,27 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def prepare_weight(weight: Tensor) -> Tensor:
-    """The twin's GEMM wants no other layout: `[L,N,K]` or `[N,K]` in fp32."""
+def prepare_weight(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """The twin's GEMM wants no other layout: `[L,N,K]` or `[N,K]` in fp32, without a scale."""
+    if scale is not None:
+        raise ValueError("scale must be None for a float weight")
     return weight.float()
+
+
+def is_prepared(prepared: Tensor, weight: Tensor) -> bool:
+    """Whether `prepared` may be what `prepare_weight` made of `weight`: its shape, in fp32."""
+    return (
+        prepared.dtype == torch.float32
+        and prepared.shape == weight.shape
+        and prepared.device == weight.device
+    )
 
 
 def remove_padding(
@@ -114,21 +126,33 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x.float())
 
 
-def bias_gelu(input: Tensor, bias: Tensor | None) -> Tensor:
-    """GELU of `input + bias`: `[T,N]`, `[N]` -> `[T,N]`."""
+def activated(x: Tensor, activation: str) -> Tensor:
+    """The activation of that name, none for an empty one, in fp32."""
+    if activation == "gelu":
+        return gelu(x)
+    if activation:
+        raise ValueError(f"activation must be gelu or an empty name, is {activation!r}")
+    return x.float()
+
+
+def bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """The activation of `input + bias`: `[T,N]`, `[N]` -> `[T,N]`."""
     x = input.float()
-    return gelu(x if bias is None else x + bias.float())
+    return activated(x if bias is None else x + bias.float(), activation)
 
 
 def linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str = "",
 ) -> Tensor:
-    """`input @ weight.T + bias`, GELU if asked, then `+ residual`: `[T,K]`, `[N,K]` -> `[T,N]`."""
+    """`input @ weight.T + bias`, activated, then `+ residual`: `[T,K]`, `[N,K]` -> `[T,N]`."""
     out = input.float() @ weight.float().reshape(-1, weight.shape[-1]).T
     if bias is not None:
         out = out + bias.float()
-    if gelu:
-        out = F.gelu(out)
+    out = activated(out, activation)
     return out if residual is None else out + residual.float()
 
 
@@ -166,102 +190,100 @@ def residual_layer_norm(
     return layer_norm(x if bias is None else x + bias.float(), gamma, beta, eps)
 
 
-def encoder(
+def _said(spec: str, weights: Sequence[Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What an encoder's specification says, and its tensors by name."""
+    words = dict(word.split("=", 1) for word in spec.split())
+    return words, dict(zip(words["weights"].split(","), weights, strict=True))
+
+
+def _layer(named: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """One layer's parameters, by what follows `layers.`; those of one layer may serve all."""
+    return {
+        name.removeprefix("layers."): stack[index % stack.shape[0]]
+        for name, stack in named.items()
+        if name.startswith("layers.")
+    }
+
+
+def encode(
     input_ids: Tensor,
     token_type_ids: Tensor,
     position_ids: Tensor | None,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    word: Tensor,
-    position: Tensor,
-    token_type: Tensor,
-    emb_gamma: Tensor,
-    emb_beta: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    ln1_gamma: Tensor,
-    ln1_beta: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    ln2_gamma: Tensor,
-    ln2_beta: Tensor,
-    num_heads: int,
-    eps: float,
+    weights: Sequence[Tensor],
+    spec: str,
+    options: str = "",
 ) -> Tensor:
     """BERT's encoder (Devlin et al., arXiv 1810.04805) over packed tokens: ids `[T]` -> `[T,H]`.
 
-    Weights are stacked over layers: `[L,3H,H] [L,H,H] [L,I,H] [L,H,I]`; biases `[L,N]`; norms
-    `[L,H]`.
+    `spec` says the sizes and the order of `weights`, as `EncoderSpec.text` writes it. A stack of
+    one layer's parameters serves every layer, and embeddings of another width than H are projected
+    (Lan et al., arXiv 1909.11942). `options` say how the ops run and change nothing here.
     """
+    said, named = _said(spec, weights)
+    eps = float(said["eps"])
     x = embedding_layer_norm(
         input_ids,
         token_type_ids,
         position_ids,
         cu_seqlens,
-        word,
-        position,
-        token_type,
-        emb_gamma,
-        emb_beta,
+        named["embeddings.word"],
+        named["embeddings.position"],
+        named["embeddings.token_type"],
+        named["embeddings.norm.weight"],
+        named["embeddings.norm.bias"],
         eps,
     )
-    for i in range(qkv_weight.shape[0]):
-        qkv = linear(x, qkv_weight[i], qkv_bias[i], None, False)
-        context = varlen_attention(qkv, cu_seqlens, max_seqlen, num_heads)
-        projected = linear(context, out_weight[i], None, None, False)
-        x = residual_layer_norm(projected, out_bias[i], x, ln1_gamma[i], ln1_beta[i], eps)
-        inner = linear(x, up_weight[i], up_bias[i], None, True)
-        outer = linear(inner, down_weight[i], None, None, False)
-        x = residual_layer_norm(outer, down_bias[i], x, ln2_gamma[i], ln2_beta[i], eps)
+    if "embeddings.projection.weight" in named:
+        projection = named["embeddings.projection.weight"]
+        x = linear(x, projection, named["embeddings.projection.bias"], None)
+    for i in range(int(said["layers"])):
+        p = _layer(named, i)
+        qkv = linear(x, p["qkv.weight"], p["qkv.bias"], None)
+        context = varlen_attention(qkv, cu_seqlens, max_seqlen, int(said["heads"]))
+        projected = linear(context, p["out.weight"], None, None)
+        x = residual_layer_norm(
+            projected, p["out.bias"], x, p["norm1.weight"], p["norm1.bias"], eps
+        )
+        inner = linear(x, p["up.weight"], p["up.bias"], None, said["activation"])
+        outer = linear(inner, p["down.weight"], None, None)
+        x = residual_layer_norm(outer, p["down.bias"], x, p["norm2.weight"], p["norm2.bias"], eps)
     return x
 
 
-def padded_encoder(
+def padded_encode(
     input_ids: Tensor,
     token_type_ids: Tensor,
     attention_mask: Tensor,
-    word: Tensor,
-    position: Tensor,
-    token_type: Tensor,
-    emb_gamma: Tensor,
-    emb_beta: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    ln1_gamma: Tensor,
-    ln1_beta: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    ln2_gamma: Tensor,
-    ln2_beta: Tensor,
-    num_heads: int,
-    eps: float,
+    weights: Sequence[Tensor],
+    spec: str,
 ) -> Tensor:
     """The same encoder the textbook way, pads and mask included: `[B,S]` -> `[B,S,H]`.
 
     Rows of masked tokens hold whatever the arithmetic gives; compare kept rows only.
     """
+    said, named = _said(spec, weights)
+    named = {name: tensor.float() for name, tensor in named.items()}
+    eps, num_heads = float(said["eps"]), int(said["heads"])
     batch, seqlen = input_ids.shape
-    hidden = word.shape[1]
+    hidden = int(said["hidden"])
     columns = torch.arange(seqlen, device=input_ids.device)
     x = layer_norm(
-        word.float()[input_ids.long()]
-        + position.float()[columns]
-        + token_type.float()[token_type_ids.long()],
-        emb_gamma,
-        emb_beta,
+        named["embeddings.word"][input_ids.long()]
+        + named["embeddings.position"][columns]
+        + named["embeddings.token_type"][token_type_ids.long()],
+        named["embeddings.norm.weight"],
+        named["embeddings.norm.bias"],
         eps,
     )
+    if "embeddings.projection.weight" in named:
+        projection = named["embeddings.projection.weight"]
+        x = F.linear(x, projection, named["embeddings.projection.bias"])
     hidden_keys = (attention_mask == 0)[:, None, None, :]
-    for i in range(qkv_weight.shape[0]):
-        qkv = F.linear(x, qkv_weight[i].float(), qkv_bias[i].float())
+    for i in range(int(said["layers"])):
+        p = _layer(named, i)
+        qkv = F.linear(x, p["qkv.weight"], p["qkv.bias"])
         q, k, v = (
             part.reshape(batch, seqlen, num_heads, -1).transpose(1, 2)
             for part in torch.split(qkv, hidden, dim=2)
@@ -269,9 +291,9 @@ def padded_encoder(
         scores = q @ k.transpose(2, 3) / math.sqrt(hidden // num_heads)
         scores = scores.masked_fill(hidden_keys, torch.finfo(torch.float32).min)
         context = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).reshape(batch, seqlen, hidden)
-        projected = F.linear(context, out_weight[i].float(), out_bias[i].float())
-        x = layer_norm(projected + x, ln1_gamma[i], ln1_beta[i], eps)
-        inner = gelu(F.linear(x, up_weight[i].float(), up_bias[i].float()))
-        outer = F.linear(inner, down_weight[i].float(), down_bias[i].float())
-        x = layer_norm(outer + x, ln2_gamma[i], ln2_beta[i], eps)
+        projected = F.linear(context, p["out.weight"], p["out.bias"])
+        x = layer_norm(projected + x, p["norm1.weight"], p["norm1.bias"], eps)
+        inner = activated(F.linear(x, p["up.weight"], p["up.bias"]), said["activation"])
+        outer = F.linear(inner, p["down.weight"], p["down.bias"])
+        x = layer_norm(outer + x, p["norm2.weight"], p["norm2.bias"], eps)
     return x

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import torch
 
+from ft_handler.model.encoder import WEIGHTS
+from ft_handler.model.spec import EncoderSpec
+
 LAYERS = 3
 VOCABULARY = 50
+
+
+def specification(size: tuple[int, int, int]) -> str:
+    """What the op `encode` reads of a random stack; `size` is hidden, heads, intermediate."""
+    hidden, heads, wide = size
+    return EncoderSpec(
+        hidden_size=hidden,
+        embedding_size=hidden,
+        num_layers=LAYERS,
+        num_heads=heads,
+        intermediate_size=wide,
+        activation="gelu",
+        layer_norm_eps=1e-12,
+    ).text(WEIGHTS)
 
 
 def random_stack(
     size: tuple[int, int, int], dtype: torch.dtype, positions: int = 96
 ) -> list[torch.Tensor]:
-    """Every tensor of a stack, in the encoder op's order; `size` is hidden, heads, intermediate."""
+    """Every tensor of a stack, in the op's order; `size` is hidden, heads, intermediate."""
     hidden, _, wide = size
     g = torch.Generator(device="cuda").manual_seed(3)
 

@@ -12,18 +12,21 @@ import pytest
 
 pytestmark = pytest.mark.gpu
 
-# In a process of its own, since the library reads the switch once: every sequence alone, and among
+# In a process of its own, since the library reads its switch once: every sequence alone, and among
 # the others, in two orders; prints how many rows of hidden states differ at all.
 SCRIPT = """
 import json, sys
 import torch
 from ft_handler import load_library
-from stacks import VOCABULARY, random_stack
+from stacks import VOCABULARY, random_stack, specification
 
 load_library()
 ops = torch.ops.fastertransformer
 hidden, heads, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
-parameters = random_stack((hidden, heads, 4 * hidden), dtype, 512)
+options = sys.argv[4]
+size = (hidden, heads, 4 * hidden)
+spec = specification(size)
+parameters = random_stack(size, dtype, 512)
 parameters[5][:, : 2 * hidden] *= 4  # queries and keys: maxima that grow as keys come
 torch.manual_seed(0)
 lengths = [1, 7, 31, 64, 65, 113, 128, 129, 300, 511] + [5 + 7 * i for i in range(54)]
@@ -33,7 +36,7 @@ def encode(some):
     ids = torch.cat([sequences[i] for i in some])
     ends = torch.tensor([0] + [lengths[i] for i in some]).cumsum(0).int().cuda()
     longest = max(lengths[i] for i in some)
-    out = ops.encoder(ids, ids % 2, None, ends, longest, *parameters, heads, 1e-12)
+    out = ops.encode(ids, ids % 2, None, ends, longest, parameters, spec, options)
     return dict(zip(some, out.split([lengths[i] for i in some])))
 
 everyone = encode(list(range(64)))
@@ -49,12 +52,14 @@ print(json.dumps(different))
 """
 
 
-def different_rows(hidden: int, heads: int, dtype: str) -> subprocess.CompletedProcess[str]:
+def different_rows(
+    hidden: int, heads: int, dtype: str, options: str = "batch_invariant", switch: str = ""
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(hidden), str(heads), dtype],
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(hidden), str(heads), dtype, options],
         env={
             **os.environ,
-            "FT_HANDLER_BATCH_INVARIANT": "1",
+            "FT_HANDLER_BATCH_INVARIANT": switch,
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
         },
         capture_output=True,
@@ -70,6 +75,13 @@ def test_alone_and_among_others(hidden: int, heads: int, dtype: str) -> None:
     done = different_rows(hidden, heads, dtype)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == 0
+
+
+def test_the_switch_in_the_environment_wins() -> None:
+    forced = different_rows(384, 12, "float16", options="", switch="1")
+    assert json.loads(forced.stdout) == 0, forced.stderr
+    forbidden = different_rows(384, 12, "float16", switch="0")
+    assert json.loads(forbidden.stdout) > 0, forbidden.stderr
 
 
 def test_it_is_refused_where_it_cannot_be_kept() -> None:

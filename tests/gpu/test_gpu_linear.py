@@ -56,13 +56,14 @@ def test_every_plan(size: tuple[int, int], dtype: torch.dtype, kind: str) -> Non
     ops = torch.ops.fastertransformer
     n, k = size
     gelu, norm, added = kind == "gelu", kind == "norm", kind in ("residual", "norm")
+    activation = "gelu" if gelu else ""
     w = normal(n, k, dtype=dtype, scale=k**-0.5)
     bias, gamma, beta = (normal(n, dtype=dtype) for _ in range(3))
     name = str(dtype).removeprefix("torch.")
     for rows in ROWS:
         many = max(rows, 256)
         x, residual = normal(many, k, dtype=dtype), normal(many, n, dtype=dtype)
-        exact = twins.linear(x, w, bias, residual if added else None, gelu)
+        exact = twins.linear(x, w, bias, residual if added else None, activation)
         plain = F.linear(x, w, bias)
         plain = F.gelu(plain) if gelu else plain + residual if added else plain
         if norm:
@@ -74,7 +75,7 @@ def test_every_plan(size: tuple[int, int], dtype: torch.dtype, kind: str) -> Non
             if norm:
                 ours = ops.linear_layer_norm(x[:rows], w, bias, residual[:rows], gamma, beta, EPS)
             else:
-                ours = ops.linear(x[:rows], w, bias, residual[:rows] if added else None, gelu)
+                ours = ops.linear(x[:rows], w, bias, residual[:rows] if added else None, activation)
             assert ours.shape == (rows, n)
             assert within_twice(ours, plain, exact), f"{rows} rows, plan {plan}"
 
@@ -91,29 +92,29 @@ def test_blocks_that_split_k_add_in_order(dtype: torch.dtype) -> None:
     assert len(plans) == 2
     for plan in plans:
         ops.load_gemm_plan(0, name, rows, n, k, False, True, False, plan)
-        first = ops.linear(x, w, bias, residual, False)
+        first = ops.linear(x, w, bias, residual)
         for _ in range(20):
-            assert torch.equal(ops.linear(x, w, bias, residual, False), first)
+            assert torch.equal(ops.linear(x, w, bias, residual), first)
         # A row is the same in any company.
         for some in (1, 7, 130):
             ops.load_gemm_plan(0, name, some, n, k, False, True, False, plan)
-            ours = ops.linear(x[:some], w, bias, residual[:some], False)
+            ours = ops.linear(x[:some], w, bias, residual[:some])
             assert torch.equal(ours, first[:some])
 
 
 def test_without_bias_and_without_rows() -> None:
     ops = torch.ops.fastertransformer
     x, w = normal(77, 768, dtype=torch.float16), normal(768, 768, dtype=torch.float16, scale=0.036)
-    exact = twins.linear(x, w, None, None, False)
-    assert within_twice(ops.linear(x, w, None, None, False), F.linear(x, w), exact)
-    assert ops.linear(x[:0], w, None, None, False).shape == (0, 768)
+    exact = twins.linear(x, w, None, None)
+    assert within_twice(ops.linear(x, w, None, None), F.linear(x, w), exact)
+    assert ops.linear(x[:0], w, None, None).shape == (0, 768)
 
 
 def test_refusals_name_the_op_and_the_shapes() -> None:
     ops = torch.ops.fastertransformer
     x, w = normal(4, 64, dtype=torch.float16), normal(32, 48, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="input must have size 48 on axis 1"):
-        ops.linear(x, w, None, None, False)
+        ops.linear(x, w, None, None)
     with pytest.raises(RuntimeError, match="tune again"):
         ops.load_gemm_plan(0, "float16", 4, 32, 48, False, False, False, "sm90:no such kernel")
 

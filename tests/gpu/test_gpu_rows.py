@@ -57,11 +57,11 @@ def test_residual_layer_norm(rows: int, hidden: int, dtype: torch.dtype, biased:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [6, 30, 768, 3072])
 @pytest.mark.parametrize("biased", [True, False])
-def test_bias_gelu(width: int, dtype: torch.dtype, biased: bool) -> None:
+def test_bias_activation(width: int, dtype: torch.dtype, biased: bool) -> None:
     x, bias = normal(511, width, dtype=dtype), normal(width, dtype=dtype) if biased else None
-    ours = torch.ops.fastertransformer.bias_gelu(x, bias)
+    ours = torch.ops.fastertransformer.bias_activation(x, bias, "gelu")
     plain = F.gelu(x if bias is None else x + bias)
-    assert within_twice(ours, plain, twins.bias_gelu(x, bias))
+    assert within_twice(ours, plain, twins.bias_activation(x, bias, "gelu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,4 +127,4 @@ def test_empty() -> None:
     g = torch.ones(768, device="cuda", dtype=torch.float16)
     ops = torch.ops.fastertransformer
     assert ops.residual_layer_norm(x, None, x, g, g, EPS).shape == (0, 768)
-    assert ops.bias_gelu(x, None).shape == (0, 768)
+    assert ops.bias_activation(x, None, "gelu").shape == (0, 768)

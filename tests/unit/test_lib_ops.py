@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from encoder_support import GEMM_WEIGHTS, random_weights
 from torch import Tensor
 
+from ft_handler.model.spec import EncoderSpec
 from ft_handler.native import ops, twins
 
 TOKENS, HIDDEN, HEADS, INNER, LAYERS = 7, 24, 2, 40, 2
+SPEC = EncoderSpec(
+    hidden_size=HIDDEN,
+    embedding_size=16,
+    num_layers=LAYERS,
+    num_heads=HEADS,
+    intermediate_size=INNER,
+    activation="gelu",
+    layer_norm_eps=1e-12,
+)
 CU_SEQLENS = torch.tensor([0, 3, 7], dtype=torch.int32)
 
 
@@ -42,18 +54,27 @@ def tables() -> list[Tensor]:
     ]
 
 
-def layers(prepare: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Stacked weights of the layers, in the encoder's order."""
-    wide, narrow = (LAYERS, 3 * HIDDEN, HIDDEN), (LAYERS, HIDDEN, HIDDEN)
-    up, down = (LAYERS, INNER, HIDDEN), (LAYERS, HIDDEN, INNER)
-    return [
-        prepare(normal(*wide)), normal(LAYERS, 3 * HIDDEN),
-        prepare(normal(*narrow)), normal(LAYERS, HIDDEN),
-        normal(LAYERS, HIDDEN), normal(LAYERS, HIDDEN),
-        prepare(normal(*up)), normal(LAYERS, INNER),
-        prepare(normal(*down)), normal(LAYERS, HIDDEN),
-        normal(LAYERS, HIDDEN), normal(LAYERS, HIDDEN),
-    ]  # fmt: skip
+def encoder_weights(
+    prepare: Callable[[Tensor], Tensor], spec: EncoderSpec, stored: int
+) -> dict[str, Tensor]:
+    """An encoder's weights, those of its GEMMs prepared."""
+    return {
+        name: prepare(tensor) if name in GEMM_WEIGHTS else tensor
+        for name, tensor in random_weights(spec, stored=stored).items()
+    }
+
+
+def encode_arguments(prepare: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """One call of `encode`, with shared layers and projected embeddings."""
+    weights = encoder_weights(prepare, SPEC, 1)
+    return (*ids(), None, CU_SEQLENS, 4, list(weights.values()), SPEC.text(weights), "")
+
+
+def encoder_arguments(prepare: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """One call of interface 1's op."""
+    spec = dataclasses.replace(SPEC, embedding_size=HIDDEN)
+    weights = encoder_weights(prepare, spec, LAYERS)
+    return (*ids(), None, CU_SEQLENS, 4, *weights.values(), HEADS, 1e-12)
 
 
 def arguments(name: str, prepare: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
@@ -68,7 +89,7 @@ def arguments(name: str, prepare: Callable[[Tensor], Tensor]) -> tuple[Any, ...]
             prepare(normal(INNER, HIDDEN)),
             normal(INNER),
             normal(TOKENS, INNER),
-            False,
+            "",
         ),
         "varlen_attention": lambda: (normal(TOKENS, 3 * HIDDEN), CU_SEQLENS, 4, HEADS),
         "residual_layer_norm": lambda: (
@@ -79,11 +100,11 @@ def arguments(name: str, prepare: Callable[[Tensor], Tensor]) -> tuple[Any, ...]
             normal(HIDDEN),
             1e-12,
         ),
-        "bias_gelu": lambda: (normal(TOKENS, INNER), normal(INNER)),
-        "encoder": lambda: (
-            *ids(), None, CU_SEQLENS, 4, *tables(), *layers(prepare), HEADS, 1e-12,
-        ),
-    }  # fmt: skip
+        "bias_activation": lambda: (normal(TOKENS, INNER), normal(INNER), "gelu"),
+        "encode": lambda: encode_arguments(prepare),
+        "encoder": lambda: encoder_arguments(prepare),
+        "is_prepared": lambda: (prepare(torch.ones(INNER, HIDDEN)), torch.ones(INNER, HIDDEN)),
+    }
     torch.manual_seed(1)
     return cases[name]()
 
@@ -96,16 +117,20 @@ NAMES = (
     "linear",
     "varlen_attention",
     "residual_layer_norm",
-    "bias_gelu",
-    "encoder",
+    "bias_activation",
+    "encode",
+    "is_prepared",
 )
+# It serves files of format 1 and is the same encoder: no wrapper and no twin.
+OLD_NAMES = ("encoder",)
+UNTRACEABLE = ("remove_padding", "is_prepared")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + OLD_NAMES)
 def test_opcheck(name: str) -> None:
     op = getattr(torch.ops.fastertransformer, name).default
     checks = ["test_schema", "test_autograd_registration"]
-    if name != "remove_padding":  # it returns an integer, which cannot be traced
+    if name not in UNTRACEABLE:  # they return a plain number, which cannot be traced
         checks += ["test_faketensor", "test_aot_dispatch_dynamic"]
     torch.library.opcheck(op, arguments(name, ops.prepare_weight), test_utils=checks)
 
@@ -121,7 +146,7 @@ def test_the_library_registers_nothing_without_a_twin() -> None:
     schemas = torch._C._jit_get_all_schemas()
     registered = {s.name for s in schemas if s.name.startswith("fastertransformer::")}
     assert registered - {"fastertransformer::build_info"} >= {
-        f"fastertransformer::{n}" for n in NAMES
+        f"fastertransformer::{n}" for n in NAMES + OLD_NAMES
     }
     for name in NAMES:
         assert callable(getattr(twins, name))
@@ -133,5 +158,5 @@ def test_linear_without_bias_and_residual_compiles() -> None:
     op = torch.ops.fastertransformer.linear.default
     utilities = ("test_schema", "test_faketensor")
     for bias, residual in ((None, None), (None, normal(TOKENS, INNER))):
-        arguments = (normal(TOKENS, HIDDEN), weight, bias, residual, True)
+        arguments = (normal(TOKENS, HIDDEN), weight, bias, residual, "gelu")
         torch.library.opcheck(op, arguments, test_utils=utilities)

@@ -9,7 +9,10 @@ import torch
 from model_support import hf_logits, ragged, random_bert
 
 from ft_handler.architectures import table
+from ft_handler.model.encoder import TABLES
 from ft_handler.model.info import QUESTION_ANSWERING
+from ft_handler.model.module import ENCODER_VECTORS, GEMM_WEIGHTS
+from ft_handler.model.spec import EncoderSpec
 from ft_handler.native import twins
 
 
@@ -42,7 +45,7 @@ def test_layer_norm_and_gelu_by_hand() -> None:
         x, torch.tensor([1.0, 1.0]), x, torch.tensor([2.0, 2.0]), torch.tensor([0.5, 0.0]), 0.0
     )
     torch.testing.assert_close(found, torch.tensor([[-1.5, 2.0]]))
-    value = twins.bias_gelu(torch.tensor([[1.0]]), torch.tensor([0.5]))
+    value = twins.bias_activation(torch.tensor([[1.0]]), torch.tensor([0.5]), "gelu")
     assert math.isclose(float(value), 1.5 * 0.5 * (1 + math.erf(1.5 / math.sqrt(2))), rel_tol=1e-6)
 
 
@@ -57,20 +60,32 @@ def test_encoder_agrees_with_transformers_packed_and_padded() -> None:
     bert = random_bert(QUESTION_ANSWERING)
     row = table.check_config(bert.config, "test")
     weights = table.stack_weights(row, QUESTION_ANSWERING, bert.state_dict(), 2, "test")
-    names = (
-        "word", "position", "token_type", "emb_gamma", "emb_beta",
-        "qkv_weight", "qkv_bias", "out_weight", "out_bias", "ln1_gamma", "ln1_beta",
-        "up_weight", "up_bias", "down_weight", "down_bias", "ln2_gamma", "ln2_beta",
+    stacked = [weights[n] for n in (*ENCODER_VECTORS, *GEMM_WEIGHTS)]
+    config = bert.config
+    spec = EncoderSpec(
+        hidden_size=config.hidden_size,
+        embedding_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        activation="gelu",
+        layer_norm_eps=config.layer_norm_eps,
+    ).text(
+        (
+            *TABLES,
+            "embeddings.norm.weight", "embeddings.norm.bias", "layers.qkv.bias", "layers.out.bias",
+            "layers.norm1.weight", "layers.norm1.bias", "layers.up.bias", "layers.down.bias",
+            "layers.norm2.weight", "layers.norm2.bias", "layers.qkv.weight", "layers.out.weight",
+            "layers.up.weight", "layers.down.weight",
+        )
     )  # fmt: skip
-    stacked = [weights[n] for n in names]
-    heads, eps = bert.config.num_attention_heads, bert.config.layer_norm_eps
     ids, mask, types = ragged([9, 1, 30])
     mask[2, 4] = 0
     kept = mask.bool()
     start, end = (part[kept] for part in hf_logits(bert, ids, mask, types))
-    whole = twins.padded_encoder(ids, types, mask, *stacked, heads, eps)[kept]
+    whole = twins.padded_encode(ids, types, mask, stacked, spec)[kept]
     packed_ids, kinds, positions, _, cu_seqlens, longest = twins.remove_padding(ids, types, mask)
-    packed = twins.encoder(packed_ids, kinds, positions, cu_seqlens, longest, *stacked, heads, eps)
+    packed = twins.encode(packed_ids, kinds, positions, cu_seqlens, longest, stacked, spec)
     for hidden in (whole, packed):
         logits = hidden @ weights["qa_weight"].T + weights["qa_bias"]
         torch.testing.assert_close(logits[:, 0], start, rtol=0, atol=2e-5)

@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from encoder_support import GEMM_WEIGHTS, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import ft_handler
+from ft_handler.model.spec import EncoderSpec
 from ft_handler.native import twins
 
 ft_handler.load_library()
@@ -47,45 +49,62 @@ def bounds_of(lengths: list[int]) -> Tensor:
 
 
 def encoder_inputs(
-    dtype: torch.dtype, lengths: list[int], heads: int = 2, head_dim: int = 32, inner: int = 72
+    dtype: torch.dtype,
+    lengths: list[int],
+    heads: int = 2,
+    head_dim: int = 32,
+    inner: int = 72,
+    embedding: int | None = None,
+    stored: int = 2,
 ) -> dict[str, Any]:
-    """Random arguments of `encoder`, raw weights, two layers."""
-    hidden, layers, tokens = heads * head_dim, 2, sum(lengths)
-
-    def draw(*shape: int, centre: float = 0.0) -> Tensor:
-        return (torch.randn(*shape) * 0.1 + centre).to(dtype)
-
+    """Random arguments of `encode`, raw weights, two layers; `stored` 1: the layers share them."""
+    hidden, tokens = heads * head_dim, sum(lengths)
+    spec = EncoderSpec(
+        hidden_size=hidden,
+        embedding_size=embedding or hidden,
+        num_layers=2,
+        num_heads=heads,
+        intermediate_size=inner,
+        activation="gelu",
+        layer_norm_eps=1e-12,
+    )
+    weights = random_weights(spec, dtype, stored=stored)
     return {
         "input_ids": torch.randint(0, 30, (tokens,)),
         "token_type_ids": torch.randint(0, 2, (tokens,)),
         "position_ids": None,
         "cu_seqlens": bounds_of(lengths),
         "max_seqlen": max(lengths, default=0),
-        "word": draw(30, hidden),
-        "position": draw(512, hidden),
-        "token_type": draw(2, hidden),
-        "emb_gamma": draw(hidden, centre=1),
-        "emb_beta": draw(hidden),
-        "qkv_weight": draw(layers, 3 * hidden, hidden),
-        "qkv_bias": draw(layers, 3 * hidden),
-        "out_weight": draw(layers, hidden, hidden),
-        "out_bias": draw(layers, hidden),
-        "ln1_gamma": draw(layers, hidden, centre=1),
-        "ln1_beta": draw(layers, hidden),
-        "up_weight": draw(layers, inner, hidden),
-        "up_bias": draw(layers, inner),
-        "down_weight": draw(layers, hidden, inner),
-        "down_bias": draw(layers, hidden),
-        "ln2_gamma": draw(layers, hidden, centre=1),
-        "ln2_beta": draw(layers, hidden),
-        "num_heads": heads,
-        "eps": 1e-12,
+        "weights": list(weights.values()),
+        "spec": spec.text(weights),
+        "options": "",
     }
+
+
+def names_of(inputs: dict[str, Any]) -> list[str]:
+    """The names of `weights`."""
+    names: list[str] = inputs["spec"].split("weights=")[1].split(",")
+    return names
+
+
+def named(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights by name."""
+    return dict(zip(names_of(inputs), inputs["weights"], strict=True))
 
 
 def prepared(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same arguments with the weights as the op wants them."""
-    return {k: ops.prepare_weight(v) if k.endswith("_weight") else v for k, v in inputs.items()}
+    weights = [
+        ops.prepare_weight(tensor) if name in GEMM_WEIGHTS else tensor
+        for name, tensor in named(inputs).items()
+    ]
+    return {**inputs, "weights": weights}
+
+
+def encode(inputs: dict[str, Any]) -> Tensor:
+    """What the op answers to prepared arguments."""
+    hidden: Tensor = ops.encode(*inputs.values())
+    return hidden
 
 
 # ---- linear -------------------------------------------------------------------------------------
@@ -101,15 +120,15 @@ def test_linear(dtype: torch.dtype, tokens: int, n: int, k: int) -> None:
     weight = ops.prepare_weight(w)
     for b in (None, bias):
         for r in (None, residual):
-            for gelu in (False, True):
-                got = ops.linear(x, weight, b, r, gelu)
-                close(got, twins.linear(x, w, b, r, gelu), dtype)
+            for activation in ("", "gelu"):
+                got = ops.linear(x, weight, b, r, activation)
+                close(got, twins.linear(x, w, b, r, activation), dtype)
 
 
 def test_linear_reads_strided_inputs() -> None:
     x, w, residual = torch.randn(48, 20).T, torch.randn(30, 48), torch.randn(30, 20).T
-    got = ops.linear(x, ops.prepare_weight(w.T.contiguous().T), None, residual, False)
-    close(got, twins.linear(x, w, None, residual, False), torch.float32)
+    got = ops.linear(x, ops.prepare_weight(w.T.contiguous().T), None, residual)
+    close(got, twins.linear(x, w, None, residual), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -121,18 +140,20 @@ def test_prepared_weight_is_about_as_large_as_the_raw_one(dtype: torch.dtype) ->
 def test_linear_refuses_what_was_not_prepared() -> None:
     x, w = torch.randn(3, 8), torch.randn(4, 8)
     with pytest.raises(RuntimeError, match="weight must be what prepare_weight returned"):
-        ops.linear(x, w, None, None, False)
+        ops.linear(x, w, None, None)
     blob = ops.prepare_weight(w)
     with pytest.raises(RuntimeError, match="weight is not what prepare_weight returned"):
-        ops.linear(x, torch.zeros_like(blob), None, None, False)
+        ops.linear(x, torch.zeros_like(blob), None, None)
     with pytest.raises(RuntimeError, match="weight has the wrong size"):
-        ops.linear(x, blob[:-64], None, None, False)
+        ops.linear(x, blob[:-64], None, None)
     with pytest.raises(RuntimeError, match=r"weight must hold 1 x \[-1, 9\]"):
-        ops.linear(torch.randn(3, 9), blob, None, None, False)
+        ops.linear(torch.randn(3, 9), blob, None, None)
     with pytest.raises(RuntimeError, match=r"bias must have shape \[4\], has \[5\]"):
-        ops.linear(x, blob, torch.randn(5), None, False)
+        ops.linear(x, blob, torch.randn(5), None)
+    with pytest.raises(RuntimeError, match=r'activation must be .*is "relu"; install'):
+        ops.linear(x, blob, None, None, "relu")
     with pytest.raises(RuntimeError, match=r"input must have dtype float32.*float64"):
-        ops.linear(x.double(), blob, None, None, False)
+        ops.linear(x.double(), blob, None, None)
 
 
 # ---- attention ----------------------------------------------------------------------------------
@@ -208,18 +229,20 @@ def test_residual_layer_norm(dtype: torch.dtype, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_bias_gelu(dtype: torch.dtype) -> None:
+def test_bias_activation(dtype: torch.dtype) -> None:
     x, bias = (torch.randn(37, 101) * 3).to(dtype), torch.randn(101).to(dtype)
     for b in (None, bias):
-        close(ops.bias_gelu(x, b), twins.bias_gelu(x, b), dtype)
+        close(ops.bias_activation(x, b, "gelu"), twins.bias_activation(x, b, "gelu"), dtype)
+    with pytest.raises(RuntimeError, match="activation must be one, is none"):
+        ops.bias_activation(x, bias, "")
 
 
 def test_gelu_is_exact_to_fp32_rounding() -> None:
     x = torch.cat([torch.linspace(-12, 12, 20011), torch.tensor([0.0, -1e30, 1e30, -1e-30])])
-    got = ops.bias_gelu(x[None], None)[0].double()
+    got = ops.bias_activation(x[None], None, "gelu")[0].double()
     want = F.gelu(x.double())
     assert ((got - want).abs() <= 4e-7 * x.double().abs().clamp(min=1)).all()
-    assert torch.isnan(ops.bias_gelu(torch.tensor([[float("nan")]]), None)).all()
+    assert torch.isnan(ops.bias_activation(torch.tensor([[float("nan")]]), None, "gelu")).all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -227,7 +250,7 @@ def test_gelu_is_exact_to_fp32_rounding() -> None:
 def test_embedding_layer_norm(dtype: torch.dtype, ids: torch.dtype) -> None:
     lengths = [5, 1, 0, 40]
     inputs = encoder_inputs(dtype, lengths)
-    args = [inputs[k] for k in ("word", "position", "token_type", "emb_gamma", "emb_beta")]
+    args = inputs["weights"][:5]
     words, kinds = inputs["input_ids"].to(ids), inputs["token_type_ids"].to(ids)
     cu = inputs["cu_seqlens"]
     for positions in (None, torch.randint(0, 512, (46,), dtype=torch.int32)):
@@ -240,7 +263,11 @@ def test_ids_outside_their_tables_are_refused() -> None:
     inputs = prepared(encoder_inputs(torch.float32, [4, 3]))
 
     def run(**changed: Any) -> None:
-        ops.encoder(*{**inputs, **changed}.values())
+        encode({**inputs, **changed})
+
+    def swap(name: str, tensor: Tensor) -> None:
+        weights = list({**named(inputs), name: tensor}.values())
+        run(weights=weights)
 
     for name, token, value, limit in (
         ("input_ids", 2, 30, 30),
@@ -255,11 +282,61 @@ def test_ids_outside_their_tables_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"position_ids must be in \[0, 512\), has 512"):
         run(position_ids=torch.full((7,), 512, dtype=torch.int32))
     with pytest.raises(RuntimeError, match="must fit the position table of 3"):
-        run(position=inputs["position"][:3])
-    with pytest.raises(RuntimeError, match=r"qkv_weight must hold 2 x \[192, 64\]"):
-        run(qkv_weight=inputs["out_weight"])
-    with pytest.raises(RuntimeError, match="position must have the dtype of word, float32"):
-        run(position=inputs["position"].half())
+        swap("embeddings.position", named(inputs)["embeddings.position"][:3])
+
+
+def test_weights_that_do_not_fit_the_specification_are_refused() -> None:
+    inputs = prepared(encoder_inputs(torch.float32, [4, 3]))
+
+    def swap(name: str, tensor: Tensor) -> None:
+        encode({**inputs, "weights": list({**named(inputs), name: tensor}.values())})
+
+    weights = named(inputs)
+    with pytest.raises(RuntimeError, match=r"layers.qkv.weight must hold -1 x \[192, 64\]"):
+        swap("layers.qkv.weight", weights["layers.out.weight"])
+    with pytest.raises(RuntimeError, match=r"layers\.qkv\.weight must hold 2 weights"):
+        swap("layers.qkv.weight", ops.prepare_weight(torch.zeros(3, 192, 64)))
+    with pytest.raises(RuntimeError, match=r"layers\.up\.weight must be what prepare_weight"):
+        swap("layers.up.weight", torch.zeros(2, 72, 64))
+    with pytest.raises(RuntimeError, match=r"layers.norm1.bias must have shape \[2, 64\]"):
+        swap("layers.norm1.bias", torch.zeros(3, 64))
+    with pytest.raises(RuntimeError, match=r"embeddings.word must have shape \[V, 64\]"):
+        swap("embeddings.word", torch.zeros(30, 32))
+    with pytest.raises(RuntimeError, match=r"position must have the dtype of embeddings\.word"):
+        swap("embeddings.position", weights["embeddings.position"].half())
+    with pytest.raises(RuntimeError, match="weights must be the 17 tensors that spec names, are 1"):
+        encode({**inputs, "weights": inputs["weights"][:1]})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("eps=", "rotary=1 eps="), 'encoder\'s "rotary=1" is unknown'),
+        (("gelu", "silu"), 'activation must be gelu or none.*is "silu"'),
+        (("up.bias", "gate.bias"), 'weight "layers.gate.bias" is unknown'),
+        ((",layers.up.bias", ""), 'lacks the weight "layers.up.bias"'),
+        (("heads=2", "heads=5"), "heads must divide its hidden size 64, are 5"),
+    ],
+)
+def test_specifications_of_a_later_library_are_refused(change: tuple[str, str], words: str) -> None:
+    inputs = prepared(encoder_inputs(torch.float32, [4, 3]))
+    spec = inputs["spec"].replace(*change)
+    assert spec != inputs["spec"]
+    with pytest.raises(RuntimeError, match=words + ".*install the ft_handler that matches"):
+        encode({**inputs, "spec": spec})
+
+
+def test_options() -> None:
+    inputs = prepared(encoder_inputs(torch.float32, [4, 3]))
+    want = encode(inputs)
+    for options in ("batch_invariant", "batch_invariant=0 few_tokens=0", "few_tokens=1"):
+        assert torch.equal(encode({**inputs, "options": options}), want)
+    for options, words in (
+        ("fast", 'option "fast" is unknown'),
+        ("few_tokens=2", "must be 0 or 1"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            encode({**inputs, "options": options})
 
 
 # ---- encoder ------------------------------------------------------------------------------------
@@ -270,39 +347,83 @@ def test_ids_outside_their_tables_are_refused() -> None:
 def test_encoder(dtype: torch.dtype, heads: int, head_dim: int) -> None:
     for lengths in ([1], LENGTHS, [3, 0, 2]):
         inputs = encoder_inputs(dtype, lengths, heads, head_dim)
-        got = ops.encoder(*prepared(inputs).values())
-        close(got, twins.encoder(**inputs), dtype)
+        close(encode(prepared(inputs)), twins.encode(**inputs), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 32), (1, 64)])
+@pytest.mark.parametrize(("embedding", "stored"), [(None, 1), (24, 2), (24, 1), (150, 1)])
+def test_shared_layers_and_projected_embeddings(
+    dtype: torch.dtype, heads: int, head_dim: int, embedding: int | None, stored: int
+) -> None:
+    for lengths in ([1], LENGTHS, [3, 0, 2], []):
+        inputs = encoder_inputs(dtype, lengths, heads, head_dim, embedding=embedding, stored=stored)
+        close(encode(prepared(inputs)), twins.encode(**inputs), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_op_of_interface_1_is_the_same_encoder(dtype: torch.dtype) -> None:
+    inputs = prepared(encoder_inputs(dtype, [1, 7, 113]))
+    *first, weights, _, _ = inputs.values()
+    assert torch.equal(ops.encoder(*first, *weights, 2, 1e-12), encode(inputs))
+    with pytest.raises(RuntimeError, match=r"qkv_bias must have 2 dimensions, has shape \[30\]"):
+        ops.encoder(*first, *weights[:6], torch.zeros(30), *weights[7:], 2, 1e-12)
+
+
+def test_weights_that_are_prepared() -> None:
+    weight = torch.randn(2, 40, 24)
+    blob = ops.prepare_weight(weight)
+    assert ops.is_prepared(blob, weight)
+    assert ops.is_prepared(ops.prepare_weight(weight[0]), weight[0])
+    for other in (weight.half(), weight[:1], weight[:, :39], weight[:, :, :23], weight[0, 0]):
+        assert not ops.is_prepared(blob, other)
+    for other in (weight, torch.zeros_like(blob), blob[:64], blob[:-64], torch.empty(0)):
+        assert not ops.is_prepared(other, weight)
+    assert not ops.is_prepared(blob, blob)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_float_weight_has_no_scale(dtype: torch.dtype) -> None:
+    weight = torch.randn(4, 8).to(dtype)
+    with pytest.raises(RuntimeError, match=r"scale must be None for a .* weight; only quantised"):
+        ops.prepare_weight(weight, torch.ones(4))
 
 
 def plain_torch_encoder(p: dict[str, Any]) -> Tensor:
     """The same layers in the inputs' own type, as a library that keeps to it computes them."""
-    hidden, cu = p["word"].shape[1], p["cu_seqlens"].tolist()
+    w, cu, heads, eps = named(p), p["cu_seqlens"].tolist(), 4, 1e-12
+    hidden = w["embeddings.word"].shape[1]
     positions = twins.positions_of(p["cu_seqlens"], cu[-1])
-    x = p["word"][p["input_ids"]] + p["position"][positions] + p["token_type"][p["token_type_ids"]]
-    x = F.layer_norm(x, (hidden,), p["emb_gamma"], p["emb_beta"], p["eps"])
-    for i in range(p["qkv_weight"].shape[0]):
-        qkv = F.linear(x, p["qkv_weight"][i], p["qkv_bias"][i])
+    x = w["embeddings.word"][p["input_ids"]] + w["embeddings.position"][positions]
+    x = x + w["embeddings.token_type"][p["token_type_ids"]]
+    x = F.layer_norm(x, (hidden,), w["embeddings.norm.weight"], w["embeddings.norm.bias"], eps)
+
+    def linear(x: Tensor, name: str, i: int) -> Tensor:
+        return F.linear(x, w[f"layers.{name}.weight"][i], w[f"layers.{name}.bias"][i])
+
+    def norm(x: Tensor, name: str, i: int) -> Tensor:
+        gamma, beta = w[f"layers.{name}.weight"][i], w[f"layers.{name}.bias"][i]
+        return F.layer_norm(x, (hidden,), gamma, beta, eps)
+
+    for i in range(2):
+        qkv = linear(x, "qkv", i)
         context = torch.empty_like(x)
         for a, b in itertools.pairwise(cu):
             q, k, v = (
-                t.reshape(b - a, p["num_heads"], -1).transpose(0, 1)[None]
-                for t in qkv[a:b].split(hidden, 1)
+                t.reshape(b - a, heads, -1).transpose(0, 1)[None] for t in qkv[a:b].split(hidden, 1)
             )
             attended = F.scaled_dot_product_attention(q, k, v)[0]
             context[a:b] = attended.transpose(0, 1).reshape(b - a, hidden)
-        x = x + F.linear(context, p["out_weight"][i], p["out_bias"][i])
-        x = F.layer_norm(x, (hidden,), p["ln1_gamma"][i], p["ln1_beta"][i], p["eps"])
-        inner = F.gelu(F.linear(x, p["up_weight"][i], p["up_bias"][i]))
-        x = x + F.linear(inner, p["down_weight"][i], p["down_bias"][i])
-        x = F.layer_norm(x, (hidden,), p["ln2_gamma"][i], p["ln2_beta"][i], p["eps"])
+        x = norm(x + linear(context, "out", i), "norm1", i)
+        x = norm(x + linear(F.gelu(linear(x, "up", i)), "down", i), "norm2", i)
     return x
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_errs_at_most_twice_as_much_as_torch(dtype: torch.dtype) -> None:
     inputs = encoder_inputs(dtype, [1, 7, 113, 64], heads=4, head_dim=32, inner=256)
-    want = twins.encoder(**inputs)
-    ours = (ops.encoder(*prepared(inputs).values()).float() - want).abs().max()
+    want = twins.encode(**inputs)
+    ours = (encode(prepared(inputs)).float() - want).abs().max()
     theirs = (plain_torch_encoder(inputs).float() - want).abs().max()
     assert ours <= 2 * theirs
 
@@ -310,27 +431,27 @@ def test_half_precision_errs_at_most_twice_as_much_as_torch(dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_nothing_in_nothing_out(dtype: torch.dtype) -> None:
     inputs = prepared(encoder_inputs(dtype, []))
-    assert ops.encoder(*inputs.values()).shape == (0, 64)
+    assert encode(inputs).shape == (0, 64)
     inputs["cu_seqlens"] = torch.zeros(3, dtype=torch.int32)  # two empty sequences
-    assert ops.encoder(*inputs.values()).shape == (0, 64)
+    assert encode(inputs).shape == (0, 64)
     none = torch.zeros(0, 64, dtype=dtype)
     gamma = torch.ones(64, dtype=dtype)
     cu = torch.zeros(1, dtype=torch.int32)
     weight = ops.prepare_weight(torch.ones(48, 64, dtype=dtype))
-    assert ops.linear(none, weight, None, None, False).shape == (0, 48)
+    assert ops.linear(none, weight, None, None).shape == (0, 48)
     assert ops.varlen_attention(none.repeat(1, 3), cu, 0, 2).shape == (0, 64)
     assert ops.residual_layer_norm(none, None, none, gamma, gamma, 1e-5).shape == (0, 64)
-    assert ops.bias_gelu(none, None).shape == (0, 64)
+    assert ops.bias_activation(none, None, "gelu").shape == (0, 64)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_sequence_does_not_see_its_batch(dtype: torch.dtype) -> None:
     inputs = prepared(encoder_inputs(dtype, [9, 100, 31]))
-    among = ops.encoder(*inputs.values())[9:109]
+    among = encode(inputs)[9:109]
     inputs["input_ids"] = inputs["input_ids"][9:109]
     inputs["token_type_ids"] = inputs["token_type_ids"][9:109]
     inputs["cu_seqlens"] = bounds_of([100])
-    assert torch.equal(ops.encoder(*inputs.values()), among)
+    assert torch.equal(encode(inputs), among)
 
 
 # ---- threads ------------------------------------------------------------------------------------
@@ -344,7 +465,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(ops.encoder(*inputs.values()))
+            results.append(encode(inputs))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], r) for r in results[1:])
@@ -356,7 +477,7 @@ def test_one_thread_means_one_thread() -> None:
         "import os, torch, ft_handler; torch.set_num_threads(1); ft_handler.load_library();"
         "o = torch.ops.fastertransformer; w = o.prepare_weight(torch.randn(512, 512));"
         "count = lambda: len(os.listdir('/proc/self/task')); before = count();"
-        "o.linear(torch.randn(600, 512), w, None, None, True); assert count() == before"
+        "o.linear(torch.randn(600, 512), w, None, None, 'gelu'); assert count() == before"
     )
     if not Path("/proc/self/task").is_dir():
         pytest.skip("counting threads needs /proc")
@@ -367,13 +488,13 @@ def test_concurrent_calls_do_not_mix() -> None:
     cases = []
     for lengths in ([5, 80], [113], [1, 1, 40], [200]):
         inputs = prepared(encoder_inputs(torch.float32, lengths))
-        cases.append((inputs, ops.encoder(*inputs.values())))
+        cases.append((inputs, encode(inputs)))
     wrong: list[int] = []
 
     def work(case: int) -> None:
         inputs, want = cases[case]
         for _ in range(4):
-            if not torch.equal(ops.encoder(*inputs.values()), want):
+            if not torch.equal(encode(inputs), want):
                 wrong.append(case)
 
     pool = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]

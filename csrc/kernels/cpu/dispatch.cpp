@@ -157,7 +157,7 @@ Scratch take_scratch(Arena& arena, const Threads& threads, int64_t bytes) {
 // rows of a tile on the same cache sets.
 int64_t leading(int64_t width) { return ceil_div(width, 32) * 32 + 32; }
 
-const float* as_float(Array array, int64_t count, Arena& arena, bool fill) {
+const float* as_float(Operand array, int64_t count, Arena& arena, bool fill) {
   if (array.dtype == DType::kFloat32) return static_cast<const float*>(array.data);
   float* out = arena.take<float>(count * 4);
   if (fill && array.data) {
@@ -168,15 +168,24 @@ const float* as_float(Array array, int64_t count, Arena& arena, bool fill) {
 
 const BlobHeader& header(const void* blob) { return *static_cast<const BlobHeader*>(blob); }
 
-const void* layer_of(const void* blob, int64_t layer) {
-  return static_cast<const char*>(blob) + kBlobHeader + layer * header(blob).layer_bytes;
+// One layer's weight, or the one that all layers share.
+Operand layer_of(const void* blob, int64_t layer) {
+  const BlobHeader& h = header(blob);
+  return {static_cast<const char*>(blob) + kBlobHeader + layer % h.layers * h.layer_bytes, h.dtype};
 }
+
+// A parameter in float32 [width] for each layer, or one that all share.
+struct Vectors {
+  const float* first;
+  int64_t layers, width;
+  const float* of(int64_t layer) const { return first + layer % layers * width; }
+};
 
 // ---- stages ------------------------------------------------------------------------------------
 
 void run_gemm(const Gemm& g, int64_t tokens, const Scratch& scratch, const Threads& threads) {
   const Kernels& k = kernels();
-  const Tiling tiling = k.tiling(g.weight_type);
+  const Tiling tiling = k.tiling(g.weight.dtype);
   const int64_t panels = ceil_div(g.n, tiling.nr);
   const int64_t blocks = ceil_div(tokens, tiling.row_block);
   // Wide tasks reuse their rows most; about 8 a thread, and as many for each, level the threads.
@@ -279,6 +288,13 @@ std::string blob_fault(const void* blob, int64_t bytes) {
   return "";
 }
 
+bool is_packed(const void* blob, int64_t bytes, DType dtype, int64_t layers, int64_t n, int64_t k) {
+  if (bytes < kBlobHeader) return false;
+  const BlobHeader& h = header(blob);
+  return h.magic == kBlobMagic && h.layout == kernels().layout && h.dtype == dtype &&
+         h.layers == layers && h.n == n && h.k == k && bytes == packed_bytes(dtype, layers, n, k);
+}
+
 // ---- ops ---------------------------------------------------------------------------------------
 
 namespace {
@@ -317,17 +333,15 @@ void linear(const Linear& op, int64_t tokens, void* out, void* workspace, const 
   const BlobHeader& h = header(op.blob);
   Arena arena(workspace);
   Gemm g{};
-  g.weight_type = h.dtype;
-  g.b = layer_of(op.blob, op.layer);
+  g.weight = layer_of(op.blob, op.layer);
   g.n = h.n;
   g.k = h.k;
-  g.a = op.input.data;
-  g.a_type = op.input.dtype;
+  g.a = op.input;
   g.lda = h.k;
   g.bias = as_float(op.bias, h.n, arena, true);
   g.residual = as_float(op.residual, tokens * h.n, arena, true);
   g.ldr = h.n;
-  g.gelu = op.gelu;
+  g.activation = op.activation;
   g.out = out;
   g.out_type = op.out_dtype;
   g.ldo = h.n;
@@ -338,7 +352,7 @@ int64_t attention_workspace(int64_t longest, int64_t head_dim, const Threads& th
   return threads.count * (aligned(kernels().attention_scratch(longest, head_dim)) + 2 * kAlign);
 }
 
-void varlen_attention(Array qkv, const int32_t* cu_seqlens, int64_t batch, int64_t longest,
+void varlen_attention(Operand qkv, const int32_t* cu_seqlens, int64_t batch, int64_t longest,
                       int64_t heads, int64_t head_dim, DType out_dtype, void* out, void* workspace,
                       const Threads& threads) {
   Arena arena(workspace);
@@ -362,7 +376,7 @@ int64_t layer_norm_workspace(int64_t hidden, const Threads& threads) {
   return 3 * aligned(hidden * 4) + threads.count * (aligned(hidden * 4) + 2 * kAlign);
 }
 
-void residual_layer_norm(Array input, Array bias, Array residual, Array gamma, Array beta,
+void residual_layer_norm(Operand input, Operand bias, Operand residual, Operand gamma, Operand beta,
                          float eps, int64_t tokens, int64_t hidden, DType out_dtype, void* out,
                          void* workspace, const Threads& threads) {
   Arena arena(workspace);
@@ -382,14 +396,14 @@ void residual_layer_norm(Array input, Array bias, Array residual, Array gamma, A
   });
 }
 
-int64_t bias_gelu_workspace(int64_t n, const Threads&) { return aligned(n * 4); }
+int64_t bias_activation_workspace(int64_t n, const Threads&) { return aligned(n * 4); }
 
-void bias_gelu(Array input, Array bias, int64_t tokens, int64_t n, DType out_dtype, void* out,
-               void* workspace, const Threads& threads) {
+void bias_activation(Operand input, Operand bias, Activation activation, int64_t tokens, int64_t n,
+                     DType out_dtype, void* out, void* workspace, const Threads& threads) {
   Arena arena(workspace);
   const float* b = as_float(bias, n, arena, true);
   for_rows(threads, tokens, kRowsPerTask, [&](int64_t m0, int64_t m1, int) {
-    kernels().gelu(input.data, input.dtype, b, n, out, out_dtype, m0, m1);
+    kernels().activate(input, b, activation, n, out, out_dtype, m0, m1);
   });
 }
 
@@ -398,63 +412,55 @@ namespace {
 // With `run` false, only counts the workspace.
 void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Threads& threads) {
   const Kernels& isa = kernels();
-  const int64_t t = op.tokens, h = op.hidden, i = op.intermediate;
+  const int64_t t = op.tokens, h = op.hidden, e = op.embedding, i = op.intermediate;
   const int64_t head_dim = h / op.heads;
   const DType f32 = DType::kFloat32;
   // Inputs of GEMMs are kept in the type that they are multiplied in; sums and residuals in
   // float32.
   bool pairs = isa.bf16_dot;
-  for (const void* blob : {op.qkv, op.out, op.up, op.down}) {
-    pairs = pairs && header(blob).dtype == DType::kBFloat16;
+  for (const void* blob : {op.projection, op.qkv, op.out, op.up, op.down}) {
+    pairs = pairs && (blob == nullptr || header(blob).dtype == DType::kBFloat16);
   }
   const DType act = pairs ? DType::kBFloat16 : f32;
   const int64_t es = size_of(act);
-  const int64_t ldh = leading(h), ldq = leading(3 * h), ldi = leading(i);
+  const int64_t ldh = leading(h), lde = leading(e), ldq = leading(3 * h), ldi = leading(i);
   float* x = arena.take<float>(t * ldh * 4);
   float* y = arena.take<float>(t * ldh * 4);
   char* context = arena.take<char>(t * ldh * es);
-  char* wide = arena.take<char>(t * std::max(ldq, ldi) * es);  // qkv, then the intermediate
-  void* narrow = pairs ? arena.take(t * ldh * es) : nullptr;   // x once more, for the GEMMs
+  // The embeddings where they are projected, then qkv and the intermediate of each layer.
+  char* wide = arena.take<char>(t * std::max({op.projection ? lde : 0, ldq, ldi}) * es);
+  void* narrow = pairs ? arena.take(t * ldh * es) : nullptr;  // x once more, for the GEMMs
   const void* input = pairs ? narrow : x;
-  const float* qkv_bias = as_float(op.qkv_bias, op.layers * 3 * h, arena, run);
-  const float* out_bias = as_float(op.out_bias, op.layers * h, arena, run);
-  const float* up_bias = as_float(op.up_bias, op.layers * i, arena, run);
-  const float* down_bias = as_float(op.down_bias, op.layers * h, arena, run);
-  const float* g1 = as_float(op.ln1_gamma, op.layers * h, arena, run);
-  const float* b1 = as_float(op.ln1_beta, op.layers * h, arena, run);
-  const float* g2 = as_float(op.ln2_gamma, op.layers * h, arena, run);
-  const float* b2 = as_float(op.ln2_beta, op.layers * h, arena, run);
-  const float* eg = as_float(op.embeddings.gamma, h, arena, run);
-  const float* eb = as_float(op.embeddings.beta, h, arena, run);
+  const auto vectors = [&](const Stack& stack, int64_t width) {
+    return Vectors{as_float(stack.first, stack.layers * width, arena, run), stack.layers, width};
+  };
+  const Vectors qkv_bias = vectors(op.qkv_bias, 3 * h), out_bias = vectors(op.out_bias, h);
+  const Vectors up_bias = vectors(op.up_bias, i), down_bias = vectors(op.down_bias, h);
+  const Vectors g1 = vectors(op.ln1_gamma, h), b1 = vectors(op.ln1_beta, h);
+  const Vectors g2 = vectors(op.ln2_gamma, h), b2 = vectors(op.ln2_beta, h);
+  const float* eg = as_float(op.embeddings.gamma, e, arena, run);
+  const float* eb = as_float(op.embeddings.beta, e, arena, run);
+  const float* projection_bias = as_float(op.projection_bias, h, arena, run);
   const int64_t bytes =
-      std::max({h * 4, isa.gemm_scratch(), isa.attention_scratch(op.longest, head_dim)});
+      std::max({h * 4, e * 4, isa.gemm_scratch(), isa.attention_scratch(op.longest, head_dim)});
   const Scratch scratch = take_scratch(arena, threads, bytes);
   if (!run) return;
 
-  const bool direct = op.layers == 0;
-  const EmbedRows rows{
-      &op.embeddings,   h,      eg, eb, direct ? out : x, direct ? op.out_dtype : f32,
-      direct ? h : ldh, narrow, ldh};
-  for_rows(threads, t, kRowsPerTask, [&](int64_t m0, int64_t m1, int worker) {
-    isa.embed(rows, m0, m1, scratch.of<float>(worker));
-  });
-
+  const Activation none = Activation::kNone;
   const auto gemm = [&](const void* a, int64_t lda, const void* blob, int64_t layer,
-                        const float* bias, const float* residual, bool gelu, void* c, DType type,
-                        int64_t ldc) {
+                        const float* bias, const float* residual, Activation activation, void* c,
+                        DType type, int64_t ldc) {
     const BlobHeader& b = header(blob);
     Gemm g{};
-    g.a = a;
-    g.a_type = act;
+    g.a = {a, act};
     g.lda = lda;
-    g.b = layer_of(blob, layer);
-    g.weight_type = b.dtype;
+    g.weight = layer_of(blob, layer);
     g.n = b.n;
     g.k = b.k;
     g.bias = bias;
     g.residual = residual;
     g.ldr = ldh;
-    g.gelu = gelu;
+    g.activation = activation;
     g.out = c;
     g.out_type = type;
     g.ldo = ldc;
@@ -478,8 +484,36 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
       isa.layer_norm(l, m0, m1, scratch.of<float>(worker));
     });
   };
+  const auto embed = [&](void* to, DType type, int64_t ld, void* copy) {
+    const EmbedRows rows{&op.embeddings, e, eg, eb, to, type, ld, copy, ldh};
+    for_rows(threads, t, kRowsPerTask, [&](int64_t m0, int64_t m1, int worker) {
+      isa.embed(rows, m0, m1, scratch.of<float>(worker));
+    });
+  };
+  // x as it is, into another type.
+  const auto copy = [&](void* to, DType type, int64_t ld) {
+    for_rows(threads, t, kRowsPerTask, [&](int64_t m0, int64_t m1, int) {
+      for (int64_t m = m0; m < m1; ++m) {
+        isa.convert(x + m * ldh, f32, static_cast<char*>(to) + m * ld * size_of(type), type, h);
+      }
+    });
+  };
+  const bool no_layers = op.layers == 0;
+  if (op.projection) {
+    embed(wide, act, lde, nullptr);
+    gemm(wide, lde, op.projection, 0, projection_bias, nullptr, none, x, f32, ldh);
+    if (no_layers) {
+      copy(out, op.out_dtype, h);
+    } else if (pairs) {
+      copy(narrow, act, ldh);
+    }
+  } else if (no_layers) {
+    embed(out, op.out_dtype, h, nullptr);
+  } else {
+    embed(x, f32, ldh, narrow);
+  }
   for (int64_t layer = 0; layer < op.layers; ++layer) {
-    gemm(input, ldh, op.qkv, layer, qkv_bias + layer * 3 * h, nullptr, false, wide, act, ldq);
+    gemm(input, ldh, op.qkv, layer, qkv_bias.of(layer), nullptr, none, wide, act, ldq);
     Attention a{};
     a.q = wide;
     a.k = wide + h * es;
@@ -492,14 +526,14 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
     a.out_type = act;
     a.ldo = ldh;
     run_attention(a, op.cu_seqlens, op.batch, op.heads, scratch, threads);
-    gemm(context, ldh, op.out, layer, out_bias + layer * h, x, false, y, f32, ldh);
-    norm(g1 + layer * h, b1 + layer * h, x, f32, ldh, narrow);
-    gemm(input, ldh, op.up, layer, up_bias + layer * i, nullptr, true, wide, act, ldi);
-    gemm(wide, ldi, op.down, layer, down_bias + layer * h, x, false, y, f32, ldh);
+    gemm(context, ldh, op.out, layer, out_bias.of(layer), x, none, y, f32, ldh);
+    norm(g1.of(layer), b1.of(layer), x, f32, ldh, narrow);
+    gemm(input, ldh, op.up, layer, up_bias.of(layer), nullptr, op.activation, wide, act, ldi);
+    gemm(wide, ldi, op.down, layer, down_bias.of(layer), x, none, y, f32, ldh);
     if (layer + 1 < op.layers) {
-      norm(g2 + layer * h, b2 + layer * h, x, f32, ldh, narrow);
+      norm(g2.of(layer), b2.of(layer), x, f32, ldh, narrow);
     } else {
-      norm(g2 + layer * h, b2 + layer * h, out, op.out_dtype, h, nullptr);
+      norm(g2.of(layer), b2.of(layer), out, op.out_dtype, h, nullptr);
     }
   }
 }

@@ -272,6 +272,16 @@ inline Vec gelu(Vec x) {
   return 0.5f * x * (1.0f + e);
 }
 
+inline Vec activated(Vec x, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      break;
+    case Activation::kGelu:
+      return gelu(x);
+  }
+  return x;
+}
+
 // ---- GEMM --------------------------------------------------------------------------------------
 
 // Panels of kNr weight rows, [panel][k][kNr], in the weight's own type; rows past n are zero.
@@ -358,7 +368,7 @@ inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m,
     for (; j + kLanes <= columns; j += kLanes) {
       Vec v = load(row + j);
       if (g.bias) v += load(g.bias + n0 + j);
-      if (g.gelu) v = gelu(v);
+      v = activated(v, g.activation);
       if (residual) v += load(residual + j);
       Target::put(out, j, v);
     }
@@ -366,7 +376,7 @@ inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m,
       const int64_t left = columns - j;
       Vec v = partial_at<F32>(row, j, left);
       if (g.bias) v += partial_at<F32>(g.bias + n0, j, left);
-      if (g.gelu) v = gelu(v);
+      v = activated(v, g.activation);
       if (residual) v += partial_at<F32>(residual, j, left);
       partial_put<Target>(out, j, v, left);
     }
@@ -378,24 +388,24 @@ void gemm_panels(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, 
   float* block = expanded + kDepth * kNr;          // [kRowBlock, kCopyLd]
   float* sums = block + kRowBlock * kCopyLd;       // [kRowBlock, lds]
   const int64_t lds = (p1 - p0) * kNr, rows = m1 - m0;
-  const int64_t element = size_of(g.weight_type);
+  const int64_t element = size_of(g.weight.dtype);
   // Depth outermost: the block of rows at one depth stays in the second-level cache for all panels.
   // It is copied, so that a tile's rows share pages instead of lying a page or more apart.
   for (int64_t k0 = 0; k0 < g.k; k0 += kDepth) {
     const int64_t depth = smaller(kDepth, g.k - k0);
     for (int64_t m = 0; m < rows; ++m) {
-      convert(static_cast<const char*>(g.a) + ((m0 + m) * g.lda + k0) * size_of(g.a_type), g.a_type,
-              block + m * kCopyLd, DType::kFloat32, depth);
+      convert(static_cast<const char*>(g.a.data) + ((m0 + m) * g.lda + k0) * size_of(g.a.dtype),
+              g.a.dtype, block + m * kCopyLd, DType::kFloat32, depth);
     }
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t columns = smaller(kNr, g.n - p * kNr);
       const int vectors = static_cast<int>(ceil_div(columns, kLanes));
-      const char* packed = static_cast<const char*>(g.b) + (p * g.k + k0) * kNr * element;
+      const char* packed = static_cast<const char*>(g.weight.data) + (p * g.k + k0) * kNr * element;
       const float* panel = expanded;
-      if (g.weight_type == DType::kFloat32) {
+      if (g.weight.dtype == DType::kFloat32) {
         panel = reinterpret_cast<const float*>(packed);
       } else {
-        convert(packed, g.weight_type, expanded, DType::kFloat32, depth * kNr);
+        convert(packed, g.weight.dtype, expanded, DType::kFloat32, depth * kNr);
       }
       // Fetch the next panel's part, a piece at each tile.
       const char* next = packed + g.k * kNr * element;
@@ -588,7 +598,7 @@ inline void normalise(float* x, int64_t hidden, const float* gamma, const float*
 }
 
 void layer_norm(const LayerNormRows& l, int64_t m0, int64_t m1, float* row) {
-  const auto gather = [&](Array from, int64_t offset, bool add) {
+  const auto gather = [&](Operand from, int64_t offset, bool add) {
     with_type(from.dtype, [&](auto source) {
       using Source = decltype(source);
       const auto* p = static_cast<const typename Source::Element*>(from.data) + offset;
@@ -647,9 +657,9 @@ void embed(const EmbedRows& e, int64_t m0, int64_t m1, float* row) {
   });
 }
 
-void gelu_rows(const void* input, DType type, const float* bias, int64_t n, void* out,
-               DType out_type, int64_t m0, int64_t m1) {
-  with_type(type, [&](auto source) {
+void activate_rows(Operand input, const float* bias, Activation activation, int64_t n, void* out,
+                   DType out_type, int64_t m0, int64_t m1) {
+  with_type(input.dtype, [&](auto source) {
     with_type(out_type, [&](auto target) {
       using Source = decltype(source);
       using Target = decltype(target);
@@ -657,13 +667,13 @@ void gelu_rows(const void* input, DType type, const float* bias, int64_t n, void
         for (int64_t j = 0; j < n; j += kLanes) {
           const int64_t left = n - j;
           if (left >= kLanes) {
-            Vec x = Source::at(input, m * n + j);
+            Vec x = Source::at(input.data, m * n + j);
             if (bias) x += load(bias + j);
-            Target::put(out, m * n + j, gelu(x));
+            Target::put(out, m * n + j, activated(x, activation));
           } else {
-            Vec x = partial_at<Source>(input, m * n + j, left);
+            Vec x = partial_at<Source>(input.data, m * n + j, left);
             if (bias) x += partial_at<F32>(bias, j, left);
-            partial_put<Target>(out, m * n + j, gelu(x), left);
+            partial_put<Target>(out, m * n + j, activated(x, activation), left);
           }
         }
       }
@@ -720,7 +730,7 @@ int64_t gemm_scratch() {
 
 void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* scratch) {
 #if FT_BF16_DOT
-  if (on_pairs(g.weight_type)) return gemm_pairs(g, m0, m1, p0, p1, scratch);
+  if (on_pairs(g.weight.dtype)) return gemm_pairs(g, m0, m1, p0, p1, scratch);
 #endif
   gemm_panels(g, m0, m1, p0, p1, scratch);
 }
@@ -755,7 +765,7 @@ constexpr Kernels table(const char* name, int layout) {
       .attention = attention,
       .embed = embed,
       .layer_norm = layer_norm,
-      .gelu = gelu_rows,
+      .activate = activate_rows,
       .convert = convert,
   };
 }

@@ -267,23 +267,24 @@ void gemm_pairs(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, v
   uint16_t* tail = block + kPairBlock * kPairLd;
   const int64_t lds = (p1 - p0) * kWide, rows = m1 - m0, whole = padded_depth(g.k);
   // Inputs already in bfloat16 are read where they are.
-  const bool direct = g.a_type == DType::kBFloat16 && whole == g.k;
+  const bool direct = g.a.dtype == DType::kBFloat16 && whole == g.k;
   for (int64_t k0 = 0; k0 < whole; k0 += kPairDepth) {
     const int64_t depth = smaller(kPairDepth, whole - k0);
     const uint16_t* a = block;
     int64_t lda = kPairLd;
     if (direct) {
-      a = static_cast<const uint16_t*>(g.a) + m0 * g.lda + k0;
+      a = static_cast<const uint16_t*>(g.a.data) + m0 * g.lda + k0;
       lda = g.lda;
     } else {
       for (int64_t m = 0; m < rows; ++m) {
-        to_pairs(static_cast<const char*>(g.a) + ((m0 + m) * g.lda + k0) * size_of(g.a_type),
-                 g.a_type, smaller(depth, g.k - k0), depth, block + m * kPairLd);
+        to_pairs(static_cast<const char*>(g.a.data) + ((m0 + m) * g.lda + k0) * size_of(g.a.dtype),
+                 g.a.dtype, smaller(depth, g.k - k0), depth, block + m * kPairLd);
       }
     }
     copy_tail(a, lda, rows, depth, tail);
     for (int64_t p = p0; p < p1; ++p) {
-      const uint16_t* panel = static_cast<const uint16_t*>(g.b) + (p * whole + k0) * kWide;
+      const uint16_t* panel =
+          static_cast<const uint16_t*>(g.weight.data) + (p * whole + k0) * kWide;
       pair_block(a, lda, rows, tail, panel, depth, sums + (p - p0) * kWide, lds, k0 == 0,
                  reinterpret_cast<const char*>(panel + whole * kWide), depth * kWide * 2);
     }

@@ -8,23 +8,21 @@ namespace ft::cpu {
 // out[m, n] = act(sum_k a[m, k] w[n, k] + bias[n]) + residual[m, n], over rows [m0, m1) and weight
 // panels [p0, p1).
 struct Gemm {
-  const void* a;  // [M, lda]
-  DType a_type;
+  Operand a;  // [M, lda]
   int64_t lda;
-  const void* b;  // packed panels of one layer
-  DType weight_type;
+  Operand weight;  // packed panels of one layer
   int64_t n, k;
   const float* bias;      // [n] or null
   const float* residual;  // [M, ldr] or null
   int64_t ldr;
-  bool gelu;
+  Activation activation;
   void* out;  // [M, ldo], float32 or (with `acc`) bfloat16
   DType out_type;
   int64_t ldo;
 };
 
 struct LayerNormRows {
-  Array input, bias, residual;  // [M, ld], [hidden] float32 or null, [M, ld] or null
+  Operand input, bias, residual;  // [M, ld], [hidden] float32 or null, [M, ld] or null
   int64_t ld_input, ld_residual, hidden;
   const float *gamma, *beta;  // [hidden]
   float eps;
@@ -78,8 +76,8 @@ struct Kernels {
   void (*attention)(const Attention& a, void* scratch);
   void (*embed)(const EmbedRows& e, int64_t m0, int64_t m1, float* scratch);           // [hidden]
   void (*layer_norm)(const LayerNormRows& l, int64_t m0, int64_t m1, float* scratch);  // [hidden]
-  void (*gelu)(const void* input, DType type, const float* bias, int64_t n, void* out,
-               DType out_type, int64_t m0, int64_t m1);
+  void (*activate)(Operand input, const float* bias, Activation activation, int64_t n, void* out,
+                   DType out_type, int64_t m0, int64_t m1);
   void (*convert)(const void* input, DType from, void* out, DType to, int64_t count);
 };
 

@@ -9,26 +9,15 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/types.h"
+
 namespace ft::cpu {
-
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-
-// Inlined always: a shared copy might be the one compiled for instructions this processor lacks.
-__attribute__((always_inline)) inline int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
-}
 
 // How to run on several threads: `launch` calls body(context, worker) for every worker in
 // [0, workers), each at most once at a time, and returns when all are done.
 struct Threads {
   int count = 1;
   void (*launch)(int workers, void (*body)(void* context, int worker), void* context) = nullptr;
-};
-
-// Float parameter in the model's type.
-struct Array {
-  const void* data = nullptr;
-  DType dtype = DType::kFloat32;
 };
 
 // First bytes of what prepare_weight returns; the panels follow at kBlobHeader.
@@ -64,6 +53,8 @@ void pack_weight(const void* weight, DType dtype, int64_t layers, int64_t n, int
                  const Threads& threads);
 // Why this is no blob for this process, or an empty string.
 std::string blob_fault(const void* blob, int64_t bytes);
+// Whether this is what pack_weight makes here of such a weight.
+bool is_packed(const void* blob, int64_t bytes, DType dtype, int64_t layers, int64_t n, int64_t k);
 
 // ---- ops ---------------------------------------------------------------------------------------
 
@@ -71,27 +62,30 @@ std::string blob_fault(const void* blob, int64_t bytes);
 struct Embeddings {
   const int64_t *ids, *types;  // [T]
   const int32_t* positions;    // [T]
-  Array word, position, token_type, gamma, beta;
+  Operand word, position, token_type, gamma, beta;
   float eps;
 };
 
 // out = act(input weight^T + bias) + residual
 struct Linear {
-  Array input;           // [T, K]
-  const void* blob;      // checked
-  int64_t layer = 0;     // which of the blob's
-  Array bias, residual;  // [N], [T, N]; data null when absent
-  bool gelu = false;
+  Operand input;           // [T, K]
+  const void* blob;        // checked
+  int64_t layer = 0;       // which of the blob's
+  Operand bias, residual;  // [N], [T, N]; data null when absent
+  Activation activation = Activation::kNone;
   DType out_dtype;
 };
 
 struct Encoder {
-  int64_t tokens, hidden, intermediate, layers;
+  int64_t tokens, hidden, embedding, intermediate, layers;
   int64_t batch, longest, heads;
+  Activation activation;
   const int32_t* cu_seqlens;  // [B + 1], checked
   Embeddings embeddings;
-  const void *qkv, *out, *up, *down;  // blobs, checked
-  Array qkv_bias, out_bias, up_bias, down_bias, ln1_gamma, ln1_beta, ln2_gamma, ln2_beta;
+  const void* projection = nullptr;  // blob [hidden, embedding]; null: the sizes are one
+  Operand projection_bias;
+  const void *qkv, *out, *up, *down;  // blobs, checked: a weight a layer, or one for all
+  Stack qkv_bias, out_bias, up_bias, down_bias, ln1_gamma, ln1_beta, ln2_gamma, ln2_beta;
   float eps;
   DType out_dtype;
 };
@@ -105,19 +99,20 @@ int64_t linear_workspace(int64_t tokens, int64_t n, const Threads& threads);
 void linear(const Linear& op, int64_t tokens, void* out, void* workspace, const Threads& threads);
 
 int64_t attention_workspace(int64_t longest, int64_t head_dim, const Threads& threads);
-void varlen_attention(Array qkv, const int32_t* cu_seqlens, int64_t batch, int64_t longest,
+void varlen_attention(Operand qkv, const int32_t* cu_seqlens, int64_t batch, int64_t longest,
                       int64_t heads, int64_t head_dim, DType out_dtype, void* out, void* workspace,
                       const Threads& threads);
 
 int64_t layer_norm_workspace(int64_t hidden, const Threads& threads);
 // bias and residual may be absent.
-void residual_layer_norm(Array input, Array bias, Array residual, Array gamma, Array beta,
+void residual_layer_norm(Operand input, Operand bias, Operand residual, Operand gamma, Operand beta,
                          float eps, int64_t tokens, int64_t hidden, DType out_dtype, void* out,
                          void* workspace, const Threads& threads);
 
-int64_t bias_gelu_workspace(int64_t n, const Threads& threads);
-void bias_gelu(Array input, Array bias, int64_t tokens, int64_t n, DType out_dtype, void* out,
-               void* workspace, const Threads& threads);
+int64_t bias_activation_workspace(int64_t n, const Threads& threads);
+// bias may be absent.
+void bias_activation(Operand input, Operand bias, Activation activation, int64_t tokens, int64_t n,
+                     DType out_dtype, void* out, void* workspace, const Threads& threads);
 
 int64_t encoder_workspace(const Encoder& op, const Threads& threads);
 void encoder(const Encoder& op, void* out, void* workspace, const Threads& threads);

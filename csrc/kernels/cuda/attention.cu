@@ -180,7 +180,7 @@ AttentionChoice choose_attention(const AttentionShape& shape, int arch) {
   choice.padded_dim = (shape.head_dim + 31) / 32 * 32;
   // The packed kernels sum in another order than the streaming ones do, and that of sm_90 rescales
   // 16 rows together, among which a neighbour's may be.
-  const bool one_order = batch_invariant();
+  const bool one_order = shape.batch_invariant;
   const bool short_sequences = shape.max_seqlen <= 64 && !one_order;
   if (shape.dtype == DType::kFloat32 || shape.head_dim % 8 != 0 || arch < 75) {
     choice.kernel = AttentionKernel::kPlain;

@@ -5,23 +5,30 @@
 
 namespace ft::cuda {
 
-// Weights of all layers stacked: [layers, n, k] and [layers, n].
-struct EncoderWeights {
+// A stack holds a parameter [n, k] or [n] for each layer, or one for all.
+struct EncoderParameters {
   const void *word, *position, *token_type, *embedding_gamma, *embedding_beta;
-  const void *qkv_weight, *qkv_bias;     // [layers, 3 * hidden, hidden], [layers, 3 * hidden]
-  const void *out_weight, *out_bias;     // [layers, hidden, hidden]
-  const void *norm1_gamma, *norm1_beta;  // [layers, hidden]
-  const void *up_weight, *up_bias;       // [layers, intermediate, hidden]
-  const void *down_weight, *down_bias;   // [layers, hidden, intermediate]
-  const void *norm2_gamma, *norm2_beta;
+  Operand projection;           // [hidden, embedding]; without data: the sizes are one
+  const void* projection_bias;  // [hidden]
+  Stack qkv_weight, qkv_bias;   // [3 * hidden, hidden], [3 * hidden]
+  Stack out_weight, out_bias;   // [hidden, hidden]
+  Stack norm1_gamma, norm1_beta;
+  Stack up_weight, up_bias;      // [intermediate, hidden]
+  Stack down_weight, down_bias;  // [hidden, intermediate]
+  Stack norm2_gamma, norm2_beta;
 };
 
 struct EncoderShape {
   int tokens = 0, batch = 0, max_seqlen = 0;
-  int hidden = 0, intermediate = 0, layers = 0, num_heads = 0;
+  int hidden = 0, embedding = 0, intermediate = 0, layers = 0, num_heads = 0;
   int vocab = 0, positions = 0, types = 0;
+  Activation activation = Activation::kGelu;
   float eps = 1e-12f;
   DType dtype = DType::kFloat16;
+  bool one_per_layer = true;  // no parameter is shared by the layers
+  bool projects = false;
+  bool batch_invariant = false;  // a sequence's rows do not depend on the others, to the last bit
+  bool few_tokens = true;        // a few tokens may take kernels of their own
 };
 
 struct EncoderInputs {
@@ -37,7 +44,7 @@ size_t encoder_workspace_bytes(const EncoderShape& shape);
 
 // Enqueues the forward pass. `output` [tokens, hidden] also holds activations in between.
 cudaError_t encoder(const EncoderShape& shape, const EncoderInputs& inputs,
-                    const EncoderWeights& weights, void* workspace, void* output,
+                    const EncoderParameters& weights, void* workspace, void* output,
                     cudaStream_t stream);
 
 }  // namespace ft::cuda

@@ -50,9 +50,10 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t bias_gelu(const void* input_, const void* bias_, int rows, int width, DType dtype,
-                      void* output_, const int32_t* live_rows, Launch launch) {
-  if (rows < 0 || width <= 0) return cudaErrorInvalidValue;
+cudaError_t bias_activation(const void* input_, const void* bias_, Activation activation, int rows,
+                            int width, DType dtype, void* output_, const int32_t* live_rows,
+                            Launch launch) {
+  if (rows < 0 || width <= 0 || activation != Activation::kGelu) return cudaErrorInvalidValue;
   return dispatch_dtype(dtype, [&]<typename T>() {
     if (rows == 0) return cudaSuccess;
     const auto* input = static_cast<const T*>(input_);

@@ -38,8 +38,9 @@ struct PlanKey {
 struct PlanKeyHash {
   size_t operator()(const PlanKey& p) const {
     uint64_t h = static_cast<uint64_t>(p.key.rows_class);
-    for (const int v : {p.key.n, p.key.k, static_cast<int>(p.key.dtype), int{p.key.gelu},
-                        int{p.key.residual}, int{p.key.norm}, p.device, int{p.bias}, p.alignment}) {
+    for (const int v :
+         {p.key.n, p.key.k, static_cast<int>(p.key.dtype), static_cast<int>(p.key.activation),
+          int{p.key.residual}, int{p.key.norm}, p.device, int{p.bias}, p.alignment}) {
       h = (h ^ static_cast<uint64_t>(v)) * 0x9E3779B97F4A7C15ull;
       h ^= h >> 29;
     }
@@ -105,8 +106,8 @@ cudaError_t describe(const CublasLt& lt, const Gemm& gemm, Descriptors* d) {
 // What every pointer of the problem is aligned to: layers of odd widths start at odd places.
 int alignment_of(const Gemm& gemm) {
   uintptr_t bits = 16;
-  for (const void* p :
-       {gemm.input, gemm.weight, gemm.bias, gemm.residual, static_cast<const void*>(gemm.output)})
+  for (const void* p : {gemm.input.data, gemm.weight.data, gemm.bias, gemm.residual,
+                        static_cast<const void*>(gemm.output)})
     bits |= reinterpret_cast<uintptr_t>(p);
   return static_cast<int>(bits & (~bits + 1));
 }
@@ -150,14 +151,14 @@ cudaError_t cublaslt_linear(const Gemm& gemm, const cublasLtMatmulAlgo_t& algo, 
   const float one = 1.f;
   const float beta = gemm.residual == nullptr ? 0.f : 1.f;
   const void* addend = gemm.residual == nullptr ? gemm.output : gemm.residual;
-  const cublasStatus_t status =
-      lt->matmul(handle, &d.desc, &one, gemm.weight, &d.weight, gemm.input, &d.input, &beta, addend,
-                 &d.output, gemm.output, &d.output, &algo, workspace, kWorkspaceBytes, stream);
+  const cublasStatus_t status = lt->matmul(
+      handle, &d.desc, &one, gemm.weight.data, &d.weight, gemm.input.data, &d.input, &beta, addend,
+      &d.output, gemm.output, &d.output, &algo, workspace, kWorkspaceBytes, stream);
   return status == CUBLAS_STATUS_SUCCESS ? cudaSuccess : library_failure("cublasLtMatmul", status);
 }
 
 PlanKey key_of(const Gemm& gemm, const GemmNorm* norm, int device) {
-  return {{gemm_row_class(gemm.rows), gemm.n, gemm.k, gemm.dtype, gemm.gelu,
+  return {{gemm_row_class(gemm.rows), gemm.n, gemm.k, gemm.dtype, gemm.activation,
            gemm.residual != nullptr, norm != nullptr},
           device,
           gemm.bias != nullptr,
@@ -203,9 +204,9 @@ cudaError_t run_plan(const Plan& plan, const Gemm& gemm, const GemmNorm* norm, v
   Gemm product = gemm;
   if (norm != nullptr) product.output = scratch;
   cudaError_t status = cublaslt_linear(product, plan.algo, workspace, launch.stream);
-  if (status == cudaSuccess && gemm.gelu)
-    status = bias_gelu(product.output, nullptr, gemm.rows, gemm.n, gemm.dtype, product.output,
-                       nullptr, launch);
+  if (status == cudaSuccess && gemm.activation != Activation::kNone)
+    status = bias_activation(product.output, nullptr, gemm.activation, gemm.rows, gemm.n,
+                             gemm.dtype, product.output, nullptr, launch);
   if (status == cudaSuccess && norm != nullptr)
     status =
         residual_layer_norm(scratch, nullptr, nullptr, norm->gamma, norm->beta, norm->eps,
@@ -214,8 +215,14 @@ cudaError_t run_plan(const Plan& plan, const Gemm& gemm, const GemmNorm* norm, v
 }
 
 cudaError_t check(const Gemm& gemm) {
-  if (gemm.rows < 0 || gemm.n <= 0 || gemm.k <= 0 || (gemm.gelu && gemm.residual != nullptr))
+  if (gemm.rows < 0 || gemm.n <= 0 || gemm.k <= 0 ||
+      (gemm.activation != Activation::kNone && gemm.residual != nullptr))
     return cudaErrorInvalidValue;
+  if (gemm.input.dtype != gemm.dtype || gemm.weight.dtype != gemm.dtype ||
+      gemm.weight.scale != nullptr) {
+    set_failure("no kernel here multiplies operands of several types or scaled ones");
+    return cudaErrorNotSupported;
+  }
   if (gemm.dtype == DType::kBFloat16) {
     const DeviceProperties* device = nullptr;
     if (const cudaError_t status = current_device(&device); status != cudaSuccess) return status;
@@ -234,12 +241,12 @@ cudaError_t run(const Gemm& gemm, const GemmNorm* norm, void* scratch, void* wor
   if (const cudaError_t status = check(gemm); status != cudaSuccess) return status;
   if (gemm.rows == 0) return cudaSuccess;
   Plan plan;
-  if (batch_invariant()) {
+  if (gemm.batch_invariant) {
     plan.sm90 = gemm_sm90_invariant(gemm);
     if (!plan.ours()) {
       set_failure(
-          "results that do not depend on the batch (FT_HANDLER_BATCH_INVARIANT) need an sm_90 GPU "
-          "and a float16 or bfloat16 model whose widths are multiples of 8");
+          "results that do not depend on the batch (batch_invariant, FT_HANDLER_BATCH_INVARIANT) "
+          "need an sm_90 GPU and a float16 or bfloat16 model whose widths are multiples of 8");
       return cudaErrorNotSupported;
     }
   } else if (const cudaError_t status = find_plan(gemm, norm, &plan); status != cudaSuccess) {

@@ -13,16 +13,17 @@
 namespace ft::cuda {
 
 struct Gemm {
-  const void* input = nullptr;     // [rows, k]
-  const void* weight = nullptr;    // [n, k]
+  Operand input;                   // [rows, k]
+  Operand weight;                  // [n, k]
   const void* bias = nullptr;      // [n] or null
   const void* residual = nullptr;  // [rows, n] or null; added after the bias
   void* output = nullptr;          // [rows, n]; may be residual
   int rows = 0;
   int n = 0;
   int k = 0;
-  bool gelu = false;  // exact (erf) GELU after the bias; excludes residual
-  DType dtype = DType::kFloat16;
+  Activation activation = Activation::kNone;  // after the bias; excludes residual
+  DType dtype = DType::kFloat16;              // of bias, residual and output
+  bool batch_invariant = false;               // every sum in one order, whatever the rows
 };
 
 // Layer norm over the rows of a Gemm's result; needs its own output when not fused.
@@ -61,7 +62,7 @@ struct GemmKey {
   int n = 0;
   int k = 0;
   DType dtype = DType::kFloat16;
-  bool gelu = false;
+  Activation activation = Activation::kNone;
   bool residual = false;
   bool norm = false;
   bool operator==(const GemmKey&) const = default;

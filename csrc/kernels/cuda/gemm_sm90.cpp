@@ -275,6 +275,9 @@ int cluster_tiles_of(const Variant& variant, const Gemm& gemm) {
   return tiles_of(m_tiles, variant.cluster / variant.splits) * tiles_of(gemm.n, variant.n);
 }
 
+// The kernels' epilogue knows GELU alone.
+bool activates(const Gemm& gemm) { return gemm.activation == Activation::kGelu; }
+
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 size_t partial_bytes(const Gemm& gemm, int splits) {
@@ -322,7 +325,8 @@ float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, int device
   const float block = cost.block + cost.heavy * std::min(gflop, 128.f) / 100;
   const auto blocks =
       static_cast<float>(tiles_of(tiles_of(gemm.k, kBlockK), plan.splits * variant.splits));
-  float time = cost.fixed + rounds * (cost.round + blocks * block + (gemm.gelu ? cost.gelu : 0.f));
+  float time =
+      cost.fixed + rounds * (cost.round + blocks * block + (activates(gemm) ? cost.gelu : 0.f));
   if (plan.splits > 1) time += 1.7f * static_cast<float>(plan.splits) * elements;
   if (norm != nullptr && !variant.norm) {
     // On multiprocessors that the product leaves free, the norm's blocks are ready when it ends.
@@ -368,10 +372,11 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
   const int input_box = variant.norm ? variant.m / variant.sharers : variant.m;
   const int weight_box = variant.norm ? variant.n : variant.n / variant.sharers;
   CUtensorMap input, weight, residual, output;
-  cudaError_t status =
-      tensor_map({gemm.input, gemm.rows, gemm.k, input_box, kBlockK, gemm.dtype}, &input);
+  cudaError_t status = tensor_map(
+      {gemm.input.data, gemm.rows, gemm.k, input_box, kBlockK, gemm.input.dtype}, &input);
   if (status == cudaSuccess)
-    status = tensor_map({gemm.weight, gemm.n, gemm.k, weight_box, kBlockK, gemm.dtype}, &weight);
+    status = tensor_map({gemm.weight.data, gemm.n, gemm.k, weight_box, kBlockK, gemm.weight.dtype},
+                        &weight);
   MapKey finished{gemm.output,      gemm.rows,           gemm.n,
                   variant.box_rows, variant.box_columns, gemm.dtype};
   if (status == cudaSuccess) status = tensor_map(finished, &output);
@@ -397,7 +402,7 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
     p.feature_tiles = tiles_of(gemm.n, variant.n);
     p.splits = plan.splits;
     p.items = tiles;
-    p.gelu = gemm.gelu;
+    p.gelu = activates(gemm);
     void* arguments[] = {&input, &weight, &residual, &output, &p};
     return launch_variant(variant, ready.kernel, clusters, launch, arguments);
   }
@@ -407,7 +412,7 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
   p.k_blocks = tiles_of(gemm.k, kBlockK);
   p.n_tiles = tiles_of(gemm.n, variant.n);
   p.cluster_tiles = tiles;
-  p.gelu = gemm.gelu;
+  p.gelu = activates(gemm);
   p.residual = gemm.residual != nullptr;
   if (variant.norm) {
     p.gamma = norm->gamma;
@@ -443,13 +448,15 @@ Sm90Plan gemm_sm90_named(const std::string& name) {
 }
 
 bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
-  static const bool enabled = environment_switch("FT_HANDLER_SM90_GEMM", true);
+  static const bool enabled = environment_switch("FT_HANDLER_SM90_GEMM").value_or(true);
   const DeviceProperties* device = nullptr;
   if (!enabled || current_device(&device) != cudaSuccess) return false;
   const Variant& variant = kind_of(plan);
   if (device->major != 9 || device->minor != 0 || gemm.dtype == DType::kFloat32) return false;
+  if (gemm.input.dtype != gemm.dtype || gemm.weight.dtype != gemm.dtype) return false;
+  if (gemm.activation != Activation::kNone && !activates(gemm)) return false;
   if (variant.norm && norm == nullptr) return false;
-  if (variant.norm && (gemm.n != variant.n * variant.cluster || gemm.gelu)) return false;
+  if (variant.norm && (gemm.n != variant.n * variant.cluster || activates(gemm))) return false;
   // Tall tiles add a residual with the layer norm or leave it, and partial sums, to its kernel.
   if (variant.tall() && (gemm.n % 64 != 0 || (gemm.residual != nullptr && norm == nullptr)))
     return false;
@@ -459,8 +466,9 @@ bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
       (norm == nullptr || variant.norm || plan.splits > tiles_of(gemm.k, kBlockK) ||
        partial_bytes(gemm, plan.splits) > gemm_workspace_bytes()))
     return false;
-  return gemm.n % 8 == 0 && gemm.k % 8 == 0 && aligned(gemm.input) && aligned(gemm.weight) &&
-         aligned(gemm.residual) && aligned(gemm.output) && aligned(gemm.bias);
+  return gemm.n % 8 == 0 && gemm.k % 8 == 0 && aligned(gemm.input.data) &&
+         aligned(gemm.weight.data) && aligned(gemm.residual) && aligned(gemm.output) &&
+         aligned(gemm.bias);
 }
 
 std::vector<Sm90Plan> gemm_sm90_plans(const Gemm& gemm, const GemmNorm* norm) {
@@ -507,7 +515,7 @@ Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm) {
   const std::vector<Sm90Plan> plans = gemm_sm90_plans(gemm, norm);
   if (plans.empty() || current_device(&device) != cudaSuccess) return {};
   const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
-  const LibraryCost library = gemm.gelu         ? LibraryCost{5.0f, 0.81f, 0.38f, 2.1f}
+  const LibraryCost library = activates(gemm)   ? LibraryCost{5.0f, 0.81f, 0.38f, 2.1f}
                               : norm == nullptr ? LibraryCost{5.0f, 1.42f, 0.24f, 0.f}
                               : gemm.k < 2048   ? LibraryCost{7.8f, 0.32f, 0.89f, 3.2f}
                                                 : LibraryCost{9.8f, 1.53f, 0.63f, 0.f};

@@ -15,9 +15,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace ft::cuda {
+#include "kernels/types.h"
 
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+namespace ft::cuda {
 
 // Integer tensors from the caller.
 enum class IntType : int { kInt32 = 0, kInt64 = 1, kBool = 2 };  // kBool: attention masks only
@@ -118,12 +118,13 @@ cudaError_t residual_layer_norm_partials(const float* partials,  // [splits, row
                                          void* output,  // [rows, hidden]
                                          const int32_t* live_rows, Launch launch);
 
-// gelu(input + bias), exact (erf) form; bias may be null, output may be input.
-cudaError_t bias_gelu(const void* input,  // [rows, width]
-                      const void* bias,   // [width] or null
-                      int rows, int width, DType dtype,
-                      void* output,  // [rows, width]
-                      const int32_t* live_rows, Launch launch);
+// activation(input + bias); bias may be null, output may be input. cudaErrorInvalidValue for
+// kNone, which needs no pass.
+cudaError_t bias_activation(const void* input,  // [rows, width]
+                            const void* bias,   // [width] or null
+                            Activation activation, int rows, int width, DType dtype,
+                            void* output,  // [rows, width]
+                            const int32_t* live_rows, Launch launch);
 
 // ---- attention ---------------------------------------------------------------------------------
 
@@ -135,6 +136,7 @@ struct AttentionShape {
   int num_heads = 0;
   int head_dim = 0;  // even, 2 to 128
   DType dtype = DType::kFloat16;
+  bool batch_invariant = false;  // a sequence's rows do not depend on the others, to the last bit
 };
 
 // Bytes of device memory the plan of such a problem takes (a multiple of 256; the same for every

@@ -40,20 +40,25 @@ cudaError_t current_device(const DeviceProperties** properties) {
   return cudaSuccess;
 }
 
-bool environment_switch(const char* name, bool otherwise) {
+std::optional<bool> environment_switch(const char* name) {
   const char* value = std::getenv(name);
-  if (value == nullptr || *value == '\0') return otherwise;
+  if (value == nullptr || *value == '\0') return std::nullopt;
   return std::strcmp(value, "0") != 0;
 }
 
 bool tf32_allowed() {
-  static const bool allowed = environment_switch("FT_HANDLER_TF32", false);
+  static const bool allowed = environment_switch("FT_HANDLER_TF32").value_or(false);
   return allowed;
 }
 
-bool batch_invariant() {
-  static const bool wanted = environment_switch("FT_HANDLER_BATCH_INVARIANT", false);
-  return wanted;
+bool batch_invariant(bool asked) {
+  static const std::optional<bool> forced = environment_switch("FT_HANDLER_BATCH_INVARIANT");
+  return forced.value_or(asked);
+}
+
+bool few_tokens_allowed(bool asked) {
+  static const std::optional<bool> forced = environment_switch("FT_HANDLER_SMALL");
+  return forced.value_or(asked);
 }
 
 void set_failure(std::string words) { failure = std::move(words); }

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <optional>
 #include <string>
 
 #include "kernels/cuda/kernels.h"
@@ -25,21 +26,22 @@ cudaError_t current_device(const DeviceProperties** properties);
 // Whether fp32 products may run as TF32: FT_HANDLER_TF32=1 in the environment at first use.
 bool tf32_allowed();
 
-// Whether a sequence's results may not depend on what shares its batch, down to the last bit:
-// FT_HANDLER_BATCH_INVARIANT=1 in the environment at first use. Every sum is then taken in one
-// order, whatever the number of tokens and sequences.
-bool batch_invariant();
+// Whether a sequence's results may not depend on what shares its batch, down to the last bit: what
+// the caller asks for, unless FT_HANDLER_BATCH_INVARIANT in the environment at first use says
+// otherwise. Every sum is then taken in one order, whatever the number of tokens and sequences.
+bool batch_invariant(bool asked);
 
-// Whether an environment switch is on: unset gives `otherwise`, "0" false, anything else true.
-bool environment_switch(const char* name, bool otherwise);
+// Whether a few tokens may take kernels of their own: what the caller asks for, unless
+// FT_HANDLER_SMALL in the environment at first use says otherwise.
+bool few_tokens_allowed(bool asked);
+
+// Whether an environment switch is on: unset gives none, "0" false, anything else true.
+std::optional<bool> environment_switch(const char* name);
 
 // What the calling thread's latest failed library call was, in words; empty when a plain CUDA error
 // says it all. Taking it clears it.
 void set_failure(std::string words);
 std::string take_failure();
-
-// Bytes of one element.
-constexpr size_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Name as in Python: "float16".
 const char* dtype_name(DType dtype);

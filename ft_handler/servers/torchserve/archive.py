@@ -137,7 +137,9 @@ def contents(directory: Path, library: Path | None = None) -> tuple[Path, list[P
 
 def find_library(library: Path | None = None) -> Path:
     """The library's file, without loading it; raises LibraryError listing the paths tried."""
-    tried = candidates(library)
+    # A folder that is named is wanted alone here, as a file is.
+    named = library / LIBRARY if library is not None and library.is_dir() else library
+    tried = candidates(named)
     for path in tried:
         if path.is_file():
             if path.name != LIBRARY:

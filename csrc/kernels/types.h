@@ -1,0 +1,39 @@
+// What both backends' interfaces speak of: element types, operands, activations. No Torch.
+#pragma once
+
+#include <cstdint>
+
+namespace ft {
+
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// Bytes of one element. Inlined always: a shared copy might be the one compiled for instructions
+// that this processor lacks.
+__attribute__((always_inline)) constexpr int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+  }
+  return 0;
+}
+
+// What follows a linear layer's bias. Gelu is the exact (erf) form.
+enum class Activation : int32_t { kNone = 0, kGelu = 1 };
+
+// Numbers that a kernel reads. prepare_weight chooses a weight's type; kernels look here for it.
+struct Operand {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  const float* scale = nullptr;  // of each row of a quantised weight; null for the types above
+};
+
+// The same parameter of every layer, one behind the other, or a single one that all layers share.
+struct Stack {
+  Operand first;
+  int64_t layers = 1;
+};
+
+}  // namespace ft

@@ -1,0 +1,112 @@
+// What the text of an encoder's specification and options may say, and in which words it is
+// refused.
+#include "kernels/encoder_spec.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+namespace {
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::printf("FAILED %s\n", what);
+  std::exit(1);
+}
+
+void refused(const std::function<void()>& call, const std::string& words) {
+  try {
+    call();
+  } catch (const std::runtime_error& error) {
+    const std::string said = error.what();
+    if (said.find(words) != std::string::npos &&
+        said.find("install the ft_handler that matches") != std::string::npos) {
+      return;
+    }
+    std::printf("FAILED \"%s\" should say \"%s\"\n", said.c_str(), words.c_str());
+    std::exit(1);
+  }
+  std::printf("FAILED: not refused, should say \"%s\"\n", words.c_str());
+  std::exit(1);
+}
+
+const std::string kSizes =
+    "hidden=64 embedding=64 layers=2 heads=2 intermediate=100 activation=gelu eps=1e-12 ";
+
+std::string weights(bool projection) {
+  std::string names = "weights=";
+  for (int w = 0; w < ft::kEncoderWeightCount; ++w) {
+    if (!projection && (w == ft::kProjectionWeight || w == ft::kProjectionBias)) continue;
+    names += (names.back() == '=' ? "" : ",") + std::string(ft::kEncoderWeightNames[w]);
+  }
+  return names;
+}
+
+std::string changed(std::string text, const std::string& from, const std::string& to) {
+  const size_t at = text.find(from);
+  require(at != std::string::npos, "a case of this test");
+  return text.replace(at, from.size(), to);
+}
+
+void test_spec() {
+  const std::string whole = kSizes + weights(false);
+  const ft::EncoderSpec spec = ft::parse_encoder_spec(whole);
+  require(spec.hidden == 64 && spec.embedding == 64 && spec.layers == 2 && spec.heads == 2 &&
+              spec.intermediate == 100 && spec.eps == 1e-12 &&
+              spec.activation == ft::Activation::kGelu,
+          "sizes");
+  require(spec.tensors == 17 && spec.places[ft::kWord] == 0 && spec.places[ft::kQkvWeight] == 5 &&
+              spec.places[ft::kNorm2Beta] == 16 && !spec.projects(),
+          "places");
+  const ft::EncoderSpec turned = ft::parse_encoder_spec(
+      changed(whole, "embeddings.word,embeddings.position", "embeddings.position,embeddings.word") +
+      "  ");
+  require(turned.places[ft::kWord] == 1 && turned.places[ft::kPosition] == 0, "another order");
+  const std::string narrow = changed(kSizes, "embedding=64", "embedding=16");
+  require(ft::parse_encoder_spec(narrow + weights(true)).projects(), "a projection");
+  require(
+      ft::shape_of(ft::parse_encoder_spec(narrow + weights(true)), ft::kProjectionWeight).columns ==
+          16,
+      "a projection's shape");
+
+  const auto refuse = [&](const std::string& from, const std::string& to,
+                          const std::string& words) {
+    refused([&] { ft::parse_encoder_spec(changed(whole, from, to)); }, words);
+  };
+  refuse("eps=1e-12", "eps=1e-12 rotary=1", "\"rotary=1\" is unknown");
+  refuse("eps=1e-12", "eps=1e-12 eps=1e-12", "eps comes twice");
+  refuse("eps=1e-12 ", "", "lacks its eps");
+  refuse("eps=1e-12", "eps=tiny", "eps must be a number");
+  refuse("activation=gelu", "activation=relu", "is \"relu\"");
+  refuse("hidden=64", "hidden=0", "hidden must be a number of 1 to 1048576, is \"0\"");
+  refuse("hidden=64", "hidden=64x", "is \"64x\"");
+  refuse("hidden=64", "hidden=99999999999999999999", "hidden must be a number");
+  refuse("hidden=64", "hidden=32", "lacks the weight \"embeddings.projection.weight\"");
+  refuse("heads=2", "heads=3", "heads must divide its hidden size 64, are 3");
+  refuse("layers.up.bias", "layers.gate.bias", "weight \"layers.gate.bias\" is unknown");
+  refuse("layers.up.bias", "layers.up.weight", "weight \"layers.up.weight\" comes twice");
+  refuse(",layers.up.bias", "", "lacks the weight \"layers.up.bias\"");
+  refuse("layers.up.bias", "layers.up.bias,embeddings.projection.bias",
+         "projection must have a weight and a bias");
+  refused([] { ft::parse_encoder_spec(""); }, "lacks its hidden");
+}
+
+void test_options() {
+  require(!ft::parse_encoder_options("").batch_invariant, "the default");
+  require(ft::parse_encoder_options("").few_tokens, "the default");
+  require(ft::parse_encoder_options("batch_invariant").batch_invariant, "a word alone");
+  require(!ft::parse_encoder_options("few_tokens=0 batch_invariant=0").few_tokens, "two words");
+  refused([] { ft::parse_encoder_options("quick"); }, "option \"quick\" is unknown");
+  refused([] { ft::parse_encoder_options("few_tokens=no"); }, "few_tokens must be 0 or 1");
+}
+
+}  // namespace
+
+int main() {
+  test_spec();
+  test_options();
+  std::printf("ok encoder_spec\n");
+  return 0;
+}
