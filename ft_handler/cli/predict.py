@@ -48,7 +48,9 @@ def predict_command(
 
     A refused TEXT gets the error's body instead, and the exit status is then 1.
     """
+    # Before the imports, so that a mistyped option is told at once.
     parameters = dict(_parameter(given) for given in param or [])
+
     import orjson
 
     from ft_handler.predictor import Predictor
@@ -62,15 +64,19 @@ def predict_command(
         except RequestError as error:
             refused = True
             answer = {"code": error.status, "type": error.type, "message": str(error)}
-        # A line at a time: whoever writes to our standard input may wait for it.
-        print(orjson.dumps(answer).decode(), flush=True)
+        # Bytes, as over HTTP: UTF-8 whatever the terminal speaks, and written at once, since
+        # whoever writes to our standard input may wait for them.
+        typer.echo(orjson.dumps(answer))
     raise typer.Exit(1 if refused else 0)
 
 
 def _bodies(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         if text == "-":
-            yield from (line.rstrip("\r\n") for line in sys.stdin)
+            # Of a line that is not UTF-8 surrogates are left, as of such an argument; the predictor
+            # refuses it, and the other lines are answered.
+            for line in sys.stdin.buffer:
+                yield line.decode("utf-8", "surrogateescape").rstrip("\r\n")
         else:
             yield text
 

@@ -13,6 +13,8 @@ import pytest
 from ft_handler.cli.main import main
 from ft_handler.errors import MalformedRequest, ModelError, RequestError, UnusableRequest
 
+SURROGATE = MalformedRequest("text holds a lone surrogate")
+
 
 class FakePredictor:
     """Answers with what it was given; refuses "refuse" and an unknown parameter."""
@@ -31,6 +33,8 @@ class FakePredictor:
     def predict(self, inputs: object, **parameters: object) -> object:
         if inputs == "refuse":
             raise MalformedRequest("the body is empty")
+        if isinstance(inputs, str) and any("\ud800" <= c <= "\udfff" for c in inputs):
+            raise SURROGATE
         if "nonsense" in parameters:
             raise UnusableRequest("unknown parameter")
         return {"inputs": inputs, **parameters}
@@ -89,10 +93,19 @@ def test_only_objects_and_lists_are_json(
 def test_standard_input_a_body_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO('one\r\n["two"]\n\n- \nlast'))
+    lines = 'one\r\n["two"]\n\n- \nörter\nlast'.encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="latin-1"))
     assert predict(str(tmp_path), "before", "-", "after") == 0
-    given = ["before", "one", ["two"], "", "- ", "last", "after"]
+    given = ["before", "one", ["two"], "", "- ", "örter", "last", "after"]
     assert answers(capsys) == [{"inputs": one} for one in given]
+
+
+def test_a_line_that_is_not_utf8_spoils_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n\xff\ntwo\n")))
+    assert predict(str(tmp_path), "-") == 1
+    assert answers(capsys) == [{"inputs": "one"}, body(SURROGATE), {"inputs": "two"}]
 
 
 def test_a_refused_text_is_its_error_and_the_rest_is_answered(
