@@ -133,7 +133,7 @@ def make_checkpoint(mix: str, shape: tuple[int, int, int, int], vocab: Path, fol
 def trace_ours(mix: str, checkpoint: Path, precision: str, output: Path) -> None:
     """`ft-handler trace`."""
     command = [
-        sys.executable, "-m", "ft_handler.cli", "trace", "--mode", MIXES[mix][0],
+        sys.executable, "-m", "ft_handler", "trace", "--mode", MIXES[mix][0],
         "--model_name_or_path", str(checkpoint), "--data_type", precision, "--output", str(output),
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -283,7 +283,7 @@ def prepare_mix(
             trace_ours(mix, checkpoint, arguments.precision, output)
             files = [p for p in output.iterdir() if p.suffix in (".pt", ".json", ".txt")]
             files.append(load_library())
-            shim = [sys.executable, "-m", "ft_handler.cli", "handler-path"]
+            shim = [sys.executable, "-m", "ft_handler", "handler-path"]
             found = subprocess.run(shim, check=True, capture_output=True, text=True)
             handler = Path(found.stdout.strip())
             own = f"\n  mode: {task}" + "".join(f"\n  {s}" for s in arguments.setting)

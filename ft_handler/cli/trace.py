@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ft_handler.cli.choices import choice
+from ft_handler.config import MODES
 from ft_handler.errors import ModelError
-from ft_handler.model.info import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
-from ft_handler.prepare.adapters import read_adapter
 from ft_handler.prepare.options import DEFAULT_SAMPLES, TraceOptions
-from ft_handler.prepare.trace import trace
 
 
-class Mode(str, Enum):
-    """What the model is for."""
-
-    sequence_classification = SEQUENCE_CLASSIFICATION
-    question_answering = QUESTION_ANSWERING
+def modes() -> Sequence[str]:
+    """What a model may be traced for."""
+    return MODES
 
 
-class DataType(str, Enum):
-    """Type of the encoder's parameters; heads are always fp32."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
+def data_types() -> Sequence[str]:
+    """The types an encoder may be traced in."""
+    return ("fp32", "fp16", "bf16")
 
 
-class ModelType(str, Enum):
-    """`thsext`: fused, padding-free; `ths`: transformers' own as TorchScript; `ori`: eager."""
-
-    ori = "ori"
-    ths = "ths"
-    thsext = "thsext"
-
-
-# -- the command ---------------------------------------------------------------------------------
+MODEL_TYPES = ("ori", "ths", "thsext")
 
 
 def _names(name: str) -> tuple[str, str]:
@@ -46,7 +32,7 @@ def _names(name: str) -> tuple[str, str]:
 
 
 def trace_command(
-    mode: Annotated[Mode, typer.Option("--mode", help="What the model is for.")],
+    mode: Annotated[str, choice("--mode", names=modes(), help="What the model is for.")],
     model_name_or_path: Annotated[
         str | None,
         typer.Option(
@@ -106,16 +92,20 @@ def trace_command(
     ] = DEFAULT_SAMPLES,
     seed: Annotated[int, typer.Option("--seed", help="Seed of that sample.")] = 42,
     data_type: Annotated[
-        DataType, typer.Option(*_names("data_type"), help="The encoder's type; heads are fp32.")
-    ] = DataType.fp32,
+        str,
+        choice(
+            *_names("data_type"), names=data_types(), help="The encoder's type; heads are fp32."
+        ),
+    ] = "fp32",
     model_type: Annotated[
-        ModelType,
-        typer.Option(
+        str,
+        choice(
             *_names("model_type"),
+            names=MODEL_TYPES,
             help="thsext: fused and padding-free. For comparison: ths, transformers' model as "
             "plain TorchScript; ori, an eager checkpoint.",
         ),
-    ] = ModelType.thsext,
+    ] = "thsext",
     ths_path: Annotated[
         Path | None,
         typer.Option(
@@ -131,15 +121,18 @@ def trace_command(
     ] = False,
 ) -> None:
     """Write a traced model and everything an archive needs from a BERT checkpoint."""
-    if remove_padding and model_type is not ModelType.thsext:
-        raise ModelError(f"--remove_padding needs --model_type thsext, not {model_type.value}")
+    from ft_handler.prepare.adapters import read_adapter
+    from ft_handler.prepare.trace import trace
+
+    if remove_padding and model_type != "thsext":
+        raise ModelError(f"--remove_padding needs --model_type thsext, not {model_type}")
     name = model_name_or_path
     if name is None and adapter is not None:
         name = read_adapter(adapter).base
     if name is None:
         raise ModelError("--model_name_or_path is missing")
     options = TraceOptions(
-        mode=mode.value,
+        mode=mode,
         model_name_or_path=name,
         output=output,
         tokenizer_name=tokenizer_name,
@@ -151,8 +144,8 @@ def trace_command(
         do_lower_case=do_lower_case,
         batch_size=batch_size,
         seed=seed,
-        data_type=data_type.value,
-        model_type=model_type.value,
+        data_type=data_type,
+        model_type=model_type,
         ths_path=ths_path,
     )
     trace(options, typer.echo)

@@ -9,8 +9,8 @@ import typer
 
 from ft_handler.config import environment, leave_out_few_token_encoder
 from ft_handler.errors import EnvironmentProblem
-from ft_handler.tuning.measure import LARGEST, measure, row_classes
-from ft_handler.tuning.table import VARIABLE, default_path, gemm_ops, write_table
+
+LARGEST = 16384
 
 
 def tune_command(
@@ -42,6 +42,8 @@ def tune_command(
 
     from ft_handler.model.bundle import read_info
     from ft_handler.model.info import DATA_TYPES
+    from ft_handler.tuning.measure import measure, row_classes
+    from ft_handler.tuning.table import VARIABLE, default_path, gemm_ops, write_table
 
     if not torch.cuda.is_available():
         raise EnvironmentProblem("tuning needs a GPU, and torch sees none")

@@ -13,7 +13,6 @@ from typing import Any
 
 from ft_handler.tuning.table import Entry, gemm_ops, load_entry
 
-LARGEST = 16384
 EPS = 1e-12
 # Plans of one layer that are measured, best guesses first.
 MOST_OURS = 12
@@ -41,7 +40,7 @@ def layers_of(hidden: int, intermediate: int) -> list[Layer]:
     ]
 
 
-def row_classes(largest: int = LARGEST) -> list[int]:
+def row_classes(largest: int) -> list[int]:
     """Every class of token counts up to the one that holds `largest`, ascending."""
     ops = gemm_ops()
     classes = [int(ops.gemm_row_class(1))]

@@ -16,9 +16,6 @@ from ft_handler.errors import EnvironmentProblem
 LEAST_JAVA = 11
 
 
-# -- Java ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Java:
     """A Java runtime: the `java` program, its major version, and how it was found."""

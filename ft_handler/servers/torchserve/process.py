@@ -22,7 +22,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -42,9 +42,6 @@ KEY_FILE = "key_file.json"
 
 #: Lines every start prints on a machine without a GPU or on a newer Java; they mean nothing.
 NOISE = ("WARNING: sun.reflect.Reflection.getCallerClass", "nvidia-smi not available")
-
-
-# -- the server ----------------------------------------------------------------------------------
 
 
 def _die_with_parent() -> None:
@@ -111,9 +108,12 @@ class Server:
     @property
     def pid(self) -> int:
         """Process id of the Java server, also the id of its process group."""
+        return self._running().pid
+
+    def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
             raise RuntimeError("the server was not started")
-        return self._process.pid
+        return self._process
 
     def key(self, purpose: str) -> str | None:
         """The key for `inference`, `management` or `API`; None when none is needed (yet)."""
@@ -191,7 +191,9 @@ class Server:
         except BaseException:
             shutil.rmtree(self._scratch, ignore_errors=True)
             raise
-        self._reader = threading.Thread(target=self._forward, daemon=True)
+        self._reader = threading.Thread(
+            target=self._forward, args=(self._process.stdout,), daemon=True
+        )
         self._reader.start()
 
     def _check_ports(self) -> None:
@@ -214,11 +216,9 @@ class Server:
                     "or choose others with --port and --grpc-port"
                 ) from None
 
-    def _forward(self) -> None:
+    def _forward(self, lines: Iterable[str]) -> None:
         """Pass the server's output on, and remember why a worker died."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in lines:
             message = line.rstrip("\n").partition(" MODEL_LOG - ")[2]
             if re.match(r"[\w.]*(Error|Exception|Problem|Exit)\b", message):
                 self._cause = message.strip()
@@ -260,8 +260,7 @@ class Server:
 
     def wait(self) -> int:
         """Block until the server ends by itself; its exit code."""
-        assert self._process is not None
-        return self._process.wait()
+        return self._running().wait()
 
     # state
 
@@ -304,17 +303,21 @@ class Server:
             (done if full else waiting).append(name)
         return done, waiting
 
-    def wait_ready(self, timeout: float = 300, on_progress: Any = None) -> float:
+    def wait_ready(
+        self,
+        timeout: float = 300,
+        on_progress: Callable[[Sequence[str], Sequence[str]], None] | None = None,
+    ) -> float:
         """Wait until every loaded model's workers are READY; seconds since the start.
 
         Raises EnvironmentProblem when the server ends, when workers die while they load, or after
         `timeout` seconds. `on_progress(ready, waiting)` is called while waiting.
         """
-        assert self._process is not None
+        process = self._running()
         while True:
-            if self._process.poll() is not None:
+            if process.poll() is not None:
                 raise EnvironmentProblem(
-                    f"TorchServe ended with code {self._process.returncode} before it was ready; "
+                    f"TorchServe ended with code {process.returncode} before it was ready; "
                     "its messages are above"
                 )
             if self._deaths >= 2:

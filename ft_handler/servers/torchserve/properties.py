@@ -33,9 +33,6 @@ ADDRESSES = {
 GRPC_PORTS = {"grpc_inference_port": "7070", "grpc_management_port": "7071"}
 
 
-# -- settings ------------------------------------------------------------------------------------
-
-
 def read_properties(path: Path) -> dict[str, str]:
     """A Java properties file as TorchServe's own launcher reads it: `key=value` lines."""
     try:
