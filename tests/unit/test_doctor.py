@@ -108,7 +108,7 @@ def test_a_library_that_does_not_load_says_where_it_was_looked_for(
     monkeypatch.setattr(doctor, "PROBES", (doctor.library,))
     (found,) = doctor.report()
     assert not found.ok
-    assert found.answer.startswith("not loaded: libpyt_fastertransformer.so not found; tried ")
+    assert found.answer.startswith("not loaded: no libpyt_fastertransformer.so fits: ")
     assert "nowhere.so (missing)" in found.answer
 
 
