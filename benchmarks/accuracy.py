@@ -38,7 +38,8 @@ from tokenizers import Tokenizer
 from ft_handler import TraceOptions, load_model
 from ft_handler.engine.base import Engine
 from ft_handler.engine.select import engine_for
-from ft_handler.prepare.trace import TRACED_FILE, trace
+from ft_handler.files import TRACED_FILE
+from ft_handler.prepare.trace import trace
 from ft_handler.types import PackedBatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -93,8 +94,9 @@ Grouping = Callable[[list[int]], Iterator[list[int]]]
 Results = list[list[np.ndarray]]
 
 
-def run(engine: Engine, sequences: list[Input], grouping: Grouping, name: str) -> Results:
+def run(engine: Engine, task: Sst2 | Squad, grouping: Grouping, name: str) -> Results:
     """The handler's engine over all sequences; per sequence one array an output, in order."""
+    sequences = task.sequences
     lengths = [len(s.ids) for s in sequences]
     results: Results = [[] for _ in sequences]
     done, shown = 0, time.monotonic()
@@ -105,10 +107,10 @@ def run(engine: Engine, sequences: list[Input], grouping: Grouping, name: str) -
         batch = PackedBatch(ids, types, bounds, max(lengths[i] for i in group))
         out = engine.launch(batch).result()
         for row, i in enumerate(group):
-            if len(out) == 1:
-                results[i] = [out[0][row]]
-            else:
+            if task.per_token:
                 results[i] = [part[bounds[row] : bounds[row + 1]] for part in out]
+            else:
+                results[i] = [out[row]]
         done += len(group)
         if time.monotonic() - shown > 10:
             shown = time.monotonic()
@@ -127,6 +129,8 @@ def apart(some: Results, others: Results) -> float:
 
 class Sst2:
     """SST-2 dev: sentences and two labels."""
+
+    per_token = False
 
     def __init__(self, tokenizer: Tokenizer, shared: Path, limit: int | None) -> None:
         lines = (shared / "data/sst2/dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
@@ -184,6 +188,8 @@ def best_span(start: np.ndarray, end: np.ndarray) -> tuple[float, int, int]:
 
 class Squad:
     """SQuAD v1.1 dev: questions, contexts in windows, accepted answers."""
+
+    per_token = True
 
     def __init__(self, tokenizer: Tokenizer, shared: Path, limit: int | None) -> None:
         with gzip.open(shared / "data/squad/dev-v1.1.json.gz", "rt", encoding="utf-8") as file:
@@ -257,8 +263,8 @@ TASKS: dict[str, type[Sst2] | type[Squad]] = {"sst2": Sst2, "squad": Squad}
 
 def neighbours(engine: Engine, task: Sst2 | Squad, name: str) -> dict[str, Any]:
     """Every sequence alone against the same sequence among 63 others."""
-    single = run(engine, task.sequences, alone, f"{name}, alone")
-    among = run(engine, task.sequences, shuffled, f"{name}, among others")
+    single = run(engine, task, alone, f"{name}, alone")
+    among = run(engine, task, shuffled, f"{name}, among others")
     changed = zip(task.answers(single), task.answers(among), strict=True)
     return {
         "alone_or_among_63": {
@@ -315,7 +321,7 @@ def main() -> int:
                 tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
             begun = time.perf_counter()
             data = TASKS[task](tokenizer, shared, arguments.limit)
-            scores = data.scores(run(engine, data.sequences, by_length, task))
+            scores = data.scores(run(engine, data, by_length, task))
             if arguments.neighbours:
                 scores |= neighbours(engine, data, task)
             row = {"task": task, "data_type": data_type, "device": arguments.device, **scores}

@@ -25,7 +25,7 @@ from ft_handler import load_model
 from ft_handler.engine.base import Engine
 from ft_handler.engine.select import engine_for
 from ft_handler.request.batching import flatten, pack, plan_buckets
-from ft_handler.types import Encoding
+from ft_handler.types import Encoding, Item, Place
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from provenance import provenance
@@ -68,7 +68,10 @@ def seconds(
 ) -> float:
     """One batch from tokens to logits: plan, pack, launch every bucket, collect."""
     rng = np.random.default_rng(0)
-    encodings = [Encoding([rng.integers(1, 1000, n).tolist()], [n], False) for n in lengths]
+    encodings = [
+        Encoding(Item(Place(i, 0), None), [rng.integers(1, 1000, n)], [n], False)
+        for i, n in enumerate(lengths)
+    ]
     start = clock()
     sequences = flatten(encodings)
     buckets = plan_buckets(sequences.lengths, *plan)

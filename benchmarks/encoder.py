@@ -33,7 +33,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ft_handler import build_info, load_library
+from ft_handler import architectures, build_info, load_library
+from ft_handler.model.encoder import WEIGHTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from provenance import device_name, provenance
@@ -126,8 +127,9 @@ def bert(shape: tuple[int, int, int, int], longest: int) -> torch.nn.Module:
 
 
 def our_encoder(model: torch.nn.Module, heads: int, batch: Batch) -> Run:
-    """`fastertransformer.encoder` over the weights of an HF `BertModel`."""
+    """`fastertransformer.encode` over the weights of an HF `BertModel`."""
     ops = torch.ops.fastertransformer
+    spec = architectures.get("bert").spec(model.config).text(WEIGHTS)
     e, layers = model.embeddings, list(model.encoder.layer)
 
     def stack(get: Callable[[Any], torch.Tensor]) -> torch.Tensor:
@@ -162,9 +164,9 @@ def our_encoder(model: torch.nn.Module, heads: int, batch: Batch) -> Run:
     ]
 
     def run() -> torch.Tensor:
-        return ops.encoder(
-            batch.packed_ids, batch.types, None, batch.cu_seqlens, batch.longest, *parameters,
-            heads, 1e-12,
+        return ops.encode(
+            batch.packed_ids, batch.types, None, batch.cu_seqlens, batch.longest, parameters,
+            spec, "",
         )  # fmt: skip
 
     return run

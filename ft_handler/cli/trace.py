@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ft_handler import precisions, tasks
 from ft_handler.cli.choices import choice
-from ft_handler.config import MODES
 from ft_handler.errors import ModelError
 from ft_handler.prepare.options import DEFAULT_SAMPLES, TraceOptions
-
-
-def modes() -> Sequence[str]:
-    """What a model may be traced for."""
-    return MODES
-
-
-def data_types() -> Sequence[str]:
-    """The types an encoder may be traced in."""
-    return ("fp32", "fp16", "bf16")
-
 
 MODEL_TYPES = ("ori", "ths", "thsext")
 
@@ -32,7 +20,7 @@ def _names(name: str) -> tuple[str, str]:
 
 
 def trace_command(
-    mode: Annotated[str, choice("--mode", names=modes(), help="What the model is for.")],
+    mode: Annotated[str, choice("--mode", names=tasks.names(), help="What the model is for.")],
     model_name_or_path: Annotated[
         str | None,
         typer.Option(
@@ -94,7 +82,9 @@ def trace_command(
     data_type: Annotated[
         str,
         choice(
-            *_names("data_type"), names=data_types(), help="The encoder's type; heads are fp32."
+            *_names("data_type"),
+            names=precisions.names(),
+            help="The encoder's type; heads are fp32.",
         ),
     ] = "fp32",
     model_type: Annotated[

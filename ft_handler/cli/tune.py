@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ft_handler.config import environment, leave_out_few_token_encoder
+from ft_handler import precisions
+from ft_handler.config import environment
 from ft_handler.errors import EnvironmentProblem
 
 LARGEST = 16384
@@ -41,15 +42,12 @@ def tune_command(
     import torch
 
     from ft_handler.model.bundle import read_info
-    from ft_handler.model.info import DATA_TYPES
     from ft_handler.tuning.measure import measure, row_classes
     from ft_handler.tuning.table import VARIABLE, default_path, gemm_ops, write_table
 
     if not torch.cuda.is_available():
         raise EnvironmentProblem("tuning needs a GPU, and torch sees none")
     info = read_info(model)
-    # The path for few tokens has no plans; where it is not taken, they matter.
-    leave_out_few_token_encoder()
     ops = gemm_ops()
     if tokens:
         try:
@@ -62,7 +60,7 @@ def tune_command(
     gpu = torch.cuda.get_device_name()
     named = environment(VARIABLE)
     path = output or (Path(named) if named else default_path(gpu))
-    dtype = str(DATA_TYPES[info.data_type]).removeprefix("torch.")
+    dtype = precisions.get(info.data_type).torch_name
     entries = []
     for rows in classes:
         found = measure(

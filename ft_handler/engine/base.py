@@ -1,26 +1,19 @@
-"""What the pipeline asks of a device: packed batches in, fp32 logits on the host out."""
+"""What the pipeline asks of a device: packed batches in, fp32 outputs on the host out."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ft_handler.types import PackedBatch
-
-if TYPE_CHECKING:
-    pass
-
-
-Logits = tuple[NDArray[np.float32], ...]
+from ft_handler.types import Floats, PackedBatch
 
 
 class Pending(Protocol):
     """A batch under way."""
 
-    def result(self) -> Logits:
-        """Wait for the logits: `([batch, num_labels],)`, or `([total], [total])` for QA.
+    def result(self) -> Floats:
+        """Wait for the outputs: `[batch, columns]`, or `[columns, total]` if they are for tokens.
 
         Raises OutOfDeviceMemory when the batch has to be split, EngineLost when the process
         cannot use its GPU any more.
@@ -44,11 +37,11 @@ class Engine(Protocol):
 class Done:
     """A batch that was computed when it was launched."""
 
-    def __init__(self, logits: Logits) -> None:
-        self._logits = logits
+    def __init__(self, outputs: Floats) -> None:
+        self._outputs = outputs
 
-    def result(self) -> Logits:
-        return self._logits
+    def result(self) -> Floats:
+        return self._outputs
 
 
 def synthetic_batch(lengths: list[int], vocab_size: int) -> PackedBatch:

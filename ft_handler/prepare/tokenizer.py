@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from ft_handler.errors import ModelError
+from ft_handler.files import TOKENIZER_FILE, VOCABULARY_FILE
 from ft_handler.prepare import hf, hub
 from ft_handler.prepare.options import TraceOptions
 
-# -- the files beside the traced model -----------------------------------------------------------
+
+@dataclass(frozen=True)
+class WrittenTokenizer:
+    """What the traced file should know of its tokenizer.
+
+    text        of its tokenizer.json, to be carried inside
+    lower_case  whether it lower-cases
+    """
+
+    text: str
+    lower_case: bool
 
 
-def write_tokenizer(options: TraceOptions, output: Path, vocab_size: int, longest: int) -> bool:
-    """Write the tokenizer's files, without truncation or padding; returns whether it lower-cases.
+def write_tokenizer(
+    options: TraceOptions, output: Path, vocab_size: int, longest: int
+) -> WrittenTokenizer:
+    """Write the tokenizer's files, without truncation or padding.
 
     Truncation belongs to the handler's settings: a tokenizer.json that truncates would do it
     silently.
@@ -49,7 +63,7 @@ def write_tokenizer(options: TraceOptions, output: Path, vocab_size: int, longes
             raise ModelError(f"tokenizer {wanted}: do_lower_case has nothing to set in it")
         normalizer["lowercase"] = options.do_lower_case
     text = json.dumps(described, ensure_ascii=False, indent=2) + "\n"
-    (output / "tokenizer.json").write_text(text, encoding="utf-8")
+    (output / TOKENIZER_FILE).write_text(text, encoding="utf-8")
     vocabulary = backend.get_vocab(with_added_tokens=True)
     largest = max(vocabulary.values(), default=-1)
     if largest >= vocab_size:
@@ -59,5 +73,5 @@ def write_tokenizer(options: TraceOptions, output: Path, vocab_size: int, longes
         )
     if described["model"].get("type") == "WordPiece":
         words = sorted(vocabulary, key=vocabulary.__getitem__)
-        (output / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    return bool(normalizer.get("lowercase", False))
+        (output / VOCABULARY_FILE).write_text("\n".join(words) + "\n", encoding="utf-8")
+    return WrittenTokenizer(text, bool(normalizer.get("lowercase", False)))

@@ -5,29 +5,28 @@ The options keep the names of NVIDIA's published TorchServe example for FasterTr
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from ft_handler import precisions, tasks
 from ft_handler.errors import ModelError
-from ft_handler.model.bundle import save_model, versions
-from ft_handler.model.info import DATA_TYPES, FORMAT_VERSION, SEQUENCE_CLASSIFICATION, ModelInfo
-from ft_handler.model.module import build_module
+from ft_handler.files import TRACED_FILE
+from ft_handler.model.bundle import save_model
+from ft_handler.model.info import FORMAT_VERSION, OP_INTERFACE, ModelInfo
 from ft_handler.native.library import load_library
 from ft_handler.prepare.checkpoint import Checkpoint, load_checkpoint
-from ft_handler.prepare.compare import compare, sample_batch, trace_plain
-from ft_handler.prepare.hf import quiet_transformers
+from ft_handler.prepare.compare import Reference, compare, sample_batch, trace_plain
+from ft_handler.prepare.fuse import fuse
+from ft_handler.prepare.hf import import_transformers, quiet_transformers
 from ft_handler.prepare.options import TraceOptions
+from ft_handler.prepare.settings import write_settings
 from ft_handler.prepare.tokenizer import write_tokenizer
-
-TRACED_FILE = "traced_model.pt"
-CONFIG_FILE = "model-config.yaml"
-LABELS_FILE = "index_to_name.json"
-SAMPLE_REQUEST = "sample_request.json"
-SAMPLE_TEXT = "sample_text.txt"
+from ft_handler.tasks.base import AnyTask
+from ft_handler.version import __version__
 
 
 def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) -> Path:
@@ -35,8 +34,7 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
 
     `say` hears one line a step. Raises ModelError, LibraryError or EnvironmentProblem in words.
     """
-    if options.data_type not in DATA_TYPES:
-        raise ModelError(f"data_type {options.data_type!r} is not one of {', '.join(DATA_TYPES)}")
+    task, precision = tasks.get(options.mode), precisions.get(options.data_type)
     if options.batch_size < 1:
         raise ModelError("batch_size must be at least 1")
     if options.model_type == "thsext" or options.ths_path is not None:
@@ -52,39 +50,43 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
     )
     for note in checkpoint.notes:
         say(f"note: {note}")
-    config = checkpoint.config
-    longest = options.max_seq_length or config.max_position_embeddings
-    if not 4 <= longest <= config.max_position_embeddings:
+    config, architecture = checkpoint.config, checkpoint.architecture
+    positions = architecture.positions(config)
+    longest = options.max_seq_length or positions
+    if not 4 <= longest <= positions:
         raise ModelError(
-            f"max_seq_length {longest} is not between 4 and the model's "
-            f"{config.max_position_embeddings} positions"
+            f"max_seq_length {longest} is not between 4 and the model's {positions} positions"
         )
     output = options.output
     output.mkdir(parents=True, exist_ok=True)
-    lower_case = write_tokenizer(options, output, config.vocab_size, longest)
+    tokenizer = write_tokenizer(options, output, config.vocab_size, longest)
     if options.model_type == "ori":
         with quiet_transformers():
-            checkpoint.model.to(DATA_TYPES[options.data_type]).save_pretrained(output)
+            checkpoint.model.to(precision.dtype).save_pretrained(output)
         say(f"wrote {output} (an eager checkpoint for comparisons; it cannot be served)")
         return output
-    info = describe(options, checkpoint, lower_case)
-    samples = sample_batch(options, config.vocab_size, config.type_vocab_size, longest)
-    say(f"tracing {describe_shape(info)}")
+    info = describe(options, task, checkpoint, tokenizer.lower_case)
+    token_types = architecture.token_types(config)
+    pad = getattr(config, "pad_token_id", None)
+    samples = sample_batch(options, info.vocab_size, token_types, pad, longest)
+    reference = Reference(checkpoint.model, takes_token_types=token_types > 0).eval()
+    say(f"tracing {describe_shape(task, info)}")
     if options.model_type == "thsext":
-        module = build_module(
-            options.mode,
+        module = fuse(
+            task,
+            architecture.head(task),
+            architecture.spec(config),
             checkpoint.weights,
-            num_heads=info.num_heads,
-            layer_norm_eps=info.layer_norm_eps,
-            dtype=DATA_TYPES[options.data_type],
+            precision,
+            info.num_labels,
         )
     else:
-        module = trace_plain(checkpoint.model, DATA_TYPES[options.data_type], samples)
+        module = trace_plain(reference, precision.dtype, samples)
     with tempfile.TemporaryDirectory(prefix=".checking-", dir=output) as scratch:
         candidate = Path(scratch) / TRACED_FILE
-        save_model(module, info, candidate)
+        save_model(module, info, candidate, tokenizer.text)
         say(f"checking {options.batch_size} random sequences of up to {longest} tokens")
-        difference, allowed = compare(candidate, checkpoint.model, info, samples)
+        difference, allowed = compare(candidate, reference, precision, task.per_token, samples)
         if not difference <= allowed:
             raise ModelError(
                 f"the traced logits differ from transformers' by {difference:.2e}, more than "
@@ -92,84 +94,50 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
             )
         say(f"largest difference from transformers: {difference:.1e} (allowed: {allowed:.1e})")
         os.replace(candidate, output / TRACED_FILE)
-    write_settings(options, info, longest, output)
+    write_settings(task, info, longest, output)
     say(f"wrote {output}: {', '.join(sorted(p.name for p in output.iterdir() if p.is_file()))}")
     return output
 
 
-def describe_shape(info: ModelInfo) -> str:
+def describe_shape(task: AnyTask, info: ModelInfo) -> str:
     """Such as `bert 6 x 384 (12 heads), 2 labels, fp32`."""
-    labels = f", {info.num_labels} labels" if info.mode == SEQUENCE_CLASSIFICATION else ""
+    labels = f", {info.num_labels} labels" if task.labelled else ""
     return (
         f"{info.architecture} {info.num_layers} x {info.hidden_size} ({info.num_heads} heads)"
         f"{labels}, {info.data_type}, {info.model_type}"
     )
 
 
-def describe(options: TraceOptions, checkpoint: Checkpoint, lower_case: bool) -> ModelInfo:
+def describe(
+    options: TraceOptions, task: AnyTask, checkpoint: Checkpoint, lower_case: bool
+) -> ModelInfo:
     """The metadata of the file to write."""
-    config = checkpoint.config
-    classifies = options.mode == SEQUENCE_CLASSIFICATION
+    config, architecture = checkpoint.config, checkpoint.architecture
+    spec = architecture.spec(config)
     return ModelInfo(
         format_version=FORMAT_VERSION,
-        mode=options.mode,
-        architecture=checkpoint.architecture,
+        mode=task.name,
+        architecture=architecture.model_type,
         data_type=options.data_type,
-        model_type=options.model_type,
+        model_type="thsext" if options.model_type == "thsext" else "ths",
         remove_padding=options.model_type == "thsext",
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        max_positions=config.max_position_embeddings,
+        hidden_size=spec.hidden_size,
+        num_layers=spec.num_layers,
+        num_heads=spec.num_heads,
+        intermediate_size=spec.intermediate_size,
+        max_positions=architecture.positions(config),
         vocab_size=config.vocab_size,
-        type_vocab_size=config.type_vocab_size,
-        num_labels=config.num_labels if classifies else 2,
+        # Of a model without token types every token is of the one type 0.
+        type_vocab_size=architecture.token_types(config) or 1,
+        num_labels=task.columns(config),
         labels=checkpoint.labels,
-        problem_type=getattr(config, "problem_type", None) if classifies else None,
+        problem_type=getattr(config, "problem_type", None) if task.labelled else None,
         do_lower_case=lower_case,
-        layer_norm_eps=config.layer_norm_eps,
-        versions=versions(),
+        layer_norm_eps=spec.layer_norm_eps,
+        versions={
+            "torch": str(torch.__version__),
+            "transformers": import_transformers().__version__,
+            "ft_handler": __version__,
+        },
+        op_interface=OP_INTERFACE,
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def write_settings(options: TraceOptions, info: ModelInfo, longest: int, output: Path) -> None:
-    """Write model-config.yaml, the labels and the sample requests."""
-    write_text(output / CONFIG_FILE, model_config(info, longest))
-    sample: dict[str, Any]
-    if info.mode == SEQUENCE_CLASSIFICATION:
-        labels = {str(i): name for i, name in sorted(info.labels.items())}
-        write_text(output / LABELS_FILE, json.dumps(labels, ensure_ascii=False, indent=1) + "\n")
-        sample = {"text": "A warm, funny film that never overstays its welcome."}
-        write_text(output / SAMPLE_TEXT, sample["text"] + "\n")
-    else:
-        sample = {
-            "question": "When does the library open?",
-            "context": "The town library opens at nine in the morning and closes at six.",
-        }
-        write_text(output / SAMPLE_TEXT, json.dumps(sample) + "\n")
-    write_text(output / SAMPLE_REQUEST, json.dumps(sample, indent=1) + "\n")
-
-
-def model_config(info: ModelInfo, longest: int) -> str:
-    """The text of model-config.yaml."""
-    return f"""\
-# TorchServe's settings of this model; they beat config.properties.
-minWorkers: 1
-maxWorkers: 1
-batchSize: 32
-# Milliseconds to wait for a batch to fill; 0 would become 100.
-maxBatchDelay: 5
-# Seconds.
-responseTimeout: 120
-startupTimeout: 300
-
-# The handler's settings; docs/configuration.md lists them all with their defaults.
-handler:
-  mode: {info.mode}
-  max_length: {longest}
-"""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ft_handler.types import Encoding, PackedBatch
+from ft_handler.types import Encoding, Floats, Outputs, PackedBatch
 
 Indices = NDArray[np.int64]
 
@@ -25,27 +26,32 @@ class Sequences:
     input_ids       [total] int64
     token_type_ids  [total] int64
     lengths         [sequences] int64
+    owners          [sequences] which encoding each belongs to
     """
 
     input_ids: NDArray[np.int64]
     token_type_ids: NDArray[np.int64]
     lengths: Indices
+    owners: Indices
 
 
-def flatten(encodings: Sequence[Encoding]) -> Sequences:
+def flatten(encodings: Sequence[Encoding[Any]]) -> Sequences:
     """Lay all sequences of all inputs end to end, in arrival order."""
     ids = [s for e in encodings for s in e.sequences]
     if not ids:
-        return Sequences(*np.zeros((3, 0), np.int64))
+        return Sequences(*np.zeros((4, 0), np.int64))
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    counts = np.fromiter((len(e.sequences) for e in encodings), np.int64, len(encodings))
+    owners = np.repeat(np.arange(len(encodings)), counts)
     total = int(lengths.sum())
     flat = np.concatenate(ids)
     splits = np.fromiter((s for e in encodings for s in e.splits), np.int64, len(ids))
     if np.array_equal(splits, lengths):
-        return Sequences(flat, np.zeros(total, np.int64), lengths)
+        return Sequences(flat, np.zeros(total, np.int64), lengths, owners)
     ends = np.cumsum(lengths)
     boundary = np.repeat(ends - lengths + splits, lengths)
-    return Sequences(flat, (np.arange(total) >= boundary).astype(np.int64), lengths)
+    types = (np.arange(total) >= boundary).astype(np.int64)
+    return Sequences(flat, types, lengths, owners)
 
 
 def default_buckets(max_positions: int) -> tuple[int, ...]:
@@ -115,26 +121,44 @@ def _token_indices(lengths: Indices, members: Indices) -> Indices:
     return indices
 
 
-def restore_rows(
-    done: Sequence[tuple[Indices, NDArray[np.float32]]], count: int
-) -> NDArray[np.float32]:
-    """Results `[members, width]` of the buckets as `[count, width]` in arrival order.
+def restore(
+    done: Sequence[tuple[Indices, Floats]], sequences: Sequences, per_token: bool
+) -> Floats:
+    """Outputs of the buckets in arrival order; sequences in no bucket of `done` get zeros.
 
-    Sequences in no bucket of `done` get zeros.
+    `[members, columns]` of each bucket become `[sequences, columns]`, or with `per_token`
+    `[columns, tokens]` become `[columns, total]`.
     """
+    count = len(sequences.lengths)
+    if len(done) == 1 and _everything(done[0][0], count):
+        return done[0][1]
+    if per_token:
+        out = np.zeros((done[0][1].shape[0], len(sequences.input_ids)), np.float32)
+        for members, columns in done:
+            out[:, _token_indices(sequences.lengths, members)] = columns
+        return out
     out = np.zeros((count, done[0][1].shape[1]), np.float32)
     for members, rows in done:
         out[members] = rows
     return out
 
 
-def restore_tokens(
-    done: Sequence[tuple[Indices, NDArray[np.float32]]], lengths: Indices
-) -> NDArray[np.float32]:
-    """Results `[tokens]` of the buckets as `[total]` in arrival order; the rest gets zeros."""
-    if len(done) == 1 and _everything(done[0][0], len(lengths)):
-        return done[0][1]
-    out = np.zeros(int(lengths.sum()), np.float32)
-    for members, tokens in done:
-        out[_token_indices(lengths, members)] = tokens
-    return out
+def outputs_of(
+    values: Floats, sequences: Sequences, chosen: NDArray[np.bool_], per_token: bool
+) -> Outputs:
+    """The outputs of the sequences that are `chosen`, [sequences]."""
+    if chosen.all():
+        return Outputs(values, sequences.lengths)
+    lengths = sequences.lengths
+    kept = values[:, np.repeat(chosen, lengths)] if per_token else values[chosen]
+    return Outputs(kept, lengths[chosen])
+
+
+def finite(values: Floats, sequences: Sequences, per_token: bool) -> NDArray[np.bool_]:
+    """[sequences] whether every output of a sequence is a number."""
+    if not per_token:
+        rows: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(values), axis=1)
+        return rows
+    begins = np.cumsum(sequences.lengths) - sequences.lengths
+    tokens = np.logical_and.reduce(np.isfinite(values), axis=0)
+    return np.logical_and.reduceat(tokens, begins)

@@ -1,464 +1,237 @@
-"""The request path, stage by stage; runs without TorchServe.
+"""The request path, stage by stage; runs without any server.
 
-dicts -decode-> Request -tokenize-> Encoding -bucket and pack-> PackedBatch -engine-> logits
- -postprocess-> Prediction -encode-> Reply
+Incoming -decode-> Item -tokenize-> Encoding -bucket, pack-> PackedBatch -engine-> Outputs
+ -postprocess-> Prediction -assemble-> Reply
 
-A request that fails leaves the flow with its own answer; its neighbours go on.
-
-Where the engine computes beside the host, a large batch goes in parts: while the device works on
-one, the next is tokenized and launched, and then the answers of those that are done are made.
+Items go through in whatever parts suit the engine. A stage answers or refuses an item by setting
+its result, and skips those that have one; what fails on the way fails its own items alone.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Generic
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ft_handler.config import HandlerConfig
-from ft_handler.engine.base import Engine, Logits, Pending
-from ft_handler.errors import (
-    ConfigError,
-    EngineLost,
-    InternalError,
-    OutOfDeviceMemory,
-    OutOfMemory,
-    RequestError,
-)
+from ft_handler.config import CoreSettings
+from ft_handler.engine.base import Engine
+from ft_handler.errors import InternalError, RequestError
 from ft_handler.request.batching import (
-    Indices,
-    Sequences,
     default_buckets,
+    finite,
     flatten,
-    pack,
+    outputs_of,
     plan_buckets,
-    restore_rows,
-    restore_tokens,
+    restore,
 )
-from ft_handler.request.codec import Codec, encode_error
-from ft_handler.tasks.encoders import QuestionEncoder, TextEncoder
-from ft_handler.tasks.question_answering import QuestionAnswering
-from ft_handler.tasks.sequence_classification import Classification
-from ft_handler.types import (
-    ClassificationParams,
-    Encoding,
-    ModelInput,
-    PackedBatch,
-    Prediction,
-    QuestionParams,
-    Reply,
-    Request,
-    TextInput,
-)
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from ft_handler.model.info import ModelInfo
+from ft_handler.request.documents import Decoder, Limits
+from ft_handler.request.failures import log_failure
+from ft_handler.request.flight import Flight
+from ft_handler.request.forms import TRUNCATED, Form
+from ft_handler.request.overlap import overlapped, parts_of
+from ft_handler.request.replies import assemble, outcome
+from ft_handler.stats import BatchStats, Stopwatch
+from ft_handler.tasks.base import EncodingT, ParamsT, Runner, Task
+from ft_handler.types import Floats, Incoming, InputT, Item, Place, Reply
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("decode", "tokenize", "pack", "compute", "postprocess", "encode")
-
 
 @dataclass(slots=True)
-class BatchStats:
-    """What one batch was and what it cost.
+class _Part(Generic[EncodingT]):
+    """Encodings that are under way together."""
 
-    padded        tokens that padding every sequence to the longest one would have added
-    padded_fixed  the same for padding to the longest allowed length
-    seconds       the host's wall time in each of `STAGES`; "compute" is launching and waiting for
-                  the engine, so a device's work that other stages hide is not in it
-    """
+    encodings: list[EncodingT]
+    flight: Flight
 
-    requests: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    padded: int = 0
-    padded_fixed: int = 0
-    buckets: int = 0
-    refused: int = 0
-    failed: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    def abandon(self) -> None:
+        self.flight.abandon()
 
 
-@dataclass(slots=True)
-class _Part:
-    """Requests that are under way together."""
+class Pipeline(Generic[InputT, ParamsT, EncodingT]):
+    """Chains the stages for one model; safe from several threads.
 
-    requests: dict[int, Request]
-    encodings: list[Encoding]
-    sequences: Sequences
-    waiting: list[tuple[Indices, Pending | Exception]]
-    buckets: int = 0
-
-
-#: A batch on its way through an engine that overlaps goes in at most so many parts, of at least
-#: so many characters (2,500 tokens of English): smaller launches would use a GPU badly.
-_MOST_PARTS = 3
-_LEAST_PART = 12_000
-
-
-def _characters(item: ModelInput) -> int:
-    if isinstance(item, TextInput):
-        return len(item.text) + len(item.text_pair or "")
-    return len(item.question) + len(item.context)
-
-
-_Lap = Callable[[str], None]
-
-
-def _laps(clock: Callable[[], float], seconds: dict[str, float]) -> _Lap:
-    """A stopwatch: every call adds the time since the last one to a stage."""
-    last = clock()
-
-    def lap(stage: str) -> None:
-        nonlocal last
-        now = clock()
-        seconds[stage] += now - last
-        last = now
-
-    return lap
-
-
-def _ignore(_: BatchStats) -> None:
-    """The observer of a pipeline that nobody watches."""
-
-
-class Pipeline:
-    """Chains the stages for one model.
-
-    config         settings; contradictions with the model raise ConfigError
-    info           the traced file's description of itself
-    tokenizer      without truncation or padding
-    engine         encoder and head
-    labels         names of the classes; None takes the traced file's
-    model_name, model_version   for Open Inference Protocol answers
-    observe        gets the figures of every batch
-    clock          seconds, for those figures
+    task, runner  what the model is for, and that over the loaded model
+    engine        encoder and head
+    max_positions positions of the model
+    model         its name and version, for Open Inference answers
+    clock         seconds, for the figures
     """
 
     def __init__(
         self,
-        config: HandlerConfig,
-        info: ModelInfo,
-        tokenizer: Tokenizer,
+        task: Task[InputT, ParamsT, EncodingT, Any],
+        runner: Runner[InputT, ParamsT, EncodingT],
         engine: Engine,
+        settings: CoreSettings,
         *,
-        labels: Mapping[int, str] | None = None,
-        model_name: str = "model",
-        model_version: str | None = None,
-        observe: Callable[[BatchStats], None] = _ignore,
+        max_positions: int,
+        model: Mapping[str, str],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        _check(config, info, tokenizer)
+        self._runner = runner
         self._engine = engine
-        self._observe = observe
+        self._per_token = task.per_token
         self._clock = clock
-        self._max_batch_tokens = config.max_batch_tokens
-        edges = config.length_buckets
-        self._edges = default_buckets(info.max_positions) if edges is None else edges
-        max_length = config.max_length or info.max_positions
-        self._question = info.mode == "question_answering"
-        self._encoder: TextEncoder | QuestionEncoder
-        self._task: Classification | QuestionAnswering
-        defaults: ClassificationParams | QuestionParams
-        if self._question:
-            defaults = QuestionParams(
-                config.top_k or 1,
-                config.doc_stride,
-                config.max_answer_len,
-                config.max_seq_len or min(max_length, 384),
-                config.max_question_len,
-                config.handle_impossible_answer,
-                config.align_to_words,
-            )
-            self._longest = defaults.max_seq_len
-            self._encoder = QuestionEncoder(tokenizer, max_length)
-            self._task = QuestionAnswering()
-        else:
-            defaults = ClassificationParams(
-                config.top_k, config.function_to_apply, config.truncation
-            )
-            self._longest = max_length
-            self._encoder = TextEncoder(tokenizer, max_length)
-            self._task = Classification(labels or info.labels, info.problem_type)
-        self._codec = Codec(info.mode, defaults, config, model_name, model_version)
+        self._max_batch_tokens = settings.max_batch_tokens
+        edges = settings.length_buckets
+        self._edges = default_buckets(max_positions) if edges is None else edges
+        limits = Limits(settings.max_inputs_per_request, settings.max_text_chars)
+        self._decoder = Decoder(task, runner.defaults, limits, model)
 
-    def run(self, data: Sequence[Mapping[str, Any]]) -> list[Reply]:
-        """One reply a request, in order. Raises EngineLost when the worker has to be restarted."""
-        stats = BatchStats(requests=len(data))
-        replies: list[Reply | None] = [None] * len(data)
-        lap = _laps(self._clock, stats.seconds)
-        requests = self._decode(data, replies)
-        lap("decode")
-        parts = [self._start(part, replies, lap) for part in self._parts(requests)]
-        for part in parts:
-            self._finish(part, replies, lap)
-        lengths = np.concatenate([part.sequences.lengths for part in parts])
-        if len(lengths):
-            stats.sequences = len(lengths)
-            stats.tokens = int(lengths.sum())
-            stats.padded = stats.sequences * int(lengths.max()) - stats.tokens
-            # A request may ask for longer windows than the default.
-            stats.padded_fixed = max(0, stats.sequences * self._longest - stats.tokens)
-            stats.buckets = sum(part.buckets for part in parts)
-        out = [reply for reply in replies if reply is not None]
-        assert len(out) == len(data)
-        for reply in out:
+    def run(self, incoming: Sequence[Incoming | RequestError]) -> tuple[list[Reply], BatchStats]:
+        """One reply a request, in order, and the batch's figures.
+
+        incoming  requests, or why a server front refuses one already
+
+        Raises EngineLost when the process has to be started again.
+        """
+        stats = BatchStats(requests=len(incoming))
+        watch = Stopwatch(self._clock, stats.seconds)
+        requests, items = self._decode(incoming)
+        watch.lap("decode")
+        self._answer(items, stats, watch)
+        replies = assemble(requests, items)
+        for reply in replies:
             stats.failed += reply.status >= 500
             stats.refused += 400 <= reply.status < 500
-        self._observe(stats)
-        return out
+        watch.lap("encode")
+        return replies, stats
+
+    def predict(self, incoming: Incoming) -> object:
+        """The answer to one request, as JSON would have it; raises RequestError and EngineLost."""
+        stats = BatchStats(requests=1)
+        requests, items = self._decode([incoming])
+        self._answer(items, stats, Stopwatch(self._clock, stats.seconds))
+        (form,) = requests
+        if isinstance(form, RequestError):
+            raise form
+        predictions = outcome(form, items)
+        if isinstance(predictions, RequestError):
+            raise predictions
+        return form.document(predictions)
+
+    # -- stages --
 
     def _decode(
-        self, data: Sequence[Mapping[str, Any]], replies: list[Reply | None]
-    ) -> dict[int, Request]:
-        """The requests that can be understood; the others get their reply."""
-        requests: dict[int, Request] = {}
-        for index, item in enumerate(data):
+        self, incoming: Sequence[Incoming | RequestError]
+    ) -> tuple[list[Form | RequestError], list[Item[InputT]]]:
+        """Each request's form, or the error that refuses it, and the items of all of them."""
+        requests: list[Form | RequestError] = []
+        items: list[Item[InputT]] = []
+        for index, one in enumerate(incoming):
             try:
-                requests[index] = self._codec.decode(item)
+                if isinstance(one, RequestError):
+                    raise one
+                request = self._decoder.decode(one)
+                requests.append(request.form)
+                items += [
+                    Item(Place(index, position), value)
+                    for position, value in enumerate(request.inputs)
+                ]
             except RequestError as error:
-                replies[index] = encode_error(error)
+                requests.append(error)
             except Exception as error:
-                replies[index] = _internal("decode", error)
-        return requests
+                log_failure("decode", error)
+                requests.append(InternalError())
+        return requests, items
 
-    def _parts(self, requests: dict[int, Request]) -> list[dict[int, Request]]:
-        """Neighbouring requests in parts of similar size, each worth a launch of its own."""
-        if not self._engine.overlaps:
-            return [requests]
-        sizes = [sum(map(_characters, request.inputs)) for request in requests.values()]
-        total = sum(sizes)
-        count = min(_MOST_PARTS, total // _LEAST_PART)
-        if count < 2:
-            return [requests]
-        parts: list[dict[int, Request]] = [{} for _ in range(count)]
-        before = 0
-        for (index, request), size in zip(requests.items(), sizes, strict=True):
-            parts[before * count // total][index] = request
-            before += size
-        return [part for part in parts if part]
+    def _answer(self, items: Sequence[Item[InputT]], stats: BatchStats, watch: Stopwatch) -> None:
+        """Give every item its result."""
+        parts = parts_of(items) if self._engine.overlaps else [list(items)]
+        lengths: list[int] = []
 
-    def _start(self, requests: dict[int, Request], replies: list[Reply | None], lap: _Lap) -> _Part:
-        """Tokenize, pack and launch requests."""
-        encodings = self._tokenize(requests, replies)
-        lap("tokenize")
-        sequences = flatten(encodings)
-        plan = plan_buckets(sequences.lengths, self._edges, self._max_batch_tokens)
-        batches = [(members, pack(sequences, members)) for members in plan]
-        lap("pack")
-        waiting = [(members, self._launch(batch)) for members, batch in batches]
-        lap("compute")
-        return _Part(requests, encodings, sequences, waiting)
+        def start(part: list[Item[InputT]]) -> _Part[EncodingT]:
+            begun = self._start(part, watch)
+            lengths.extend(begun.flight.sequences.lengths.tolist())
+            return begun
 
-    def _finish(self, part: _Part, replies: list[Reply | None], lap: _Lap) -> None:
-        """Wait for a part's logits and reply to its requests."""
-        done, lost = self._collect(part.sequences, part.waiting)
-        part.buckets = len(done)
-        lap("compute")
-        inputs = [i for request in part.requests.values() for i in request.inputs]
-        predictions: list[Prediction | RequestError] = []
-        if inputs:
-            predictions = self._predict(inputs, part.encodings, part.sequences, done, lost)
-        lap("postprocess")
-        at = 0
-        for index, request in part.requests.items():
-            mine = predictions[at : at + len(request.inputs)]
-            at += len(request.inputs)
-            try:
-                answers = []
-                for prediction in mine:
-                    if isinstance(prediction, RequestError):
-                        raise prediction
-                    answers.append(prediction)
-                replies[index] = self._codec.encode(request, answers)
-            except RequestError as error:
-                replies[index] = encode_error(error)
-            except Exception as error:
-                replies[index] = _internal("encode", error)
-        lap("encode")
+        def finish(part: _Part[EncodingT]) -> None:
+            stats.buckets += self._finish(part, watch)
 
-    def _tokenize(
-        self, requests: dict[int, Request], replies: list[Reply | None]
-    ) -> list[Encoding]:
-        """Encodings of all inputs; requests with an input that has none leave `requests`."""
-        inputs = [i for request in requests.values() for i in request.inputs]
-        if not inputs:
-            return []
-        encoded: list[Encoding | RequestError] = []
+        overlapped(parts, start, finish)
+        stats.sequences = len(lengths)
+        stats.tokens = sum(lengths)
+        stats.padded = stats.sequences * max(lengths, default=0) - stats.tokens
+        # A request may ask for longer sequences than the default.
+        stats.padded_fixed = max(0, stats.sequences * self._runner.longest - stats.tokens)
+
+    def _start(self, items: list[Item[InputT]], watch: Stopwatch) -> _Part[EncodingT]:
+        """Tokenize, pack and launch."""
+        encodings = self._tokenize(items)
+        watch.lap("tokenize")
         try:
-            encoded = self._encoder.encode(inputs)
+            sequences = flatten(encodings)
+            plan = plan_buckets(sequences.lengths, self._edges, self._max_batch_tokens)
         except Exception as error:
-            _log("tokenize", error)
-            # One input at a time, so that only the culprit suffers.
-            for item in inputs:
+            self._refuse(encodings, "pack", error)
+            sequences, plan = flatten([]), []
+        watch.lap("pack")
+        flight = Flight(self._engine, encodings, sequences)
+        flight.launch(plan)
+        watch.lap("compute")
+        return _Part(encodings, flight)
+
+    def _tokenize(self, items: list[Item[InputT]]) -> list[EncodingT]:
+        """Encodings of the items that have one."""
+        encodings: list[EncodingT] = []
+        try:
+            encodings = self._runner.encode(items)
+        except Exception as error:
+            log_failure("tokenize", error)
+            # One at a time, so that only the culprit suffers.
+            for item in items:
                 try:
-                    encoded += self._encoder.encode([item])
+                    item.result = None
+                    encodings += self._runner.encode([item])
                 except Exception:
-                    encoded.append(InternalError())
-        if not any(isinstance(e, RequestError) for e in encoded):
-            return encoded  # type: ignore[return-value]
-        kept: list[Encoding] = []
-        at = 0
-        for index, request in list(requests.items()):
-            mine = encoded[at : at + len(request.inputs)]
-            at += len(request.inputs)
-            good: list[Encoding] = []
-            for position, encoding in enumerate(mine):
-                if isinstance(encoding, RequestError):
-                    if request.form != "single" and not isinstance(encoding, InternalError):
-                        encoding = type(encoding)(f"inputs[{position}]: {encoding}")
-                    replies[index] = encode_error(encoding)
-                    del requests[index]
-                    break
-                good.append(encoding)
-            else:
-                kept += good
-        return kept
+                    item.result = InternalError()
+        # Where one input refuses its request, nobody will see the others' answers.
+        refused = {item.place.request for item in items if item.result is not None}
+        if not refused:
+            return encodings
+        return [e for e in encodings if e.item.place.request not in refused]
 
-    def _collect(
-        self, sequences: Sequences, waiting: list[tuple[Indices, Pending | Exception]]
-    ) -> tuple[list[tuple[Indices, Logits]], list[tuple[Indices, RequestError]]]:
-        """Wait for every bucket in turn: results by bucket, and buckets that failed."""
-        done: list[tuple[Indices, Logits]] = []
-        lost: list[tuple[Indices, RequestError]] = []
-        while waiting:
-            members, pending = waiting.pop(0)
+    def _finish(self, part: _Part[EncodingT], watch: Stopwatch) -> int:
+        """Wait for a part and answer its items; how many buckets it had."""
+        done = part.flight.collect()
+        watch.lap("compute")
+        if done:
             try:
-                if isinstance(pending, Exception):
-                    raise pending
-                done.append((members, pending.result()))
-            except EngineLost:
-                raise
+                values = restore(done, part.flight.sequences, self._per_token)
+                self._predict(part, values)
             except Exception as error:
-                if not _out_of_memory(error):
-                    lost.append((members, InternalError()))
-                    _log("compute", error, with_message=True)
-                elif len(members) == 1:
-                    lost.append((members, OutOfMemory()))
-                    logger.error("one sequence does not fit into memory")
-                else:
-                    half = len(members) // 2
-                    logger.warning("out of memory with %d sequences: halved", len(members))
-                    for part in (members[:half], members[half:]):
-                        waiting.insert(0, (part, self._launch(pack(sequences, part))))
-        return done, lost
+                self._refuse(part.encodings, "postprocess", error)
+        watch.lap("postprocess")
+        return len(done)
 
-    def _launch(self, batch: PackedBatch) -> Pending | Exception:
-        try:
-            return self._engine.launch(batch)
-        except EngineLost:
-            raise
-        except Exception as error:
-            return error
+    def _predict(self, part: _Part[EncodingT], values: Floats) -> None:
+        sequences = part.flight.sequences
+        good = finite(values, sequences, self._per_token)
+        if not good.all():
+            logger.error("the model gave no finite logits for %d sequences", int((~good).sum()))
+            for owner in np.unique(sequences.owners[~good]).tolist():
+                part.flight.refuse(owner, InternalError())
+        open_ = np.array([e.item.result is None for e in part.encodings])
+        encodings = [e for e in part.encodings if e.item.result is None]
+        if not encodings:
+            return
+        chosen = open_[sequences.owners]
+        outputs = outputs_of(values, sequences, chosen, self._per_token)
+        predictions = self._runner.predict(encodings, outputs)
+        for encoding, prediction in zip(encodings, predictions, strict=True):
+            if encoding.truncated:
+                for answer in prediction if isinstance(prediction, list) else [prediction]:
+                    answer[TRUNCATED] = True
+            encoding.item.result = prediction
 
-    def _predict(
-        self,
-        inputs: Sequence[ModelInput],
-        encodings: Sequence[Encoding],
-        sequences: Sequences,
-        done: Sequence[tuple[Indices, Logits]],
-        lost: Sequence[tuple[Indices, RequestError]],
-    ) -> list[Prediction | RequestError]:
-        """One prediction an input, or the error that takes its place."""
-        if not done:
-            return [lost[0][1]] * len(inputs)
-        count = len(sequences.lengths)
-        bad: NDArray[np.bool_] | np.bool_
-        predictions: list[Prediction | RequestError]
-        try:
-            if isinstance(self._task, QuestionAnswering):
-                start, end = (
-                    restore_tokens([(m, r[side]) for m, r in done], sequences.lengths)
-                    for side in (0, 1)
-                )
-                begins = np.cumsum(sequences.lengths) - sequences.lengths
-                bad = np.logical_not(np.logical_and.reduceat(np.isfinite(start + end), begins))
-                if bad.any():
-                    start, end = np.nan_to_num(start), np.nan_to_num(end)
-                predictions = list(self._task.predict(inputs, encodings, start, end))
-            else:
-                logits = restore_rows([(m, r[0]) for m, r in done], count)
-                bad = np.logical_not(np.isfinite(logits).all(axis=1))
-                predictions = list(self._task.predict(inputs, encodings, logits))
-        except Exception as error:
-            _log("postprocess", error)
-            return [InternalError()] * len(inputs)
-        if not lost and not bad.any():
-            return predictions
-        if bad.any():
-            logger.error("the model gave no finite logits for %d sequences", int(bad.sum()))
-        errors: dict[int, RequestError] = {int(i): InternalError() for i in np.flatnonzero(bad)}
-        for members, failure in lost:
-            errors.update(dict.fromkeys(members.tolist(), failure))
-        at = 0
-        for i, encoding in enumerate(encodings):
-            for sequence in range(at, at + len(encoding.sequences)):
-                if sequence in errors:
-                    predictions[i] = errors[sequence]
-            at += len(encoding.sequences)
-        return predictions
-
-
-def _check(config: HandlerConfig, info: ModelInfo, tokenizer: Tokenizer) -> None:
-    """Refuse settings that the model contradicts."""
-    if config.mode is not None and config.mode != info.mode:
-        raise ConfigError(
-            f"setting 'mode' is {config.mode}, but the traced file is for {info.mode}"
-        )
-    if info.mode == "sequence_classification":
-        if config.num_labels is not None and config.num_labels != info.num_labels:
-            raise ConfigError(
-                f"setting 'num_labels' is {config.num_labels}, but the traced file has "
-                f"{info.num_labels}"
-            )
-        for name in ("doc_stride", "max_seq_len"):
-            if getattr(config, name) is not None:
-                raise ConfigError(
-                    f"setting '{name}' is for question_answering, but the traced file is for "
-                    "sequence_classification"
-                )
-    elif config.function_to_apply is not None:
-        raise ConfigError(
-            "setting 'function_to_apply' is for sequence_classification, but the traced file is "
-            "for question_answering"
-        )
-    for name in ("max_length", "max_seq_len"):
-        value = getattr(config, name)
-        if value is not None and value > info.max_positions:
-            raise ConfigError(
-                f"setting '{name}' is {value}, but the model has {info.max_positions} positions"
-            )
-    if tokenizer.get_vocab_size() > info.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but the traced file was made "
-            f"for {info.vocab_size}: they do not belong together"
-        )
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # Torch's CPU allocator raises a plain RuntimeError, and so does what wraps std::bad_alloc.
-    return isinstance(error, (OutOfDeviceMemory, MemoryError)) or (
-        isinstance(error, RuntimeError)
-        and ("can't allocate memory" in str(error) or "bad_alloc" in str(error))
-    )
-
-
-def _log(stage: str, error: Exception, *, with_message: bool = False) -> None:
-    """Log a failure of ours; messages only of stages that never see the client's text."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    message = f": {error}" if with_message else ""
-    logger.error("%s failed: %s%s\n%s", stage, type(error).__name__, message, frames)
-
-
-def _internal(stage: str, error: Exception) -> Reply:
-    _log(stage, error)
-    return encode_error(InternalError())
+    def _refuse(self, encodings: Sequence[EncodingT], stage: str, error: Exception) -> None:
+        """Our failure between two stages: it takes out the items it concerns."""
+        log_failure(stage, error)
+        for encoding in encodings:
+            if encoding.item.result is None:
+                encoding.item.result = InternalError()

@@ -1,74 +1,226 @@
-"""A question about a context, answered by spans of it."""
+"""A question about a context, answered by spans of it, as transformers 4.57's pipeline does.
+
+Long contexts are cut into overlapping windows. Per window: softmax of the start and of the end
+logits over `[CLS]` and the context's tokens; a span's score is the product, for spans of at most
+`max_answer_len` tokens. The best spans of all windows become text; spans with the same text (case
+aside) are one answer, their scores added. The null score is start * end at `[CLS]`, the least over
+the windows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
-from ft_handler.tasks.marks import mark_truncated
-from ft_handler.tasks.scores import Floats
+from ft_handler.config import LARGEST_WHOLE, Flag, Settings, Whole, setting
+from ft_handler.errors import ConfigError, UnusableRequest
+from ft_handler.tasks.base import Column, Head, Loaded, Runner, Task
 from ft_handler.tasks.spans import best_spans
-from ft_handler.types import (
-    Encoding,
-    ModelInput,
-    Prediction,
-    QuestionParams,
-    QuestionWindows,
-)
+from ft_handler.text.readers import Origins
+from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
 
+#: Bounds the table of spans that one question may ask for.
+MOST_ANSWERS = 100
 #: Of a single answer: twelve spans left out change its score by 1e-5 of it at most.
 _LEAST_SHARE = 1e-6
 
 
-class QuestionAnswering:
-    """Start and end logits of every window to answers, as transformers 4.57's pipeline has them.
+def _at_least(low: int, high: int = LARGEST_WHOLE) -> Any:
+    return Field(ge=low, le=high)
 
-    Per window: softmax of the start and of the end logits over `[CLS]` and the context's tokens;
-    a span's score is the product, for spans of at most `max_answer_len` tokens. The best spans of
-    all windows become text; spans with the same text (case aside) are one answer, their scores
-    added. The null score is start * end at `[CLS]`, the least over the windows.
+
+@dataclass(frozen=True, slots=True, config=ConfigDict(strict=True))
+class Parameters:
+    """How one question is cut into windows and answered; lengths in tokens.
+
+    doc_stride  tokens that neighbouring windows share; None is min(max_seq_len // 2, 128)
     """
 
-    def predict(
-        self,
-        inputs: Sequence[ModelInput],
-        encodings: Sequence[Encoding],
-        start: Floats,
-        end: Floats,
-    ) -> list[Prediction]:
-        """One answer an input, or a list with `top_k` of 2 and more.
+    top_k: Annotated[int, _at_least(1, MOST_ANSWERS)] = 1
+    doc_stride: Annotated[int, _at_least(0)] | None = None
+    max_answer_len: Annotated[int, _at_least(1)] = 15
+    max_seq_len: Annotated[int, _at_least(4)] = 384
+    max_question_len: Annotated[int, _at_least(1)] = 64
+    handle_impossible_answer: bool = False
+    align_to_words: bool = True
 
-        start, end  [total] logits of all windows end to end, in the order of `encodings`
-        """
-        groups: dict[Any, list[int]] = {}
-        for i, item in enumerate(inputs):
-            groups.setdefault(item.params, []).append(i)
-        lengths = np.array([len(s) for e in encodings for s in e.sequences])
-        begins = np.cumsum(lengths) - lengths
-        owners = np.repeat(np.arange(len(inputs)), [len(e.sequences) for e in encodings])
-        logits = np.stack([start, end])
-        predictions: list[Prediction] = [{}] * len(inputs)
+
+class QuestionSettings(Settings):
+    """Defaults of the parameters."""
+
+    top_k: Whole | None = setting(
+        None,
+        "How many answers: null or 1 gives the best one as an object, more a sorted list. A "
+        "request may override it.",
+        1,
+    )
+    doc_stride: Whole | None = setting(
+        None,
+        "Tokens shared by neighbouring windows of a long context; null is min(max_seq_len // 2, "
+        "128). A request may override it.",
+        0,
+    )
+    max_answer_len: Whole = setting(15, "Most tokens of an answer. A request may override it.", 1)
+    max_seq_len: Whole | None = setting(
+        None,
+        "Most tokens of a window, question included; null is min(max_length, 384). A request may "
+        "override it.",
+        4,
+    )
+    max_question_len: Whole = setting(
+        64, "Most tokens of a question; longer ones are cut. A request may override it.", 1
+    )
+    handle_impossible_answer: Flag = setting(
+        False, "Let the empty answer compete. A request may override it."
+    )
+    align_to_words: Flag = setting(True, "Widen answers to whole words. A request may override it.")
+
+
+@plain_dataclass(slots=True)
+class QuestionInput:
+    """One question about one context."""
+
+    question: str
+    context: str
+    params: Parameters
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The question and its context."""
+        return self.question, self.context
+
+
+@plain_dataclass(slots=True, eq=False)
+class QuestionEncoding(Encoding[QuestionInput]):
+    """The windows of one question.
+
+    origins   [tokens, 4] characters of the context: begin and end of each of its tokens, then of
+              the word it belongs to
+    first     where the context's tokens begin in every window: after `[CLS] question [SEP]`
+    spans     the context's tokens [begin, end) in each window
+    """
+
+    origins: Origins
+    first: int
+    spans: list[tuple[int, int]]
+
+
+def window_spans(tokens: int, room: int, overlap: int) -> list[tuple[int, int]]:
+    """Windows [begin, end) of at most `room` tokens; neighbours share `overlap` tokens."""
+    spans = []
+    for begin in range(0, max(tokens, 1), room - overlap):
+        end = min(begin + room, tokens)
+        spans.append((begin, end))
+        if end == tokens:
+            break
+    return spans
+
+
+class QuestionRunner(Runner[QuestionInput, Parameters, QuestionEncoding]):
+    """Questions to windows; start and end logits `[2, total]` of all windows to answers."""
+
+    def __init__(self, settings: QuestionSettings, loaded: Loaded) -> None:
+        self._reader, self._template = loaded.reader, loaded.template
+        self._max_length = loaded.max_length
+        self.longest = settings.max_seq_len or min(loaded.max_length, 384)
+        if self.longest > loaded.max_length:
+            raise ConfigError(
+                f"setting 'max_seq_len' ({self.longest}) is over 'max_length' ({loaded.max_length})"
+            )
+        self.defaults = Parameters(
+            top_k=settings.top_k or 1,
+            doc_stride=settings.doc_stride,
+            max_answer_len=settings.max_answer_len,
+            max_seq_len=self.longest,
+            max_question_len=settings.max_question_len,
+            handle_impossible_answer=settings.handle_impossible_answer,
+            align_to_words=settings.align_to_words,
+        )
+
+    def encode(self, items: Sequence[Item[QuestionInput]]) -> list[QuestionEncoding]:
+        """The windows of every question; one whose parameters leave no room is refused."""
+        # Both in one call: with few texts, how many calls there are is what costs.
+        texts = [
+            *(item.input.question for item in items), *(item.input.context for item in items)
+        ]  # fmt: skip
+        ids, origins = self._reader.located(texts)
+        count = len(items)
+        out: list[QuestionEncoding] = []
+        for parts in zip(items, ids[:count], ids[count:], origins[count:], strict=True):
+            try:
+                out.append(self._windows(*parts))
+            except UnusableRequest as error:
+                parts[0].result = error
+        return out
+
+    def _windows(
+        self, item: Item[QuestionInput], question: Ids, context: Ids, origins: Origins
+    ) -> QuestionEncoding:
+        params, template = item.input.params, self._template
+        cut = len(question) > params.max_question_len
+        question = question[: params.max_question_len]
+        head = len(template.before) + len(question) + len(template.between)
+        overlap = params.doc_stride
+        if overlap is None:
+            overlap = min(params.max_seq_len // 2, 128)
+        room = self._room(params, head, overlap)
+        if not len(context):
+            raise UnusableRequest("'context' has no word the model could read")
+        spans = window_spans(len(context), room, overlap)
+        sequences = [
+            np.concatenate(
+                (template.before, question, template.between, context[begin:end], template.after)
+            )
+            for begin, end in spans
+        ]
+        splits = [template.split(len(question), len(s)) for s in sequences]
+        return QuestionEncoding(item, sequences, splits, cut, origins, head, spans)
+
+    def _room(self, params: Parameters, head: int, overlap: int) -> int:
+        """Context tokens a window has; raises UnusableRequest when the settings leave none."""
+        if params.max_seq_len > self._max_length:
+            raise UnusableRequest(
+                f"'max_seq_len' is {params.max_seq_len}, the model's limit is {self._max_length}"
+            )
+        room = params.max_seq_len - head - len(self._template.after)
+        if room <= overlap:
+            raise UnusableRequest(
+                f"a window of {params.max_seq_len} tokens leaves {max(room, 0)} for the context, "
+                f"but neighbouring windows share {overlap}: raise 'max_seq_len' or lower "
+                "'doc_stride' or 'max_question_len'"
+            )
+        return room
+
+    def predict(self, encodings: Sequence[QuestionEncoding], outputs: Outputs) -> list[Prediction]:
+        """`{"score", "start", "end", "answer"}`, or a list of them with `top_k` of 2 and more."""
+        groups: dict[Parameters, list[int]] = {}
+        for i, encoding in enumerate(encodings):
+            groups.setdefault(encoding.item.input.params, []).append(i)
+        begins = np.cumsum(outputs.lengths) - outputs.lengths
+        owners = np.repeat(np.arange(len(encodings)), [len(e.sequences) for e in encodings])
+        predictions: list[Prediction] = [{}] * len(encodings)
         for params, members in groups.items():
             answers = self._group(
                 params,
-                [_windows_of(encodings[i]) for i in members],
+                [encodings[i] for i in members],
                 begins if len(groups) == 1 else begins[np.isin(owners, members)],
-                logits,
+                outputs.values,
             )
             for i, answer in zip(members, answers, strict=True):
-                if encodings[i].truncated:
-                    mark_truncated(answer)
                 predictions[i] = answer
         return predictions
 
     def _group(
         self,
-        params: QuestionParams,
-        questions: Sequence[QuestionWindows],
+        params: Parameters,
+        questions: Sequence[QuestionEncoding],
         cls: NDArray[np.int64],
         logits: Floats,
     ) -> list[Prediction]:
@@ -100,7 +252,7 @@ class QuestionAnswering:
         window = 0
         for question, count in zip(questions, windows, strict=True):
             until = window + count
-            answers = _answers(question.text, found[window:until])
+            answers = _answers(question.item.input.context, found[window:until])
             if params.handle_impossible_answer:
                 answers.append((float(null[window:until].min()), 0, 0, ""))
             window = until
@@ -110,11 +262,6 @@ class QuestionAnswering:
                 answers.sort(key=_score, reverse=True)
                 predictions.append([_answer(a) for a in answers[: params.top_k]])
         return predictions
-
-
-def _windows_of(encoding: Encoding) -> QuestionWindows:
-    assert encoding.windows is not None
-    return encoding.windows
 
 
 #: Score, first character, end, text.
@@ -145,6 +292,49 @@ def _answers(
     return list(answers.values())
 
 
-def _answer(found: _Answer) -> dict[str, Any]:
+def _answer(found: _Answer) -> dict[str, object]:
     score, begin, stop, text = found
     return {"score": score, "start": begin, "end": stop, "answer": text}
+
+
+class QuestionAnswering(Task[QuestionInput, Parameters, QuestionEncoding, QuestionSettings]):
+    """Extractive question answering."""
+
+    name = "question_answering"
+    auto_class = "AutoModelForQuestionAnswering"
+    per_token = True
+    labelled = False
+    required = ("question", "context")
+    parameters = Parameters
+    settings = QuestionSettings
+    columns_of: ClassVar[Mapping[str, Column]] = {
+        "answer": Column("BYTES", ""),
+        "score": Column("FP32", 0.0),
+        "start": Column("INT64", 0),
+        "end": Column("INT64", 0),
+    }
+    sample: ClassVar[Mapping[str, str]] = {
+        "question": "When does the library open?",
+        "context": "The town library opens at nine in the morning and closes at six.",
+    }
+
+    def head(self) -> Head:
+        """Start and end logits of every token."""
+        from ft_handler.model.heads import SpanHead
+
+        return Head(SpanHead, {"qa_weight": "qa_outputs.weight", "qa_bias": "qa_outputs.bias"})
+
+    def columns(self, config: Any) -> int:
+        """Start and end."""
+        return 2
+
+    def read(self, texts: Mapping[str, str], params: Parameters) -> QuestionInput:
+        """A question and its context."""
+        return QuestionInput(texts["question"], texts["context"], params)
+
+    def runner(self, settings: QuestionSettings, loaded: Loaded) -> QuestionRunner:
+        """Windows of at most `max_seq_len` tokens."""
+        return QuestionRunner(settings, loaded)
+
+
+TASK = QuestionAnswering()

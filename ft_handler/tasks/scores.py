@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from ft_handler.types import Floats
 
 
 def softmax(logits: Floats) -> Floats:

@@ -1,23 +1,78 @@
-"""One text or a pair, scored against labels."""
+"""One text or a pair, scored against labels, as transformers' text-classification pipeline does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
-from ft_handler.tasks.marks import mark_truncated
-from ft_handler.tasks.scores import Floats, sigmoid, softmax
-from ft_handler.types import (
-    ClassificationParams,
-    Encoding,
-    ModelInput,
-    Prediction,
-)
+from ft_handler.config import LARGEST_WHOLE, AnyCase, Flag, Settings, Whole, setting
+from ft_handler.errors import ConfigError, UnusableRequest
+from ft_handler.tasks.base import Column, Head, Loaded, Runner, Task
+from ft_handler.tasks.scores import sigmoid, softmax
+from ft_handler.text.template import longest_first
+from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
+
+#: `top_k` of a request that asks for every label: more than any model has.
+ALL_LABELS = LARGEST_WHOLE
+
+Function = Literal["softmax", "sigmoid", "none"]
 
 
-def default_function(problem_type: str | None, num_labels: int) -> str:
+@dataclass(frozen=True, slots=True, config=ConfigDict(strict=True))
+class Parameters:
+    """How one text is cut and scored.
+
+    top_k              None gives the best label as an object, a number a list of so many
+    function_to_apply  over the logits; None leaves the choice to the model
+    """
+
+    top_k: Annotated[int, Field(ge=1, le=LARGEST_WHOLE)] | None = None
+    function_to_apply: Function | None = None
+    truncation: bool = True
+
+
+class ClassificationSettings(Settings):
+    """Defaults of the parameters."""
+
+    truncation: Flag = setting(
+        True,
+        "Inputs over `max_length`: true cuts them and says so in the answer "
+        '(`"truncated": true`), false answers 422. A request may override it.',
+    )
+    function_to_apply: Annotated[Function | None, AnyCase] = setting(
+        None,
+        "`softmax`, `sigmoid` or `none` (a string) over the logits; null chooses by the model: "
+        "regression none, multi-label or one label sigmoid, else softmax. A request may override "
+        "it.",
+    )
+    top_k: Whole | None = setting(
+        None,
+        "How many labels: null gives the best one as an object, a number a list sorted by score. "
+        "A request may override it.",
+        1,
+    )
+
+
+@plain_dataclass(slots=True)
+class TextInput:
+    """One text, or a pair, to classify."""
+
+    text: str
+    text_pair: str | None
+    params: Parameters
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text, and its pair where it has one."""
+        return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
+
+
+def default_function(problem_type: str | None, num_labels: int) -> Function:
     """As transformers: regression none, multi-label or one label sigmoid, else softmax."""
     if problem_type == "regression":
         return "none"
@@ -26,56 +81,155 @@ def default_function(problem_type: str | None, num_labels: int) -> str:
     return "softmax"
 
 
-class Classification:
-    """Logits `[inputs, num_labels]` to labels and scores."""
+def apply(function: Function, logits: Floats) -> Floats:
+    """Scores of logits `[n, labels]`."""
+    if function == "softmax":
+        return softmax(logits)
+    return sigmoid(logits) if function == "sigmoid" else logits
 
-    def __init__(self, labels: Mapping[int, str], problem_type: str | None) -> None:
-        self._labels = [labels[i] for i in range(len(labels))]
-        self._function = default_function(problem_type, len(labels))
+
+class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
+    """Texts to sequences of at most `max_length` tokens; logits `[inputs, labels]` to labels."""
+
+    def __init__(self, settings: ClassificationSettings, loaded: Loaded) -> None:
+        self.defaults = Parameters(settings.top_k, settings.function_to_apply, settings.truncation)
+        self.longest = loaded.max_length
+        self._reader, self._template = loaded.reader, loaded.template
+        self._labels = [loaded.labels[i] for i in range(len(loaded.labels))]
+        self._function = default_function(loaded.info.problem_type, len(self._labels))
+        if self.longest <= self._template.pair_specials:
+            raise ConfigError(f"setting 'max_length' ({self.longest}) leaves no room for text")
+
+    def encode(self, items: Sequence[Item[TextInput]]) -> list[Encoding[TextInput]]:
+        """One sequence an item; too long a text without truncation is refused."""
+        inputs = [item.input for item in items]
+        firsts = self._reader.ids([i.text for i in inputs])
+        pairs = [i.text_pair for i in inputs if i.text_pair is not None]
+        seconds = iter(self._reader.ids(pairs) if pairs else ())
+        out: list[Encoding[TextInput]] = []
+        for item, first in zip(items, firsts, strict=True):
+            try:
+                if item.input.text_pair is None:
+                    out.append(self._single(item, first))
+                else:
+                    out.append(self._pair(item, first, next(seconds)))
+            except UnusableRequest as error:
+                item.result = error
+        return out
+
+    def _single(self, item: Item[TextInput], ids: Ids) -> Encoding[TextInput]:
+        before, after = self._template.single_before, self._template.single_after
+        room = self.longest - len(before) - len(after)
+        self._check(item, len(ids), room)
+        sequence = np.concatenate((before, ids[:room], after))
+        return Encoding(item, [sequence], [len(sequence)], len(ids) > room)
+
+    def _pair(self, item: Item[TextInput], first: Ids, second: Ids) -> Encoding[TextInput]:
+        template = self._template
+        count = len(first) + len(second)
+        room = self.longest - template.pair_specials
+        self._check(item, count, room)
+        keep_first, keep_second = longest_first(len(first), len(second), room)
+        sequence = np.concatenate(
+            (
+                template.before,
+                first[:keep_first],
+                template.between,
+                second[:keep_second],
+                template.after,
+            )
+        )
+        split = template.split(keep_first, len(sequence))
+        return Encoding(item, [sequence], [split], count > room)
+
+    def _check(self, item: Item[TextInput], count: int, room: int) -> None:
+        if count > room and not item.input.params.truncation:
+            raise UnusableRequest(
+                f"the input has {count + self.longest - room} tokens, the limit is "
+                f"{self.longest} and truncation is off"
+            )
 
     def predict(
-        self,
-        inputs: Sequence[ModelInput],
-        encodings: Sequence[Encoding],
-        logits: Floats,
+        self, encodings: Sequence[Encoding[TextInput]], outputs: Outputs
     ) -> list[Prediction]:
-        """One answer an input: `{"label", "score"}`, or a list sorted by score with `top_k`."""
-        groups: dict[Any, list[int]] = {}
-        for i, item in enumerate(inputs):
-            groups.setdefault(item.params, []).append(i)
+        """`{"label", "score"}`, or with `top_k` a list of them sorted by score."""
+        groups: dict[Parameters, list[int]] = {}
+        for i, encoding in enumerate(encodings):
+            groups.setdefault(encoding.item.input.params, []).append(i)
         if len(groups) == 1:
-            predictions = self._group(next(iter(groups)), logits)
-        else:
-            predictions = [{}] * len(inputs)
-            for params, members in groups.items():
-                for i, prediction in zip(
-                    members, self._group(params, logits[members]), strict=True
-                ):
-                    predictions[i] = prediction
-        for prediction, encoding in zip(predictions, encodings, strict=True):
-            if encoding.truncated:
-                mark_truncated(prediction)
+            return self._group(next(iter(groups)), outputs.values)
+        predictions: list[Prediction] = [{}] * len(encodings)
+        for params, members in groups.items():
+            for i, prediction in zip(
+                members, self._group(params, outputs.values[members]), strict=True
+            ):
+                predictions[i] = prediction
         return predictions
 
-    def _group(self, params: ClassificationParams, logits: Floats) -> list[Prediction]:
-        function = params.function or self._function
+    def _group(self, params: Parameters, logits: Floats) -> list[Prediction]:
+        function = params.function_to_apply or self._function
         labels = self._labels
         if params.top_k is None:
             best = logits.argmax(axis=1)  # every function keeps the order
-            scores = _apply(function, logits)[np.arange(len(logits)), best]
+            scores = apply(function, logits)[np.arange(len(logits)), best]
             return [
                 {"label": labels[i], "score": score}
                 for i, score in zip(best.tolist(), scores.tolist(), strict=True)
             ]
-        order = np.argsort(-logits, axis=1, kind="stable")[:, : params.top_k or None]
-        scores = np.take_along_axis(_apply(function, logits), order, axis=1)
+        order = np.argsort(-logits, axis=1, kind="stable")[:, : params.top_k]
+        scores = np.take_along_axis(apply(function, logits), order, axis=1)
         return [
             [{"label": labels[i], "score": s} for i, s in zip(row, row_scores, strict=True)]
             for row, row_scores in zip(order.tolist(), scores.tolist(), strict=True)
         ]
 
 
-def _apply(function: str, logits: Floats) -> Floats:
-    if function == "softmax":
-        return softmax(logits)
-    return sigmoid(logits) if function == "sigmoid" else logits
+class SequenceClassification(
+    Task[TextInput, Parameters, Encoding[TextInput], ClassificationSettings]
+):
+    """A label, or several, for a text or a pair of texts."""
+
+    name = "sequence_classification"
+    auto_class = "AutoModelForSequenceClassification"
+    per_token = False
+    labelled = True
+    required = ("text",)
+    optional = ("text_pair",)
+    ignored = ("target",)  # TorchServe's published sample has it
+    bare = "text"
+    parameters = Parameters
+    nulls: ClassVar[Mapping[str, object]] = {"top_k": ALL_LABELS}
+    settings = ClassificationSettings
+    columns_of: ClassVar[Mapping[str, Column]] = {
+        "label": Column("BYTES", ""),
+        "score": Column("FP32", 0.0),
+    }
+    sample: ClassVar[Mapping[str, str]] = {
+        "text": "A warm, funny film that never overstays its welcome."
+    }
+
+    def head(self) -> Head:
+        """Pooler and classifier over the first token."""
+        from ft_handler.model.heads import PooledHead
+
+        return Head(
+            PooledHead,
+            {
+                "pooler_weight": "{base}.pooler.dense.weight",
+                "pooler_bias": "{base}.pooler.dense.bias",
+                "classifier_weight": "classifier.weight",
+                "classifier_bias": "classifier.bias",
+            },
+            "classifier",
+        )
+
+    def read(self, texts: Mapping[str, str], params: Parameters) -> TextInput:
+        """A text, or a pair."""
+        return TextInput(texts["text"], texts.get("text_pair"), params)
+
+    def runner(self, settings: ClassificationSettings, loaded: Loaded) -> ClassificationRunner:
+        """Labels come from the archive, else from the traced file."""
+        return ClassificationRunner(settings, loaded)
+
+
+TASK = SequenceClassification()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ft_handler.tasks.scores import Floats
+from ft_handler.types import Floats
 
 
 def best_spans(

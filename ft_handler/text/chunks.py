@@ -6,6 +6,7 @@ tokens. Remembering them takes a 25-token sentence from about 50 microseconds to
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,8 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from ft_handler.text.readers import Ids, Origins, WholeTexts, origins_of, split_rows
+from ft_handler.text.readers import Origins, Reader, WholeTexts, origins_of, split_rows
+from ft_handler.types import Ids
 
 #: A chunk's place: the row of its first token in the table, shifted, and how many tokens it has.
 _SHIFT = 32
@@ -128,11 +130,13 @@ class RememberedChunks:
               afresh
 
     Tokens of all chunks lie in one table, [tokens, 5]: id, and as in `Origins` the characters of
-    the chunk. Short chunks are looked up as arrays, a batch at once; the others one by one.
+    the chunk. Short chunks are looked up as arrays, a batch at once; the others one by one. One
+    thread reads at a time.
     """
 
     def __init__(self, tokenizer: Tokenizer, capacity: int = 1 << 16) -> None:
         self._tokenizer = tokenizer
+        self._lock = threading.Lock()
         normalizer = tokenizer.normalizer
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
         # Lower-casing ASCII first makes more chunks equal; special tokens have a case.
@@ -173,11 +177,13 @@ class RememberedChunks:
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of each text, without special tokens."""
-        return self._read(texts, located=False)[0]
+        with self._lock:
+            return self._read(texts, located=False)[0]
 
     def located(self, texts: Sequence[str]) -> tuple[list[Ids], list[Origins]]:
         """Token ids of each text, and where its tokens came from."""
-        return self._read(texts, located=True)
+        with self._lock:
+            return self._read(texts, located=True)
 
     def _read(self, texts: Sequence[str], located: bool) -> tuple[list[Ids], list[Origins]]:
         if not texts:
@@ -265,7 +271,7 @@ class RememberedChunks:
         self._used = end
 
 
-def reader_of(tokenizer: Tokenizer) -> WholeTexts | RememberedChunks:
+def reader_of(tokenizer: Tokenizer) -> Reader:
     """The faster reader where the tokenizer allows it."""
     if RememberedChunks.fits(tokenizer):
         return RememberedChunks(tokenizer)

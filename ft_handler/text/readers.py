@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-#: [tokens] ids of a text's tokens, without special ones.
-Ids: TypeAlias = NDArray[np.int64]
-#: [tokens, 4] characters: begin and end of each token, then of its word; as in QuestionWindows.
+from ft_handler.types import Ids
+
+#: [tokens, 4] characters: begin and end of each token, then of its word.
 Origins: TypeAlias = NDArray[np.int32]
 
 
@@ -41,6 +41,16 @@ def split_rows(rows: NDArray[Any], ends: NDArray[np.int64]) -> list[NDArray[Any]
     """`rows` cut into pieces that end at `ends`."""
     stops = ends.tolist()
     return [rows[begin:stop] for begin, stop in zip([0, *stops], stops, strict=False)]
+
+
+class Reader(Protocol):
+    """Makes token ids of texts; safe from several threads."""
+
+    def ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of each text, without special tokens."""
+
+    def located(self, texts: Sequence[str]) -> tuple[list[Ids], list[Origins]]:
+        """Token ids of each text, and where its tokens came from."""
 
 
 class WholeTexts:

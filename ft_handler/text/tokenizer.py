@@ -9,38 +9,61 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.normalizers import BertNormalizer
 
 from ft_handler.errors import ConfigError
+from ft_handler.files import TOKENIZER_FILE, VOCABULARY_FILE
 
 
 def load_tokenizer(
-    model_dir: Path, tokenizer_file: str = "tokenizer.json", do_lower_case: bool | None = None
+    folder: Path | None,
+    tokenizer_file: str = TOKENIZER_FILE,
+    do_lower_case: bool | None = None,
+    *,
+    carried: str | None = None,
+    vocabulary_lower: bool = True,
 ) -> Tokenizer:
-    """The tokenizer of an archive, without truncation or padding of its own.
+    """The tokenizer of a model, without truncation or padding of its own.
 
-    Reads `tokenizer_file`, else `vocab.txt` (lower-cased unless told otherwise). Raises
-    ConfigError when neither is there, or when `do_lower_case` cannot be honoured.
+    Reads the folder's `tokenizer_file`, else its `vocab.txt`, else what the traced file carries.
+
+    carried           text of the traced file's own tokenizer.json
+    vocabulary_lower  whether words of a `vocab.txt` are lower-cased, where `do_lower_case` is None
+
+    Raises ConfigError when there is none, or when `do_lower_case` cannot be honoured.
     """
-    path, vocab = model_dir / tokenizer_file, model_dir / "vocab.txt"
-    if path.is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"{path} is not a tokenizer: {error}") from None
-    elif vocab.is_file():
-        lower = do_lower_case is not False
-        legacy = BertWordPieceTokenizer.from_file(str(vocab), lowercase=lower)
-        tokenizer = Tokenizer.from_str(legacy.to_str())
-    else:
-        raise ConfigError(f"no tokenizer in the archive; tried {path} and {vocab}")
+    places = [] if folder is None else [folder / tokenizer_file, folder / VOCABULARY_FILE]
+    found = next((path for path in places if path.is_file()), None)
+    if found is not None and found.name == VOCABULARY_FILE and found != places[0]:
+        lower = vocabulary_lower if do_lower_case is None else do_lower_case
+        legacy = BertWordPieceTokenizer.from_file(str(found), lowercase=lower)
+        return _plain(Tokenizer.from_str(legacy.to_str()))
+    origin = "the traced file's tokenizer" if found is None else str(found)
+    text = carried if found is None else found.read_text(encoding="utf-8")
+    if text is None:
+        raise ConfigError(
+            "the traced file carries no tokenizer, and there is none beside it; tried "
+            + (", ".join(map(str, places)) or "no folder")
+        )
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"{origin} is not a tokenizer: {error}") from None
+    if do_lower_case is not None:
+        _set_lower_case(tokenizer, do_lower_case, origin)
+    return _plain(tokenizer)
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if do_lower_case is not None:
-        normalizer = tokenizer.normalizer
-        if isinstance(normalizer, BertNormalizer):
-            normalizer.lowercase = do_lower_case
-            tokenizer.normalizer = normalizer
-        elif do_lower_case != ("lowercase" in str(normalizer).lower()):
-            raise ConfigError(
-                f"setting 'do_lower_case' is {str(do_lower_case).lower()}, but {path.name} has "
-                "another normalizer than BERT's: set it there"
-            )
     return tokenizer
+
+
+def _set_lower_case(tokenizer: Tokenizer, wanted: bool, origin: str) -> None:
+    normalizer = tokenizer.normalizer
+    if isinstance(normalizer, BertNormalizer):
+        normalizer.lowercase = wanted
+        tokenizer.normalizer = normalizer
+    elif wanted != ("lowercase" in str(normalizer).lower()):
+        raise ConfigError(
+            f"setting 'do_lower_case' is {str(wanted).lower()}, but {origin} has another "
+            "normalizer than BERT's: set it there"
+        )

@@ -55,8 +55,20 @@ def _encoder(
     """A stack of `depth` random layers over `rows` tokens, as a call."""
     import torch
 
+    from ft_handler.model.encoder import WEIGHTS
+    from ft_handler.model.spec import EncoderSpec
+
     ops = gemm_ops()
     kind = getattr(torch, dtype)
+    spec = EncoderSpec(
+        hidden_size=hidden,
+        embedding_size=hidden,
+        num_layers=depth,
+        num_heads=heads,
+        intermediate_size=intermediate,
+        activation="gelu",
+        layer_norm_eps=EPS,
+    ).text(WEIGHTS)
     vocabulary, positions = 1000, 512
 
     def random(*shape: int, scale: float) -> torch.Tensor:
@@ -85,7 +97,10 @@ def _encoder(
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device="cuda")
 
     def run() -> object:
-        return ops.encoder(ids, types, None, cu_seqlens, min(rows, 128), *parameters, heads, EPS)
+        # The path for few tokens has no plans; where it is not taken, they matter.
+        return ops.encode(
+            ids, types, None, cu_seqlens, min(rows, 128), parameters, spec, "few_tokens=0"
+        )
 
     return run
 

@@ -1,20 +1,28 @@
-"""Stand-ins for the engine and for TorchServe's context."""
+"""Stand-ins for the engine and for TorchServe's context, and pipelines made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from ft_handler.engine.base import Logits
+from ft_handler import tasks
+from ft_handler.config import CoreSettings, RawSettings
+from ft_handler.engine.base import Engine
 from ft_handler.model.info import ModelInfo
-from ft_handler.types import PackedBatch
+from ft_handler.request.pipeline import Pipeline
+from ft_handler.tasks.base import AnyTask, Loaded, Runner
+from ft_handler.text.chunks import reader_of
+from ft_handler.text.template import Template
+from ft_handler.types import Floats, Item, PackedBatch, Place
 
 
 def model_info(mode: str = "sequence_classification", **changes: Any) -> ModelInfo:
     """A traced file's description, for the tiny vocabulary and three labels."""
     labels = {0: "negative", 1: "neutral", 2: "positive"}
+    labelled = tasks.get(mode).labelled
     values: dict[str, Any] = {
         "format_version": 1,
         "mode": mode,
@@ -29,14 +37,75 @@ def model_info(mode: str = "sequence_classification", **changes: Any) -> ModelIn
         "max_positions": 128,
         "vocab_size": 4096,
         "type_vocab_size": 2,
-        "num_labels": 3 if mode == "sequence_classification" else 2,
-        "labels": labels if mode == "sequence_classification" else {0: "start", 1: "end"},
+        "num_labels": 3 if labelled else 2,
+        "labels": labels if labelled else {},
         "problem_type": None,
         "do_lower_case": True,
         "layer_norm_eps": 1e-12,
         "versions": {},
     }
     return ModelInfo(**{**values, **changes})
+
+
+def loaded(
+    tokenizer: Tokenizer,
+    info: ModelInfo,
+    labels: Mapping[int, str] | None = None,
+    max_length: int | None = None,
+) -> Loaded:
+    """What a worker has loaded when it asks a task for a runner."""
+    return Loaded(
+        info,
+        info.labels if labels is None else labels,
+        reader_of(tokenizer),
+        Template(tokenizer),
+        max_length or info.max_positions,
+    )
+
+
+def items_of(inputs: Sequence[Any]) -> list[Item[Any]]:
+    """Inputs as the items of one request each."""
+    return [Item(Place(i, 0), value) for i, value in enumerate(inputs)]
+
+
+def runner_of(
+    mode: str,
+    tokenizer: Tokenizer,
+    max_length: int = 128,
+    info: ModelInfo | None = None,
+    **settings: object,
+) -> Runner[Any, Any, Any]:
+    """A task over a model of the tiny vocabulary."""
+    task, info = tasks.get(mode), info or model_info(mode)
+    chosen = task.settings(**settings)
+    return task.runner(chosen, loaded(tokenizer, info, max_length=max_length))
+
+
+def pipeline_of(
+    tokenizer: Tokenizer,
+    engine: Engine,
+    mode: str = "sequence_classification",
+    info: ModelInfo | None = None,
+    clock: Callable[[], float] | None = None,
+    **settings: object,
+) -> Pipeline[Any, Any, Any]:
+    """A pipeline over an engine, with settings as a configuration file has them."""
+    task: AnyTask = tasks.get(mode)
+    raw = RawSettings({"the test": settings})
+    raw.refuse_unknown((CoreSettings, task.settings), {})
+    core, info = raw.read(CoreSettings), info or model_info(mode)
+    runner = task.runner(
+        raw.read(task.settings), loaded(tokenizer, info, max_length=core.max_length)
+    )
+    return Pipeline(
+        task,
+        runner,
+        engine,
+        core,
+        max_positions=info.max_positions,
+        model={"model_name": "model"},
+        **({} if clock is None else {"clock": clock}),
+    )
 
 
 def sequence_logits(ids: np.ndarray, types: np.ndarray, width: int) -> np.ndarray:
@@ -56,11 +125,11 @@ def token_logits(ids: np.ndarray, types: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 class _Done:
-    def __init__(self, logits: Logits) -> None:
-        self._logits = logits
+    def __init__(self, outputs: Floats) -> None:
+        self._outputs = outputs
 
-    def result(self) -> Logits:
-        return self._logits
+    def result(self) -> Floats:
+        return self._outputs
 
 
 class FakeEngine:
@@ -74,7 +143,7 @@ class FakeEngine:
         width: int = 3,
         fail: Callable[[PackedBatch], None] | None = None,
     ) -> None:
-        self.mode, self.width, self.fail = mode, width, fail
+        self.per_token, self.width, self.fail = tasks.get(mode).per_token, width, fail
         self.batches: list[PackedBatch] = []
 
     def launch(self, batch: PackedBatch) -> _Done:
@@ -86,10 +155,10 @@ class FakeEngine:
         assert batch.cu_seqlens[-1] == batch.total == len(batch.token_type_ids)
         bounds = list(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True))
         pieces = [(batch.input_ids[a:b], batch.token_type_ids[a:b]) for a, b in bounds]
-        if self.mode == "question_answering":
+        if self.per_token:
             starts, ends = zip(*(token_logits(*p) for p in pieces), strict=True)
-            return _Done((np.concatenate(starts), np.concatenate(ends)))
-        return _Done((np.stack([sequence_logits(*p, self.width) for p in pieces]),))
+            return _Done(np.stack([np.concatenate(starts), np.concatenate(ends)]))
+        return _Done(np.stack([sequence_logits(*p, self.width) for p in pieces]))
 
     def warm_up(self) -> dict[str, float]:
         return {"seconds": 0.0}
@@ -108,7 +177,7 @@ class AsyncEngine(FakeEngine):
         self.events.append("launch")
         return _Later(self, batch)
 
-    def compute(self, batch: PackedBatch) -> Logits:
+    def compute(self, batch: PackedBatch) -> Floats:
         self.events.append("wait")
         return super().launch(batch).result()
 
@@ -117,7 +186,7 @@ class _Later:
     def __init__(self, engine: AsyncEngine, batch: PackedBatch) -> None:
         self._engine, self._batch = engine, batch
 
-    def result(self) -> Logits:
+    def result(self) -> Floats:
         return self._engine.compute(self._batch)
 
 

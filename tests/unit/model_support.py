@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
 from torch import Tensor
 
-from ft_handler.architectures import table
-from ft_handler.model import info, module
-from ft_handler.model.info import MODES, SEQUENCE_CLASSIFICATION
+from ft_handler import architectures, precisions, tasks
+from ft_handler.model import info
+from ft_handler.prepare.fuse import fuse
 
 POSITIONS = 64
 VOCABULARY = 211
@@ -19,7 +20,10 @@ def random_bert(mode: str, **settings: Any) -> Any:
     """transformers' BERT with random weights, wide enough that logits move with the input."""
     from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
-    assert mode in MODES
+    classes = {
+        SEQUENCE_CLASSIFICATION: BertForSequenceClassification,
+        QUESTION_ANSWERING: BertForQuestionAnswering,
+    }
     values: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -30,10 +34,6 @@ def random_bert(mode: str, **settings: Any) -> Any:
         "initializer_range": 0.15,
     }
     values.update(settings)
-    classes = {
-        SEQUENCE_CLASSIFICATION: BertForSequenceClassification,
-        info.QUESTION_ANSWERING: BertForQuestionAnswering,
-    }
     bert = classes[mode](BertConfig(**values)).eval()
     for name, parameter in bert.named_parameters():
         # transformers starts biases at 0 and norms at 1, which would hide a swap.
@@ -42,25 +42,23 @@ def random_bert(mode: str, **settings: Any) -> Any:
     return bert
 
 
-def fused(bert: Any, mode: str, dtype: torch.dtype = torch.float32) -> Any:
+def fused(bert: Any, mode: str, data_type: str = "fp32") -> Any:
     """The scripted module made of a transformers model."""
-    row = table.check_config(bert.config, "test")
-    weights = table.stack_weights(
-        row, mode, bert.state_dict(), bert.config.num_hidden_layers, "test"
-    )
-    return module.build_module(
-        mode,
+    task, bert_itself = tasks.get(mode), architectures.get("bert")
+    weights = bert_itself.weights(task, bert.config, bert.state_dict())
+    return fuse(
+        task,
+        bert_itself.head(task),
+        bert_itself.spec(bert.config),
         weights,
-        num_heads=bert.config.num_attention_heads,
-        layer_norm_eps=bert.config.layer_norm_eps,
-        dtype=dtype,
+        precisions.get(data_type),
+        bert.config.num_labels,
     )
 
 
 def info_of(bert: Any, mode: str, **changes: Any) -> info.ModelInfo:
     """Metadata that fits a transformers model."""
     config = bert.config
-    classifies = mode == SEQUENCE_CLASSIFICATION
     values: dict[str, Any] = {
         "format_version": info.FORMAT_VERSION,
         "mode": mode,
@@ -76,11 +74,12 @@ def info_of(bert: Any, mode: str, **changes: Any) -> info.ModelInfo:
         "vocab_size": config.vocab_size,
         "type_vocab_size": config.type_vocab_size,
         "num_labels": config.num_labels,
-        "labels": dict(config.id2label) if classifies else {},
+        "labels": dict(config.id2label) if tasks.get(mode).labelled else {},
         "problem_type": None,
         "do_lower_case": True,
         "layer_norm_eps": config.layer_norm_eps,
-        "versions": {"torch": torch.__version__, "transformers": "x", "ft_handler": "x"},
+        "op_interface": info.OP_INTERFACE,
+        "versions": {"torch": str(torch.__version__), "transformers": "x", "ft_handler": "x"},
     }
     values.update(changes)
     return info.ModelInfo(**values)

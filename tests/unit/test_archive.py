@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
 
 from ft_handler import load_library
 from ft_handler.cli.main import main
 from ft_handler.errors import ConfigError, LibraryError, ModelError
-from ft_handler.model.info import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
-from ft_handler.native.library import LIBRARY
+from ft_handler.files import LIBRARY
 from ft_handler.prepare.options import TraceOptions
 from ft_handler.prepare.trace import trace
 from ft_handler.servers.torchserve.archive import HANDLER, archive, handler_path
@@ -103,12 +103,10 @@ def test_folders_of_others_in_the_temporary_folder_survive(
     assert tempfile.tempdir == str(bystander.parent)
 
 
-@pytest.mark.parametrize(
-    "name", ["traced_model.pt", "tokenizer.json", "model-config.yaml", "index_to_name.json"]
-)
+@pytest.mark.parametrize("name", ["traced_model.pt", "model-config.yaml"])
 def test_what_is_missing_is_named(name: str, folder: Path, tmp_path: Path) -> None:
     (folder / name).unlink()
-    with pytest.raises(ModelError, match=name):
+    with pytest.raises((ModelError, ConfigError), match=name):
         archive(folder, export_path=tmp_path)
     assert not list(tmp_path.glob("*.mar"))
 
@@ -122,7 +120,10 @@ def test_a_missing_library_is_named(folder: Path, tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("handler:\n  colour: red\n", "colour"),
-        ("handler:\n  mode: question_answering\n", "traced for sequence_classification"),
+        (
+            "handler:\n  mode: question_answering\n",
+            "the traced file is for sequence_classification",
+        ),
         ("- a list\n", "must hold a mapping"),
         ("handler: {\n", "not YAML"),
     ],
@@ -144,8 +145,16 @@ def test_names_and_folders(folder: Path, tmp_path: Path) -> None:
 
 def test_plain_torchscript_is_refused(tiny_qa: Path, tmp_path: Path) -> None:
     output = traced(tiny_qa, tmp_path / "ths", QUESTION_ANSWERING, model_type="ths")
-    with pytest.raises(ModelError, match="the handler serves thsext"):
+    with pytest.raises(ConfigError, match="trace with --model_type thsext"):
         archive(output, export_path=tmp_path)
+
+
+def test_the_traced_file_alone_may_be_packed(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        if path.name not in ("traced_model.pt", "model-config.yaml"):
+            path.unlink()
+    found = names(archive(folder, export_path=tmp_path))
+    assert found == {"traced_model.pt", "model-config.yaml", LIBRARY, "MAR-INF/MANIFEST.json"}
 
 
 def test_question_answering_needs_no_labels(tiny_qa: Path, tmp_path: Path) -> None:

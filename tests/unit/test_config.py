@@ -6,14 +6,20 @@ import json
 
 import pytest
 
+from ft_handler import tasks
 from ft_handler.config import (
     ENVIRONMENT,
-    HandlerConfig,
+    SECTION,
+    CoreSettings,
+    RawSettings,
     environment,
     limit_tokenizer_threads,
     settings_table,
+    spelled,
 )
 from ft_handler.errors import ConfigError
+from ft_handler.tasks.question_answering import QuestionSettings
+from ft_handler.tasks.sequence_classification import ClassificationSettings
 
 PUBLISHED = {
     "model_name": "bert-base-uncased",
@@ -30,27 +36,39 @@ PUBLISHED = {
 }
 
 
-def read(tmp_path, section=None, older=None):
+def read(folder, section=None, older=None, mode="sequence_classification"):
+    """The core's settings and the task's, as a worker reads them."""
     if older is not None:
-        (tmp_path / "setup_config.json").write_text(json.dumps(older))
-    return HandlerConfig.from_model_dir(tmp_path, None if section is None else {"handler": section})
+        (folder / "setup_config.json").write_text(json.dumps(older))
+    raw = RawSettings.of_model_dir(folder, None if section is None else {"handler": section})
+    task = tasks.get(mode)
+    others = {name: tasks.get(name).settings for name in tasks.names() if name != mode}
+    raw.refuse_unknown((CoreSettings, task.settings), others)
+    return raw.read(CoreSettings), raw.read(task.settings)
 
 
 def test_the_published_file_is_read(tmp_path):
-    config = read(tmp_path, older=PUBLISHED)
-    assert (config.num_labels, config.max_length, config.do_lower_case) == (2, 150, True)
-    assert config.mode == "sequence_classification"
+    core, _ = read(tmp_path, older=PUBLISHED)
+    assert (core.num_labels, core.max_length, core.do_lower_case) == (2, 150, True)
+    assert core.mode == "sequence_classification"
 
 
 def test_nothing_at_all_gives_the_defaults(tmp_path):
-    assert read(tmp_path) == HandlerConfig()
-    assert HandlerConfig.from_model_dir(tmp_path, {"handler": None}) == HandlerConfig()
-    assert HandlerConfig.from_model_dir(tmp_path, {"minWorkers": 1}) == HandlerConfig()
+    assert read(tmp_path) == (CoreSettings(), ClassificationSettings())
+    for yaml in ({"handler": None}, {"minWorkers": 1}):
+        assert RawSettings.of_model_dir(tmp_path, yaml).read(CoreSettings) == CoreSettings()
 
 
 def test_both_files_may_be_there_when_they_agree(tmp_path):
-    config = read(tmp_path, {"max_length": 150, "truncation": False}, PUBLISHED)
-    assert (config.max_length, config.truncation, config.num_labels) == (150, False, 2)
+    core, own = read(tmp_path, {"max_length": 150, "truncation": False}, PUBLISHED)
+    assert (core.max_length, own.truncation, core.num_labels) == (150, False, 2)
+
+
+def test_arguments_win_over_files(tmp_path):
+    (tmp_path / "setup_config.json").write_text(json.dumps(PUBLISHED))
+    raw = RawSettings.of_model_dir(tmp_path, {"handler": {"device": "cuda"}})
+    core = raw.over({"max_length": 7, "device": "cpu"}).read(CoreSettings)
+    assert (core.max_length, core.device, core.num_labels) == (7, "cpu", 2)
 
 
 @pytest.mark.parametrize(
@@ -61,16 +79,13 @@ def test_both_files_may_be_there_when_they_agree(tmp_path):
         (None, {"batch": 1}, "setup_config.json.*'batch'"),
         ({"max_length": 128}, PUBLISHED, "'max_length' is 128 .* 150"),
         ({"mode": "question_answering"}, PUBLISHED, "'mode'"),
-        ({"doc_stride": 5}, PUBLISHED, "'doc_stride'"),
-        ({"mode": "sequence_classification", "max_seq_len": 64}, None, "'max_seq_len'"),
-        ({"mode": "question_answering", "function_to_apply": "none"}, None, "function_to_apply"),
-        ({"max_seq_len": 256, "max_length": 128}, None, "'max_seq_len' .256. .*'max_length'"),
+        ({"doc_stride": 5}, PUBLISHED, "'doc_stride'.* question_answering"),
+        ({"max_seq_len": 64}, None, "'max_seq_len'"),
         ({"save_mode": "pretrained"}, None, "'save_mode'"),
         ({"captum_explanation": True}, None, "'captum_explanation'"),
         ({"FasterTransformer": False}, None, "'FasterTransformer'"),
         ({"BetterTransformer": True}, None, "'BetterTransformer'"),
         ({"model_parallel": True}, None, "'model_parallel'"),
-        ({"mode": "text"}, None, "'mode' in .* one of sequence_classification"),
         ({"max_length": 3}, None, "'max_length'.*at least 4"),
         ({"max_length": True}, None, "'max_length'"),
         ({"max_length": 12.5}, None, "'max_length'"),
@@ -92,28 +107,48 @@ def test_mistakes_are_named(tmp_path, section, older, named):
         read(tmp_path, section, older)
 
 
+def test_settings_of_another_task_are_refused_where_they_ask_for_something(tmp_path):
+    with pytest.raises(ConfigError, match=r"'function_to_apply'.* sequence_classification"):
+        read(tmp_path, {"function_to_apply": "none"}, mode="question_answering")
+    # Names that come with their defaults ask for nothing.
+    read(tmp_path, {"function_to_apply": None, "truncation": True}, mode="question_answering")
+    read(tmp_path, {"doc_stride": None, "max_answer_len": "15"})
+
+
 def test_a_broken_older_file_is_named(tmp_path):
     (tmp_path / "setup_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"setup_config\.json is not JSON"):
-        HandlerConfig.from_model_dir(tmp_path, None)
+        RawSettings.of_model_dir(tmp_path, None)
 
 
 def test_long_values_are_cut_in_messages(tmp_path):
     with pytest.raises(ConfigError) as error:
-        read(tmp_path, {"mode": "x" * 500})
+        read(tmp_path, {"device": "x" * 500})
     assert len(str(error.value)) < 250
 
 
 def test_lists_and_names_are_normalised():
-    config = HandlerConfig.from_mapping(
-        {"length_buckets": [32, "64"], "function_to_apply": "NONE", "device": " CPU "}, "here"
+    raw = RawSettings(
+        {SECTION: {"length_buckets": [32, "64"], "function_to_apply": "NONE", "device": " CPU "}}
     )
-    assert config.length_buckets == (32, 64)
-    assert (config.function_to_apply, config.device) == ("none", "cpu")
+    core = raw.read(CoreSettings)
+    assert (core.length_buckets, core.device) == ((32, 64), "cpu")
+    assert raw.read(ClassificationSettings).function_to_apply == "none"
+
+
+def test_spelled_values():
+    texts = ["true", " False", "null", "12", "-3", "1.5", "yes", "", "softmax"]
+    values = [True, False, None, 12, -3, "1.5", "yes", "", "softmax"]
+    assert [spelled(text) for text in texts] == values
+    assert spelled([1]) == [1]
 
 
 def test_every_setting_is_documented():
-    table = settings_table()
+    table = [
+        row
+        for group in (CoreSettings, ClassificationSettings, QuestionSettings)
+        for row in settings_table(group)
+    ]
     assert len(table) > 30
     for name, _, text in table:
         assert text.endswith("."), name

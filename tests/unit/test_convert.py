@@ -8,16 +8,15 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from model_support import hf_logits
+from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
 
-from ft_handler.architectures import table
+from ft_handler import architectures, tasks
 from ft_handler.errors import ModelError
-from ft_handler.model.info import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
 from ft_handler.prepare import checkpoint, hf, hub
 from ft_handler.prepare.adapters import read_adapter
 
@@ -57,8 +56,12 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def same(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> bool:
     """Whether two checkpoints have equal stacked weights."""
-    return a.weights.keys() == b.weights.keys() and all(
-        torch.equal(a.weights[k], b.weights[k]) for k in a.weights
+    return all(
+        one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+        for one, other in (
+            (a.weights.encoder, b.weights.encoder),
+            (a.weights.head, b.weights.head),
+        )
     )
 
 
@@ -68,7 +71,7 @@ def same(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> bool:
 def test_pickled_and_sharded_files_load_alike(tiny_classification: Path, tmp_path: Path) -> None:
     plain = load(tiny_classification)
     assert plain.labels == {0: "negative", 1: "neutral", 2: "positive"}
-    assert plain.weights["qkv_weight"].shape == (2, 192, 64)
+    assert plain.weights.encoder["layers.qkv.weight"].shape == (2, 192, 64)
     pickled = tmp_path / "pickled"
     shutil.copytree(tiny_classification, pickled)
     torch.save(state_of(pickled), pickled / "pytorch_model.bin")
@@ -105,9 +108,10 @@ def test_pickles_never_run_code(
 def test_half_precision_checkpoints_become_fp32(tiny_classification: Path, tmp_path: Path) -> None:
     half = {k: v.half() for k, v in state_of(tiny_classification).items()}
     found = load(copy_with(tiny_classification, tmp_path / "half", half))
-    assert all(w.dtype == torch.float32 for w in found.weights.values())
+    assert all(w.dtype == torch.float32 for w in found.weights.encoder.values())
     assert torch.equal(
-        found.weights["word"], half["bert.embeddings.word_embeddings.weight"].float()
+        found.weights.encoder["embeddings.word"],
+        half["bert.embeddings.word_embeddings.weight"].float(),
     )
 
 
@@ -181,28 +185,28 @@ def test_other_models_are_refused_by_name(
 
 
 def test_large_heads_are_refused() -> None:
-    config = SimpleNamespace(
-        model_type="bert", hidden_act="gelu", hidden_size=520, num_attention_heads=4
-    )
+    from transformers import BertConfig
+
+    config = BertConfig(hidden_size=520, num_attention_heads=4)
     with pytest.raises(ModelError, match="head size 130 is not served; even sizes up to 128"):
-        table.check_config(config, "x")
+        architectures.get("bert").check(config)
 
 
 def test_stacking_keeps_the_order_and_checks_names() -> None:
-    row = table.ARCHITECTURES["bert"]
-    layers = 2
-    state = {n: torch.zeros(1) for n in (*row.encoder.values(),)}
-    state.update({n: torch.zeros(1) for n in row.head[QUESTION_ANSWERING].values()})
-    for parts in row.layer.values():
-        for i in range(layers):
+    from transformers import BertConfig
+
+    bert, task = architectures.get("bert"), tasks.get(QUESTION_ANSWERING)
+    state = {n: torch.zeros(1) for n in bert.head(task).weights.values()}
+    for parts in bert.table.values():
+        for i in range(2):
             for j, part in enumerate(parts):
-                state[part.format(i=i)] = torch.full((2,), 10.0 * i + j)
-    found = table.stack_weights(row, QUESTION_ANSWERING, state, layers, "x")
-    assert found["qkv_bias"].tolist() == [[0, 0, 1, 1, 2, 2], [10, 10, 11, 11, 12, 12]]
+                state[part.format(base="bert", layer=i)] = torch.full((2,), 10.0 * i + j)
+    found = bert.weights(task, BertConfig(num_hidden_layers=2), state).encoder
+    assert found["layers.qkv.bias"].tolist() == [[0, 0, 1, 1, 2, 2], [10, 10, 11, 11, 12, 12]]
     with pytest.raises(ModelError, match=r"no use for: .*layer\.1\."):
-        table.stack_weights(row, QUESTION_ANSWERING, state, 1, "x")
+        bert.weights(task, BertConfig(num_hidden_layers=1), state)
     with pytest.raises(ModelError, match=r"lacks .*layer\.2\..* more"):
-        table.stack_weights(row, QUESTION_ANSWERING, state, 3, "x")
+        bert.weights(task, BertConfig(num_hidden_layers=3), state)
 
 
 # -- adapters ------------------------------------------------------------------------------------
@@ -254,7 +258,7 @@ def test_a_merged_adapter_equals_peft(lora: tuple[Path, Path], tmp_path: Path) -
     torch.testing.assert_close(
         hf_logits(merged.model, ids, mask, types)[0], wanted, rtol=1e-4, atol=1e-4
     )
-    assert merged.weights["classifier_weight"].shape == (2, 64)
+    assert merged.weights.head["classifier_weight"].shape == (2, 64)
     assert merged.labels == {0: "LABEL_0", 1: "LABEL_1"}
     with pytest.raises(ModelError, match="no trained head"):
         load(base)

@@ -6,19 +6,22 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
-from ft_handler import __version__
+from ft_handler import __version__, tasks
 from ft_handler.cli.bench import BENCHMARKS
 from ft_handler.cli.main import COMMANDS, build
-from ft_handler.config import ENVIRONMENT, HandlerConfig, settings_table
+from ft_handler.config import ENVIRONMENT, settings_table
 from ft_handler.errors import MalformedRequest, RequestTooLarge, UnusableRequest
-from ft_handler.request.codec import _CLASSIFICATION, _QUESTION, Codec, encode_error
+from ft_handler.request.documents import Decoder, Limits
+from ft_handler.request.replies import encode_error
 from ft_handler.servers.torchserve.metrics import METRICS
-from ft_handler.types import ClassificationParams, QuestionParams
+from ft_handler.types import Incoming
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -42,11 +45,20 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def test_every_setting_and_default_is_documented() -> None:
-    table = rows(page("docs/configuration.md").split("## Environment")[0])
-    assert list(table) == [name for name, _, _ in settings_table()]
-    for name, default, meaning in settings_table():
-        shown = {None: "null", True: "true", False: "false"}.get(default, str(default))  # type: ignore[call-overload]
-        assert table[name] == [f"`{shown}`", meaning], "run scripts/settings_docs.py"
+    with_script()
+    from settings_docs import groups
+
+    text = page("docs/configuration.md").split("## Environment")[0]
+    sections = re.split(r"^### ", text, flags=re.M)[1:]
+    assert [s.partition("\n")[0] for s in sections] == list(groups())
+    for section, group in zip(sections, groups().values(), strict=True):
+        table = rows(section)
+        assert list(table) == [name for name, _, _ in settings_table(group)]
+        for name, default, meaning in settings_table(group):
+            shown = str(default)
+            if default is None or isinstance(default, bool):
+                shown = "null" if default is None else str(default).lower()
+            assert table[name] == [f"`{shown}`", meaning], "run scripts/settings_docs.py"
 
 
 def test_every_environment_variable_is_documented() -> None:
@@ -54,12 +66,16 @@ def test_every_environment_variable_is_documented() -> None:
     assert {name: cells[0] for name, cells in table.items()} == dict(ENVIRONMENT)
 
 
+def with_script() -> None:
+    """Make the scripts importable."""
+    if str(ROOT / "scripts") not in sys.path:
+        sys.path.insert(0, str(ROOT / "scripts"))
+
+
 def test_settings_script_changes_nothing() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        from settings_docs import updated
-    finally:
-        sys.path.pop(0)
+    with_script()
+    from settings_docs import updated
+
     text = page("docs/configuration.md")
     assert updated(text) == text, "run scripts/settings_docs.py"
 
@@ -129,11 +145,10 @@ def test_ci_calls_the_readme_test_command() -> None:
     assert "make test" in page("README.md")
 
 
-def codec_for(mode: str) -> Codec:
-    """A codec with the documented defaults."""
-    if mode == "question_answering":
-        return Codec(mode, QuestionParams(1, None, 15, 384, 64, False, True), HandlerConfig())
-    return Codec(mode, ClassificationParams(None, None, True), HandlerConfig())
+def decoder_for(mode: str) -> Decoder[Any, Any]:
+    """A decoder with the documented defaults."""
+    task = tasks.get(mode)
+    return Decoder(task, task.parameters(), Limits(128, 250_000), {"model_name": "m"})
 
 
 def documents(section: str) -> list[object]:
@@ -158,26 +173,29 @@ def documents(section: str) -> list[object]:
 def test_documented_requests_are_understood(title: str, mode: str, count: int) -> None:
     sections = re.split(r"^## ", page("docs/http.md"), flags=re.M)
     section = next(s for s in sections if s.startswith(title))
-    codec = codec_for(mode)
+    decoder = decoder_for(mode)
     requests = documents(section)
     assert len(requests) == count
     for request in requests:
-        assert codec.decode({"body": request}).inputs
+        assert decoder.decode(Incoming(request)).inputs
 
 
 def test_documented_errors_are_the_errors() -> None:
     text = page("docs/http.md")
     for error in (MalformedRequest, RequestTooLarge, UnusableRequest):
         assert f"| {error.status} | `{error.__name__}` |" in text
-    codec = codec_for("sequence_classification")
+    decoder = decoder_for("sequence_classification")
     with pytest.raises(MalformedRequest) as refused:
-        codec.decode({"body": {"txt": "wrong key"}})
+        decoder.decode(Incoming({"txt": "wrong key"}))
     (shown,) = documents(re.split(r"^## Errors", text, flags=re.M)[1])
     assert json.loads(encode_error(refused.value).body) == shown
 
 
 def test_documented_parameters_are_known() -> None:
     sections = re.split(r"^## ", page("docs/http.md"), flags=re.M)
-    for title, readers in (("Sequence", _CLASSIFICATION), ("Question", _QUESTION)):
+    for title, mode in (
+        ("Sequence", "sequence_classification"),
+        ("Question", "question_answering"),
+    ):
         section = next(s for s in sections if s.startswith(title))
-        assert set(rows(section)) == set(readers)
+        assert set(rows(section)) == {f.name for f in fields(tasks.get(mode).parameters)}

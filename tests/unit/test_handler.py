@@ -9,11 +9,10 @@ import warnings
 import pytest
 from fakes import FakeContext, FakeEngine, model_info
 
-from ft_handler.config import environment
+from ft_handler import runtime
 from ft_handler.errors import ConfigError, EngineLost
-from ft_handler.model.bundle import LoadedModel
 from ft_handler.servers.torchserve import handler as handler_module
-from ft_handler.servers.torchserve.handler import FtHandler, choose_device, read_labels
+from ft_handler.servers.torchserve.handler import load
 from ft_handler.servers.torchserve.metrics import METRICS
 
 
@@ -32,20 +31,17 @@ def archive(tiny_tokenizer, tmp_path, monkeypatch):
     for name in ("tokenizer.json", "vocab.txt"):
         (tmp_path / name).write_bytes((tiny_tokenizer / name).read_bytes())
     (tmp_path / "traced_model.pt").write_bytes(b"")
-    engine = FakeEngine()
-    monkeypatch.setattr(
-        handler_module, "load_model", lambda path, device, library: LoadedModel(None, model_info())
-    )
-    monkeypatch.setattr(handler_module, "engine_for", lambda model, device, **_: engine)
+    monkeypatch.setattr(runtime, "read_info", lambda path: model_info())
+    monkeypatch.setattr(runtime, "read_tokenizer", lambda path: None)
+    monkeypatch.setattr(runtime, "load_model", lambda path, device, folder: None)
+    monkeypatch.setattr(runtime, "engine_for", lambda model, device, **_: FakeEngine())
     return tmp_path
 
 
 def ready(archive, section=None):
     settings = {"fast_receive": False, **(section or {})}
     context = FakeContext(str(archive), {"handler": settings}, batch_size=8)
-    handler = FtHandler()
-    handler.initialize(context)
-    return handler, context
+    return load(context), context
 
 
 def test_a_batch_gets_its_bodies_and_statuses(archive):
@@ -69,19 +65,6 @@ def test_labels_come_from_the_archive(archive):
     assert {a["label"] for a in json.loads(body)} == set(names.values())
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", "{", '{"0": "a"}', '{"0": 1, "1": 2, "2": 3}', '{"a": "b"}', '{"1": "a"}']
-)
-def test_labels_that_do_not_fit_stop_the_worker(archive, text):
-    (archive / "index_to_name.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"index_to_name\.json"):
-        ready(archive)
-
-
-def test_labels_of_question_answering_are_not_read(tmp_path):
-    assert read_labels(tmp_path, model_info("question_answering")) is None
-
-
 def test_mistakes_stop_the_worker_and_are_logged(archive, caplog):
     with pytest.raises(ConfigError, match="max_lenght"):
         ready(archive, {"max_lenght": 5})
@@ -89,13 +72,6 @@ def test_mistakes_stop_the_worker_and_are_logged(archive, caplog):
     assert "max_lenght" in caplog.text
     (archive / "traced_model.pt").unlink()
     with pytest.raises(ConfigError, match=r"traced_model\.pt"):
-        ready(archive)
-
-
-def test_a_padded_model_is_refused(archive, monkeypatch):
-    model = LoadedModel(None, model_info(model_type="ths", remove_padding=False))
-    monkeypatch.setattr(handler_module, "load_model", lambda path, device, library: model)
-    with pytest.raises(ConfigError, match="--model_type thsext"):
         ready(archive)
 
 
@@ -131,38 +107,12 @@ def test_a_lost_device_ends_the_worker(archive, monkeypatch):
         handler.handle([{"body": "a"}], context)
 
 
-def test_devices(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert choose_device("auto", 0).type == "cpu"
-    with pytest.raises(ConfigError, match="device"):
-        choose_device("cuda", 0)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert str(choose_device("auto", 1)) == "cuda:1"
-    assert choose_device("auto", None).type == "cpu"
-    assert choose_device("cpu", 1).type == "cpu"
-    assert str(choose_device("cuda", None)) == "cuda:0"
-
-
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_receive_path_is_a_setting(archive, monkeypatch, wanted):
     calls = []
     monkeypatch.setattr(handler_module.receive, "install", lambda: calls.append(1))
     ready(archive, {"fast_receive": wanted})
     assert bool(calls) is wanted
-
-
-def test_batch_invariance_is_asked_for_before_the_model_is_loaded(archive, monkeypatch):
-    monkeypatch.setenv("FT_HANDLER_BATCH_INVARIANT", "")
-    seen = []
-
-    def load_model(path, device, library):
-        seen.append(environment("FT_HANDLER_BATCH_INVARIANT"))
-        return LoadedModel(None, model_info())
-
-    monkeypatch.setattr(handler_module, "load_model", load_model)
-    ready(archive)
-    ready(archive, {"batch_invariant": True})
-    assert seen == [None, "1"]
 
 
 def test_the_entry_point_initialises_then_answers(archive):

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "ft_handler"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "version errors",
-        "config types",
+        "version errors files",
+        "config types stats precisions",
         "native",
         "model text",
         "tasks",
@@ -24,8 +24,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "engine",
         "request",
         "prepare tuning",
+        "runtime",
         "servers",
-        "entry doctor",
+        "predictor entry doctor",
         "cli",
         "__main__",
     )

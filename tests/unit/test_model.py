@@ -20,19 +20,16 @@ from model_support import (
     ragged,
     random_bert,
 )
+from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
 
-from ft_handler import load_model
+from ft_handler import load_model, precisions
 from ft_handler.errors import ModelError
-from ft_handler.model.bundle import read_info, save_model
-from ft_handler.model.info import (
-    METADATA_FILE,
-    MODES,
-    QUESTION_ANSWERING,
-    SEQUENCE_CLASSIFICATION,
-    ModelInfo,
-)
-from ft_handler.model.module import PAD_LOGIT
+from ft_handler.files import METADATA_FILE
+from ft_handler.model.bundle import LoadedModel, read_info, read_tokenizer, save_model
+from ft_handler.model.heads import PAD_LOGIT
+from ft_handler.model.info import ModelInfo
 
+MODES = (SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING)
 # A refusal inside TorchScript is a torch.jit.Error, one inside an op a RuntimeError.
 REFUSED = (RuntimeError, torch.jit.Error)
 LENGTHS = [[1], [POSITIONS], [1, 64, 3], [5, 5, 5, 5], [2, 17, 63, 33, 1, 9, 40]]
@@ -59,20 +56,21 @@ def test_fp32_agrees_with_transformers(mode: str, hidden: int, heads: int) -> No
         assert worst(padded, wanted, batch[1], mode) < 1e-4
         packed = module.packed(*packed_of(*batch))
         kept = batch[1].bool()
-        for part, whole in zip(packed, padded, strict=True):
+        parts = packed if mode == QUESTION_ANSWERING else [packed]
+        for part, whole in zip(parts, padded, strict=True):
             rows = whole[kept] if mode == QUESTION_ANSWERING else whole
             torch.testing.assert_close(part, rows, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("data_type", ["bf16", "fp16"])
 def test_half_precision_errs_at_most_twice_as_much_as_transformers(
-    mode: str, dtype: torch.dtype
+    mode: str, data_type: str
 ) -> None:
     settings = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
     bert = random_bert(mode, **settings, num_hidden_layers=3, initializer_range=0.05)
-    module = fused(bert, mode, dtype)
-    half = copy.deepcopy(bert).to(dtype)
+    module = fused(bert, mode, data_type)
+    half = copy.deepcopy(bert).to(precisions.get(data_type).dtype)
     ours = theirs = 0.0
     for lengths in LENGTHS:
         batch = ragged(lengths)
@@ -117,16 +115,17 @@ def test_other_integer_types(mode: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_empty_batches(mode: str) -> None:
-    module = fused(random_bert(mode, num_labels=3), mode)
+    count = 3 if mode == SEQUENCE_CLASSIFICATION else 2
+    module = fused(random_bert(mode, num_labels=count), mode)
     none = torch.empty(0, 5, dtype=torch.int64)
     padded = module(none, none, none)
     nothing = torch.empty(0, dtype=torch.int64)
     packed = module.packed(nothing, nothing, torch.zeros(1, dtype=torch.int32), 0)
     if mode == SEQUENCE_CLASSIFICATION:
-        assert [tuple(p.shape) for p in (*padded, *packed)] == [(0, 3), (0, 3)]
+        assert [tuple(p.shape) for p in (*padded, packed)] == [(0, 3), (0, 3)]
     else:
         assert [tuple(p.shape) for p in padded] == [(0, 5), (0, 5)]
-        assert [tuple(p.shape) for p in packed] == [(0,), (0,)]
+        assert tuple(packed.shape) == (2, 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -180,29 +179,33 @@ def saved(module: Any) -> bytes:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_prepared_weights_are_never_saved(mode: str) -> None:
+def test_weights_have_names_that_a_person_can_read(mode: str) -> None:
+    names = set(fused(random_bert(mode), mode).state_dict())
+    assert {"encoder.layers.qkv.weight", "encoder.embeddings.word"} <= names
+    heads = {n for n in names if n.startswith("head.")}
+    wanted = "classifier_weight" if mode == SEQUENCE_CLASSIFICATION else "qa_weight"
+    assert f"head.{wanted}" in heads
+    assert all(n.startswith(("encoder.embeddings.", "encoder.layers.", "head.")) for n in names)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_saved_after_use_answers_the_same(mode: str) -> None:
     module = fused(random_bert(mode), mode)
-    size = len(saved(module))
     batch = ragged([4, 11])
     before = module(*batch)
     module.prepare()
-    again = saved(module)
-    assert len(again) <= size + 1024
-    loaded = torch.jit.load(io.BytesIO(again))
-    assert not loaded.encoder.gemm.ready
+    loaded = torch.jit.load(io.BytesIO(saved(module)))
     for a, b in zip(loaded(*batch), before, strict=True):
         assert torch.equal(a, b)
 
 
-def test_released_weights_cannot_be_saved_or_moved() -> None:
+def test_released_weights_cannot_be_moved() -> None:
     module = fused(random_bert(SEQUENCE_CLASSIFICATION), SEQUENCE_CLASSIFICATION)
     batch = ragged([4, 11])
     before = module(*batch)[0]
-    module.release_raw()
-    assert module.encoder.gemm.raw_qkv.numel() == 0
+    module.release()
+    assert module.encoder.layers.qkv.weight.numel() == 0
     assert torch.equal(module(*batch)[0], before)
-    with pytest.raises(REFUSED, match="cannot be saved"):
-        saved(module)
     module.to(torch.bfloat16)
     with pytest.raises(REFUSED, match="cannot move"):
         module(*batch)
@@ -226,7 +229,7 @@ def test_file_round_trip(mode: str, tmp_path: Path) -> None:
     assert read_info(path) == info
     loaded = load_model(path)
     assert loaded.info == info
-    assert loaded.packed
+    assert loaded.fused is loaded.module
     batch = ragged([4, 11])
     direct = torch.jit.load(str(path), map_location="cpu")
     for a, b, c in zip(module(*batch), loaded.module(*batch), direct(*batch), strict=True):
@@ -238,10 +241,11 @@ def test_half_file_answers_on_the_cpu(tmp_path: Path) -> None:
     bert = random_bert(QUESTION_ANSWERING)
     path = tmp_path / "traced_model.pt"
     info = info_of(bert, QUESTION_ANSWERING, data_type="fp16")
-    save_model(fused(bert, QUESTION_ANSWERING, torch.float16), info, path)
+    save_model(fused(bert, QUESTION_ANSWERING, "fp16"), info, path)
     loaded = load_model(path)
-    assert loaded.module.encoder.word.dtype == torch.float16
-    assert loaded.module.qa_weight.dtype == torch.float32
+    dtypes = {name: tensor.dtype for name, tensor in loaded.module.state_dict().items()}
+    assert dtypes["encoder.embeddings.word"] == torch.float16
+    assert dtypes["head.qa_weight"] == torch.float32
     ids, mask, types = ragged([4, 11])
     wanted = hf_logits(bert, ids, mask, types)
     assert worst(loaded.module(ids, mask, types), wanted, mask, QUESTION_ANSWERING) < 0.02
@@ -264,13 +268,16 @@ def rewrite(path: Path, text: str | None) -> None:
     ("changes", "words"),
     [
         ({"format_version": 99}, "format version 99"),
-        ({"mode": "translation"}, "unknown mode"),
-        ({"data_type": "int3"}, "unknown data_type"),
-        ({"model_type": "onnx"}, "unknown model_type"),
-        ({"hidden_size": "64"}, "hidden_size must be a whole number"),
+        ({"format_version": "2"}, "format_version must be a valid integer, not '2'"),
+        ({"mode": "translation"}, "says mode translation, the weights say sequence_class"),
+        ({"data_type": "int3"}, "data_type 'int3' is not one of fp32"),
+        ({"model_type": "onnx"}, "model_type must be 'ths' or 'thsext', not 'onnx'"),
+        ({"hidden_size": "64"}, "hidden_size must be a valid integer, not '64'"),
+        ({"hidden_size": -64}, "hidden_size must be greater than or equal to 0, not -64"),
+        ({"do_lower_case": 1}, "do_lower_case must be a valid boolean, not 1"),
         ({"labels": {"0": "a", "2": "b"}}, "without gaps"),
-        ({"labels": ["a", "b"]}, "labels must map"),
-        ({"colour": 1}, "unknown fields colour"),
+        ({"labels": ["a", "b"]}, "labels must be an object"),
+        ({"labels": {"first": "a"}}, "labels must be a valid integer, .* not 'first'"),
         ({"vocab_size": None}, "lacks vocab_size"),
         ({"vocab_size": 5}, "vocab_size 5, the weights say 211"),
         ({"num_layers": 7}, "num_layers 7"),
@@ -313,6 +320,42 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(ModelError, match="cut short"):
         load_model(path)
+
+
+def test_fields_of_later_releases_are_ignored(tmp_path: Path) -> None:
+    bert = random_bert(SEQUENCE_CLASSIFICATION)
+    path = tmp_path / "traced_model.pt"
+    info = info_of(bert, SEQUENCE_CLASSIFICATION)
+    save_model(fused(bert, SEQUENCE_CLASSIFICATION), info, path)
+    raw = json.loads(info.to_json())
+    rewrite(path, json.dumps({**raw, "colour": {"deep": 1}}))
+    assert load_model(path).info == info
+    del raw["op_interface"]
+    rewrite(path, json.dumps(raw))
+    assert read_info(path).op_interface == 1
+
+
+def test_a_file_carries_its_tokenizer(tmp_path: Path) -> None:
+    bert = random_bert(SEQUENCE_CLASSIFICATION)
+    module, info = fused(bert, SEQUENCE_CLASSIFICATION), info_of(bert, SEQUENCE_CLASSIFICATION)
+    path = tmp_path / "other_name.pt"
+    save_model(module, info, path, '{"model": "\u00e9t\u00e9"}')
+    assert read_tokenizer(path) == '{"model": "\u00e9t\u00e9"}'
+    assert load_model(path).info == info
+    save_model(module, info, path)
+    assert read_tokenizer(path) is None
+    path.write_bytes(b"not a zip file")
+    with pytest.raises(ModelError, match="not a TorchScript file"):
+        read_tokenizer(path)
+
+
+def test_only_fused_files_have_the_packed_entry() -> None:
+    bert = random_bert(SEQUENCE_CLASSIFICATION)
+    module = fused(bert, SEQUENCE_CLASSIFICATION)
+    assert LoadedModel(module, info_of(bert, SEQUENCE_CLASSIFICATION)).fused is module
+    plain = LoadedModel(module, info_of(bert, SEQUENCE_CLASSIFICATION, model_type="ths"))
+    with pytest.raises(ModelError, match="of model_type 'ths', which pads"):
+        _ = plain.fused
 
 
 def test_metadata_must_be_an_object() -> None:

@@ -7,12 +7,10 @@ import math
 import pytest
 import torch
 from model_support import hf_logits, ragged, random_bert
+from tiny import QUESTION_ANSWERING
 
-from ft_handler.architectures import table
-from ft_handler.model.encoder import TABLES
-from ft_handler.model.info import QUESTION_ANSWERING
-from ft_handler.model.module import ENCODER_VECTORS, GEMM_WEIGHTS
-from ft_handler.model.spec import EncoderSpec
+from ft_handler import architectures, tasks
+from ft_handler.model.encoder import WEIGHTS
 from ft_handler.native import twins
 
 
@@ -58,27 +56,10 @@ def test_attention_by_hand() -> None:
 
 def test_encoder_agrees_with_transformers_packed_and_padded() -> None:
     bert = random_bert(QUESTION_ANSWERING)
-    row = table.check_config(bert.config, "test")
-    weights = table.stack_weights(row, QUESTION_ANSWERING, bert.state_dict(), 2, "test")
-    stacked = [weights[n] for n in (*ENCODER_VECTORS, *GEMM_WEIGHTS)]
-    config = bert.config
-    spec = EncoderSpec(
-        hidden_size=config.hidden_size,
-        embedding_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        activation="gelu",
-        layer_norm_eps=config.layer_norm_eps,
-    ).text(
-        (
-            *TABLES,
-            "embeddings.norm.weight", "embeddings.norm.bias", "layers.qkv.bias", "layers.out.bias",
-            "layers.norm1.weight", "layers.norm1.bias", "layers.up.bias", "layers.down.bias",
-            "layers.norm2.weight", "layers.norm2.bias", "layers.qkv.weight", "layers.out.weight",
-            "layers.up.weight", "layers.down.weight",
-        )
-    )  # fmt: skip
+    bert_itself = architectures.get("bert")
+    weights = bert_itself.weights(tasks.get(QUESTION_ANSWERING), bert.config, bert.state_dict())
+    stacked = [weights.encoder[name] for name in WEIGHTS]
+    spec = bert_itself.spec(bert.config).text(WEIGHTS)
     ids, mask, types = ragged([9, 1, 30])
     mask[2, 4] = 0
     kept = mask.bool()
@@ -87,6 +68,6 @@ def test_encoder_agrees_with_transformers_packed_and_padded() -> None:
     packed_ids, kinds, positions, _, cu_seqlens, longest = twins.remove_padding(ids, types, mask)
     packed = twins.encode(packed_ids, kinds, positions, cu_seqlens, longest, stacked, spec)
     for hidden in (whole, packed):
-        logits = hidden @ weights["qa_weight"].T + weights["qa_bias"]
+        logits = hidden @ weights.head["qa_weight"].T + weights.head["qa_bias"]
         torch.testing.assert_close(logits[:, 0], start, rtol=0, atol=2e-5)
         torch.testing.assert_close(logits[:, 1], end, rtol=0, atol=2e-5)

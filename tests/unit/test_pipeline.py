@@ -8,12 +8,12 @@ import random
 
 import numpy as np
 import pytest
-from fakes import AsyncEngine, FakeEngine, model_info, sequence_logits
+from fakes import AsyncEngine, FakeEngine, pipeline_of, sequence_logits
 from malformed import CASES, as_item
 
-from ft_handler.config import HandlerConfig
-from ft_handler.errors import ConfigError, EngineLost, OutOfDeviceMemory
-from ft_handler.request.pipeline import STAGES, Pipeline
+from ft_handler.errors import EngineLost, OutOfDeviceMemory
+from ft_handler.servers.torchserve.adapter import incoming
+from ft_handler.stats import STAGES
 from ft_handler.tasks.scores import softmax
 from ft_handler.text.tokenizer import load_tokenizer
 
@@ -33,10 +33,14 @@ def tokenizer(tiny_tokenizer):
 def make(tokenizer):
     def build(mode="sequence_classification", fail=None, engine=None, info=None, **settings):
         engine = engine or FakeEngine(mode, fail=fail)
-        config = HandlerConfig(**settings)
-        return Pipeline(config, info or model_info(mode), tokenizer, engine), engine
+        return pipeline_of(tokenizer, engine, mode, info, **settings), engine
 
     return build
+
+
+def run(pipeline, items):
+    """The replies to what TorchServe hands over."""
+    return pipeline.run([incoming(item) for item in items])[0]
 
 
 def expected(tokenizer, text, pair=None):
@@ -53,22 +57,22 @@ def body(reply):
 
 def test_every_answer_is_the_one_of_its_own_text_in_arrival_order(make, tokenizer):
     pipeline, engine = make(length_buckets=(4, 8), max_batch_tokens=20)
-    replies = pipeline.run([{"body": s} for s in SENTENCES])
+    replies = run(pipeline, [{"body": s} for s in SENTENCES])
     assert [body(r) for r in replies] == [expected(tokenizer, s) for s in SENTENCES]
     assert len(engine.batches) > 2
 
 
 def test_pairs_carry_token_types(make, tokenizer):
     pipeline, engine = make()
-    (reply,) = pipeline.run([{"body": {"text": "the film", "text_pair": "a good story"}}])
+    (reply,) = run(pipeline, [{"body": {"text": "the film", "text_pair": "a good story"}}])
     assert body(reply) == expected(tokenizer, "the film", "a good story")
     assert engine.batches[0].token_type_ids.tolist() == [0] * 4 + [1] * 4
 
 
 def test_a_list_gets_a_list_and_a_text_alone_agrees_with_it(make):
     pipeline, _ = make()
-    (together,) = pipeline.run([{"body": SENTENCES}])
-    alone = [body(pipeline.run([{"body": s}])[0]) for s in SENTENCES]
+    (together,) = run(pipeline, [{"body": SENTENCES}])
+    alone = [body(run(pipeline, [{"body": s}])[0]) for s in SENTENCES]
     for a, b in zip(body(together), alone, strict=True):
         assert a["label"] == b["label"]
         assert a["score"] == pytest.approx(b["score"])
@@ -87,7 +91,7 @@ def test_malformed_requests_are_refused_alone(make, mode):
             {"body": {"question": "who built it", "context": f"{s}. {SENTENCES[0]}"}}
             for s in SENTENCES
         ]
-    answers = [body(pipeline.run([g])[0]) for g in good]
+    answers = [body(run(pipeline, [g])[0]) for g in good]
     rng = random.Random(1)
     traffic = [(as_item(c.content_type, c.body), c.status, c.name) for c in cases]
     for i in range(len(cases)):
@@ -95,7 +99,7 @@ def test_malformed_requests_are_refused_alone(make, mode):
     rng.shuffle(traffic)
     for at in range(0, len(traffic), 16):
         batch = traffic[at : at + 16]
-        replies = pipeline.run([item for item, _, _ in batch])
+        replies = run(pipeline, [item for item, _, _ in batch])
         assert len(replies) == len(batch)
         for reply, (_, status, name) in zip(replies, batch, strict=True):
             got = body(reply)
@@ -115,7 +119,7 @@ def test_malformed_requests_are_refused_alone(make, mode):
 def test_a_bad_element_refuses_its_request_and_names_the_index(make, tokenizer):
     pipeline, _ = make()
     items = [{"body": ["good", 5]}, {"body": "a good film"}, {"body": ["good", ""]}]
-    first, second, third = pipeline.run(items)
+    first, second, third = run(pipeline, items)
     assert (first.status, third.status) == (422, 422)
     assert "inputs[1]" in body(first)["message"]
     assert "inputs[1]" in body(third)["message"]
@@ -125,12 +129,13 @@ def test_a_bad_element_refuses_its_request_and_names_the_index(make, tokenizer):
 def test_too_long_without_truncation_is_422_and_with_it_is_flagged(make):
     text = "film " * 200
     pipeline, engine = make()
-    cut, refused, in_list = pipeline.run(
+    cut, refused, in_list = run(
+        pipeline,
         [
             {"body": text},
             {"body": {"text": text, "truncation": False}},
             {"body": {"inputs": ["good", text], "parameters": {"truncation": False}}},
-        ]
+        ],
     )
     assert body(cut)["truncated"] is True
     assert (refused.status, in_list.status) == (422, 422)
@@ -145,7 +150,7 @@ def test_out_of_memory_halves_the_bucket_until_it_fits(make, tokenizer):
             raise OutOfDeviceMemory("no room")
 
     pipeline, engine = make(fail=fail)
-    replies = pipeline.run([{"body": s} for s in SENTENCES])
+    replies = run(pipeline, [{"body": s} for s in SENTENCES])
     assert [body(r) for r in replies] == [expected(tokenizer, s) for s in SENTENCES]
     assert max(b.batch for b in engine.batches) <= 2
 
@@ -159,7 +164,7 @@ def test_one_input_that_never_fits_answers_503_alone(make, tokenizer):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: tried")
 
     pipeline, _ = make(fail=fail)
-    replies = pipeline.run([{"body": s} for s in SENTENCES])
+    replies = run(pipeline, [{"body": s} for s in SENTENCES])
     for reply, sentence in zip(replies, SENTENCES, strict=True):
         if sentence == longest:
             assert reply.status == 503
@@ -174,7 +179,7 @@ def test_a_failing_bucket_answers_500_and_the_other_buckets_go_on(make, tokenize
 
     pipeline, _ = make(fail=fail, length_buckets=(6, 128))
     with caplog.at_level(logging.DEBUG):
-        replies = pipeline.run([{"body": s} for s in SENTENCES])
+        replies = run(pipeline, [{"body": s} for s in SENTENCES])
     for reply, sentence in zip(replies, SENTENCES, strict=True):
         if len(tokenizer.encode(sentence)) > 6:
             assert reply.status == 500
@@ -192,14 +197,14 @@ def test_logits_that_are_not_finite_are_our_failure_for_that_input_alone(make, m
     class Broken(FakeEngine):
         def launch(self, batch):
             done = super().launch(batch)
-            done.result()[0][-1:] = np.nan
+            done.result()[..., -1:][-1:] = np.nan
             return done
 
     pipeline, _ = make(mode, engine=Broken(mode))
     item = {"question": "who", "context": "an engineer"}
     if mode == "sequence_classification":
         item = "a good film"
-    first, second = pipeline.run([{"body": item}, {"body": item}])
+    first, second = run(pipeline, [{"body": item}, {"body": item}])
     assert (first.status, second.status) == (200, 500)
 
 
@@ -209,29 +214,29 @@ def test_a_lost_device_reaches_the_caller(make):
 
     pipeline, _ = make(fail=fail)
     with pytest.raises(EngineLost):
-        pipeline.run([{"body": "a good film"}])
+        run(pipeline, [{"body": "a good film"}])
 
 
 def test_a_tokenizer_failure_takes_out_only_its_request(make, tokenizer, monkeypatch, caplog):
     pipeline, _ = make()
-    encode = pipeline._encoder.encode
+    encode = pipeline._runner.encode
 
-    def fragile(inputs):
-        if any(i.text == "awful" for i in inputs):
-            raise TypeError("secret")
-        return encode(inputs)
+    def fragile(items):
+        if any(item.input.text == "awful" for item in items):
+            raise TypeError("sec" + "ret")
+        return encode(items)
 
-    monkeypatch.setattr(pipeline._encoder, "encode", fragile)
-    good, bad = pipeline.run([{"body": "a good film"}, {"body": "awful"}])
+    monkeypatch.setattr(pipeline._runner, "encode", fragile)
+    good, bad = run(pipeline, [{"body": "a good film"}, {"body": "awful"}])
     assert body(good) == expected(tokenizer, "a good film")
     assert bad.status == 500
-    assert "cannot read" not in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_an_empty_batch_and_a_batch_of_refusals_compute_nothing(make):
     pipeline, engine = make()
-    assert pipeline.run([]) == []
-    assert [r.status for r in pipeline.run([{}, {"body": bytearray(b"")}])] == [400, 400]
+    assert run(pipeline, []) == []
+    assert [r.status for r in run(pipeline, [{}, {"body": bytearray(b"")}])] == [400, 400]
     assert engine.batches == []
 
 
@@ -239,7 +244,7 @@ def test_client_text_never_reaches_the_log(make, caplog):
     pipeline, _ = make()
     secret = "a \ud800 secretword"
     with caplog.at_level(logging.DEBUG):
-        pipeline.run([{"body": secret}, {"body": {"text": "secretword", "secretword": 1}}])
+        run(pipeline, [{"body": secret}, {"body": {"text": "secretword", "secretword": 1}}])
     assert "secretword" not in caplog.text
 
 
@@ -261,15 +266,13 @@ def large_batch(mode):
 @pytest.mark.parametrize("mode", ["sequence_classification", "question_answering"])
 @pytest.mark.parametrize("settings", [{}, {"max_batch_tokens": 300, "length_buckets": (40,)}])
 def test_parts_beside_the_engine_give_the_same_answers(tokenizer, mode, settings):
-    def run(engine):
-        seen = []
-        pipeline = Pipeline(
-            HandlerConfig(**settings), model_info(mode), tokenizer, engine, observe=seen.append
-        )
-        return pipeline.run(large_batch(mode)), seen[0]
+    def replies_of(engine):
+        pipeline = pipeline_of(tokenizer, engine, mode, **settings)
+        return pipeline.run([incoming(item) for item in large_batch(mode)])
 
     engine = AsyncEngine(mode)
-    (expected_replies, whole), (replies, parted) = run(FakeEngine(mode)), run(engine)
+    expected_replies, whole = replies_of(FakeEngine(mode))
+    replies, parted = replies_of(engine)
     assert replies == expected_replies
     assert sum(r.status != 200 for r in replies) == 4
     launches = engine.events.count("launch")
@@ -288,7 +291,7 @@ def test_parts_beside_the_engine_give_the_same_answers(tokenizer, mode, settings
 def test_a_small_batch_stays_whole_beside_the_engine(make):
     engine = AsyncEngine()
     pipeline, _ = make(engine=engine)
-    pipeline.run([{"body": s} for s in SENTENCES])
+    run(pipeline, [{"body": s} for s in SENTENCES])
     assert engine.events == ["launch", "wait"]
 
 
@@ -304,11 +307,10 @@ def test_failures_of_a_part_stay_in_it(tokenizer):
             raise RuntimeError("broken")
 
     mode = "question_answering"
-    good = Pipeline(HandlerConfig(), model_info(mode), tokenizer, FakeEngine(mode))
-    engine = AsyncEngine(mode, fail=fail)
-    pipeline = Pipeline(HandlerConfig(), model_info(mode), tokenizer, engine)
-    wanted = good.run(large_batch(mode))
-    replies = pipeline.run(large_batch(mode))
+    good = pipeline_of(tokenizer, FakeEngine(mode), mode)
+    pipeline = pipeline_of(tokenizer, AsyncEngine(mode, fail=fail), mode)
+    wanted = run(good, large_batch(mode))
+    replies = run(pipeline, large_batch(mode))
     lost = [i for i, reply in enumerate(replies) if reply.status == 500]
     assert lost == [i for i in range(lost[0], lost[-1] + 1) if wanted[i].status == 200]
     assert 0 < len(lost) < len(replies) / 2
@@ -317,14 +319,10 @@ def test_failures_of_a_part_stay_in_it(tokenizer):
 
 
 def test_batch_figures(make, tokenizer):
-    seen = []
     ticks = iter(range(100))
-    pipeline = Pipeline(
-        HandlerConfig(), model_info(), tokenizer, FakeEngine(),
-        observe=seen.append, clock=lambda: float(next(ticks)),
-    )  # fmt: skip
-    pipeline.run([{"body": "a good film"}, {"body": "warm"}, {"body": bytearray(b"")}])
-    (stats,) = seen
+    pipeline = pipeline_of(tokenizer, FakeEngine(), clock=lambda: float(next(ticks)))
+    items = [{"body": "a good film"}, {"body": "warm"}, {"body": bytearray(b"")}]
+    _, stats = pipeline.run([incoming(item) for item in items])
     assert (stats.requests, stats.sequences, stats.refused, stats.failed) == (3, 2, 1, 0)
     assert stats.tokens == 5 + 3
     assert stats.padded == 2
@@ -332,27 +330,3 @@ def test_batch_figures(make, tokenizer):
     assert tuple(stats.seconds) == STAGES
     # Launching and waiting are two intervals of the same stage.
     assert all(s == (2 if stage == "compute" else 1) for stage, s in stats.seconds.items())
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"mode": "question_answering"}, "mode"),
-        ({"num_labels": 2}, "num_labels"),
-        ({"max_length": 129}, "max_length"),
-        ({"doc_stride": 5}, "doc_stride"),
-    ],
-)
-def test_settings_that_contradict_the_model_are_refused(tokenizer, settings, named):
-    with pytest.raises(ConfigError, match=named):
-        Pipeline(HandlerConfig(**settings), model_info(), tokenizer, FakeEngine())
-
-
-def test_a_tokenizer_of_another_model_is_refused(make):
-    with pytest.raises(ConfigError, match="do not belong together"):
-        make(info=model_info(vocab_size=30))
-
-
-def test_function_to_apply_has_no_meaning_for_answers(make):
-    with pytest.raises(ConfigError, match="function_to_apply"):
-        make("question_answering", function_to_apply="softmax")

@@ -4,45 +4,51 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fakes import token_logits
+from fakes import items_of, model_info, runner_of, token_logits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ft_handler.request.codec import ALL_LABELS
-from ft_handler.tasks.encoders import QuestionEncoder
-from ft_handler.tasks.question_answering import QuestionAnswering
+from ft_handler.tasks import question_answering as qa
+from ft_handler.tasks.question_answering import QuestionInput
 from ft_handler.tasks.scores import sigmoid, softmax
-from ft_handler.tasks.sequence_classification import Classification, default_function
+from ft_handler.tasks.sequence_classification import (
+    ALL_LABELS,
+    Parameters,
+    TextInput,
+    default_function,
+)
 from ft_handler.tasks.spans import best_spans
 from ft_handler.text.tokenizer import load_tokenizer
-from ft_handler.types import (
-    ClassificationParams,
-    Encoding,
-    QuestionInput,
-    QuestionParams,
-    TextInput,
-)
+from ft_handler.types import Encoding, Outputs
 
 LABELS = {0: "negative", 1: "neutral", 2: "positive"}
 LOGITS = np.array([[0.0, 1.0, 2.0], [3.0, -1.0, 0.5]], np.float32)
 
 
-def classify(params, logits=LOGITS, labels=LABELS, problem_type=None, truncated=()):
-    inputs = [TextInput("a", None, p) for p in params]
-    encodings = [Encoding([[1]], [1], i in truncated) for i in range(len(params))]
-    return Classification(labels, problem_type).predict(inputs, encodings, logits)
+@pytest.fixture
+def classify(tiny_tokenizer):
+    tokenizer = load_tokenizer(tiny_tokenizer)
+
+    def answers(params, logits=LOGITS, labels=LABELS, problem_type=None):
+        info = model_info(labels=labels, num_labels=len(labels), problem_type=problem_type)
+        runner = runner_of("sequence_classification", tokenizer, info=info)
+        items = items_of([TextInput("a", None, p) for p in params])
+        encodings = [Encoding(item, [np.array([1])], [1], False) for item in items]
+        return runner.predict(encodings, Outputs(logits, np.ones(len(logits), np.int64)))
+
+    return answers
 
 
-def test_the_best_label_as_an_object():
-    first, second = classify([ClassificationParams(None, None, True)] * 2)
+def test_the_best_label_as_an_object(classify):
+    first, second = classify([Parameters()] * 2)
     e = np.exp([0.0, 1.0, 2.0])
     assert first == {"label": "positive", "score": pytest.approx(e[2] / e.sum())}
     assert second["label"] == "negative"
     assert type(first["score"]) is float
 
 
-def test_top_k_is_a_sorted_list_and_each_request_keeps_its_own():
-    params = [ClassificationParams(2, None, True), ClassificationParams(ALL_LABELS, "none", True)]
+def test_top_k_is_a_sorted_list_and_each_request_keeps_its_own(classify):
+    params = [Parameters(top_k=2), Parameters(top_k=ALL_LABELS, function_to_apply="none")]
     first, second = classify(params)
     assert [a["label"] for a in first] == ["positive", "neutral"]
     assert second == [
@@ -50,7 +56,7 @@ def test_top_k_is_a_sorted_list_and_each_request_keeps_its_own():
         {"label": "positive", "score": 0.5},
         {"label": "neutral", "score": -1.0},
     ]
-    (many, _) = classify([ClassificationParams(99, None, True)] * 2)
+    (many, _) = classify([Parameters(top_k=99)] * 2)
     assert len(many) == 3
 
 
@@ -69,20 +75,12 @@ def test_the_default_function_is_the_models(problem_type, labels, function):
     assert default_function(problem_type, labels) == function
 
 
-def test_regression_and_multi_label_scores():
-    params = [ClassificationParams(None, None, True)] * 2
+def test_regression_and_multi_label_scores(classify):
+    params = [Parameters()] * 2
     (first, _) = classify(params, LOGITS[:, :1] - 0.5, {0: "stars"}, "regression")
     assert first == {"label": "stars", "score": -0.5}
     (first, _) = classify(params, LOGITS, LABELS, "multi_label_classification")
     assert first == {"label": "positive", "score": pytest.approx(1 / (1 + np.exp(-2.0)))}
-
-
-def test_truncation_is_flagged_in_every_form():
-    params = [ClassificationParams(None, None, True), ClassificationParams(2, None, True)]
-    first, second = classify(params, truncated={0, 1})
-    assert first["truncated"] is True
-    assert all(a["truncated"] is True for a in second)
-    assert "truncated" not in classify(params)[0]
 
 
 @given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=5))
@@ -165,27 +163,33 @@ def tokenizer(tiny_tokenizer):
 
 
 def params(**changes):
-    values = {
-        "top_k": 1, "doc_stride": 4, "max_answer_len": 15, "max_seq_len": 24,
-        "max_question_len": 64, "handle_impossible_answer": False, "align_to_words": True,
-    }  # fmt: skip
-    return QuestionParams(**{**values, **changes})
+    return qa.Parameters(**{"doc_stride": 4, "max_seq_len": 24, **changes})
+
+
+def encoded(tokenizer, inputs):
+    return runner_of("question_answering", tokenizer).encode(items_of(inputs))
+
+
+def predicted(tokenizer, encodings, start, end):
+    lengths = np.array([len(s) for e in encodings for s in e.sequences])
+    runner = runner_of("question_answering", tokenizer)
+    return runner.predict(encodings, Outputs(np.stack([start, end]), lengths))
 
 
 def answer(tokenizer, items):
-    encodings = QuestionEncoder(tokenizer, 128).encode(items)
+    encodings = encoded(tokenizer, items)
     pieces = [
         token_logits(np.array(ids), np.arange(len(ids)) >= split)
         for e in encodings
         for ids, split in zip(e.sequences, e.splits, strict=True)
     ]
     start, end = (np.concatenate(side) for side in zip(*pieces, strict=True))
-    return QuestionAnswering().predict(items, encodings, start, end)
+    return predicted(tokenizer, encodings, start, end)
 
 
 def answers_of(item, encoding, pieces, wanted):
     """All answers of one question from the definition, span by span; pieces are its windows."""
-    p, windows = item.params, encoding.windows
+    p, windows = item.params, encoding
     found: dict[str, list] = {}
     null = 1e6
     for (start, end), (begin, stop) in zip(pieces, windows.spans, strict=True):
@@ -226,7 +230,7 @@ def test_random_logits_give_the_answers_of_the_definition(
         QuestionInput("who", " ".join(rng.choice(vocabulary, count)), given_params)
         for count in words
     ]
-    encodings = QuestionEncoder(tokenizer, 128).encode(items)
+    encodings = encoded(tokenizer, items)
     pieces = [
         [(3 * rng.standard_normal((2, len(s)))).astype(np.float32) for s in e.sequences]
         for e in encodings
@@ -234,7 +238,7 @@ def test_random_logits_give_the_answers_of_the_definition(
     if ties:
         pieces = [[np.round(p / 2) for p in windows] for windows in pieces]
     start, end = np.concatenate([p for windows in pieces for p in windows], axis=1)
-    predictions = QuestionAnswering().predict(items, encodings, start, end)
+    predictions = predicted(tokenizer, encodings, start, end)
     wanted = 2 * top_k + 10 if align else top_k
     for item, encoding, mine, got in zip(items, encodings, pieces, predictions, strict=True):
         answers = got if isinstance(got, list) else [got]
@@ -253,8 +257,8 @@ def test_random_logits_give_the_answers_of_the_definition(
 def by_definition(tokenizer, item):
     """The answers of one question, from the definition, span by span."""
     p = item.params
-    (encoding,) = QuestionEncoder(tokenizer, 128).encode([item])
-    windows = encoding.windows
+    (encoding,) = encoded(tokenizer, [item])
+    windows = encoding
     wanted = 2 * p.top_k + 10 if p.align_to_words else p.top_k
     found: list[list] = []
     null = 1e6
@@ -338,4 +342,5 @@ def test_equal_answers_of_overlapping_windows_are_one(tokenizer):
 
 def test_a_cut_question_is_flagged(tokenizer):
     item = QuestionInput("who " * 30, CONTEXT, params(max_question_len=3))
-    assert answer(tokenizer, [item])[0]["truncated"] is True
+    (encoding,) = encoded(tokenizer, [item])
+    assert encoding.truncated

@@ -8,21 +8,24 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from fakes import items_of, runner_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
 from ft_handler.errors import ConfigError, UnusableRequest
-from ft_handler.tasks.encoders import QuestionEncoder, TextEncoder, window_spans
+from ft_handler.tasks import question_answering as qa
+from ft_handler.tasks import sequence_classification as classification
+from ft_handler.tasks.question_answering import QuestionInput, window_spans
+from ft_handler.tasks.sequence_classification import TextInput
 from ft_handler.text.chunks import RememberedChunks, reader_of
 from ft_handler.text.readers import WholeTexts
 from ft_handler.text.template import longest_first
 from ft_handler.text.tokenizer import load_tokenizer
-from ft_handler.types import ClassificationParams, QuestionInput, QuestionParams, TextInput
 
-CUT = ClassificationParams(None, None, True)
-KEEP = ClassificationParams(None, None, False)
+CUT = classification.Parameters(truncation=True)
+KEEP = classification.Parameters(truncation=False)
 WORDS = ["the", "film", "was", "a", "good", "story", "unbuilt", "of", "an", "oldest", "bridge", "."]
 TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join)
 
@@ -39,11 +42,24 @@ def own(tiny_tokenizer) -> Tokenizer:
 
 
 def question(text="who built it", context="an engineer built the bridge", **changes):
-    values = {
-        "top_k": 1, "doc_stride": None, "max_answer_len": 15, "max_seq_len": 32,
-        "max_question_len": 8, "handle_impossible_answer": False, "align_to_words": True,
-    }  # fmt: skip
-    return QuestionInput(text, context, QuestionParams(**{**values, **changes}))
+    values = {"max_seq_len": 32, "max_question_len": 8}
+    return QuestionInput(text, context, qa.Parameters(**{**values, **changes}))
+
+
+def texts_of(tokenizer, max_length, inputs):
+    """What classification makes of inputs: an encoding, or the error in its place."""
+    return outcomes(runner_of("sequence_classification", tokenizer, max_length), inputs)
+
+
+def questions_of(tokenizer, max_length, inputs):
+    """What question answering makes of inputs."""
+    return outcomes(runner_of("question_answering", tokenizer, max_length), inputs)
+
+
+def outcomes(runner, inputs):
+    items = items_of(inputs)
+    encodings = {id(e.item): e for e in runner.encode(items)}
+    return [encodings.get(id(item), item.result) for item in items]
 
 
 def rows(arrays):
@@ -51,7 +67,7 @@ def rows(arrays):
 
 
 def test_a_text_by_eye(tokenizer):
-    (encoding,) = TextEncoder(tokenizer, 128).encode([TextInput("A Good film!", None, CUT)])
+    (encoding,) = texts_of(tokenizer, 128, [TextInput("A Good film!", None, CUT)])
     tokens = [tokenizer.id_to_token(i) for i in encoding.sequences[0]]
     assert tokens == ["[CLS]", "a", "good", "film", "!", "[SEP]"]
     assert encoding.splits == [6]
@@ -59,7 +75,7 @@ def test_a_text_by_eye(tokenizer):
 
 
 def test_a_pair_by_eye(tokenizer):
-    (encoding,) = TextEncoder(tokenizer, 128).encode([TextInput("a film", "the plot", CUT)])
+    (encoding,) = texts_of(tokenizer, 128, [TextInput("a film", "the plot", CUT)])
     assert encoding.splits == [4]
     assert len(encoding.sequences[0]) == 7
 
@@ -67,7 +83,7 @@ def test_a_pair_by_eye(tokenizer):
 @given(TEXTS, st.integers(4, 20))
 def test_texts_are_cut_as_the_library_cuts_them(tokenizer, own, text, limit):
     own.enable_truncation(limit)
-    (encoding,) = TextEncoder(tokenizer, limit).encode([TextInput(text, None, CUT)])
+    (encoding,) = texts_of(tokenizer, limit, [TextInput(text, None, CUT)])
     assert rows(encoding.sequences) == [own.encode(text).ids]
     assert encoding.truncated == bool(own.encode(text).overflowing)
 
@@ -76,7 +92,7 @@ def test_texts_are_cut_as_the_library_cuts_them(tokenizer, own, text, limit):
 def test_pairs_are_cut_as_the_library_cuts_them(tokenizer, own, first, second, limit):
     own.enable_truncation(limit, strategy="longest_first")
     theirs = own.encode(first, second)
-    (encoding,) = TextEncoder(tokenizer, limit).encode([TextInput(first, second, CUT)])
+    (encoding,) = texts_of(tokenizer, limit, [TextInput(first, second, CUT)])
     assert rows(encoding.sequences) == [theirs.ids]
     ones = [0] * encoding.splits[0] + [1] * (len(theirs.ids) - encoding.splits[0])
     assert ones == theirs.type_ids
@@ -92,11 +108,11 @@ def test_longest_first_keeps_as_much_as_fits(first, second, room):
 
 
 def test_over_the_limit_without_truncation_is_refused_alone(tokenizer):
-    encoder = TextEncoder(tokenizer, 6)
     long = "a film of the old city"
-    out = encoder.encode(
-        [TextInput("a film", None, KEEP), TextInput(long, None, KEEP), TextInput("a", long, KEEP)]
-    )
+    inputs = [
+        TextInput("a film", None, KEEP), TextInput(long, None, KEEP), TextInput("a", long, KEEP)
+    ]  # fmt: skip
+    out = texts_of(tokenizer, 6, inputs)
     assert out[0].truncated is False
     assert isinstance(out[1], UnusableRequest)
     assert isinstance(out[2], UnusableRequest)
@@ -105,7 +121,7 @@ def test_over_the_limit_without_truncation_is_refused_alone(tokenizer):
 
 def test_a_limit_without_room_is_a_configuration_error(tokenizer):
     with pytest.raises(ConfigError, match="max_length"):
-        TextEncoder(tokenizer, 3)
+        texts_of(tokenizer, 3, [TextInput("a", None, CUT)])
 
 
 @given(TEXTS, st.integers(8, 24), st.integers(0, 3))
@@ -114,13 +130,13 @@ def test_windows_are_the_librarys_overflowing_parts(tokenizer, own, context, siz
     first = own.encode("who", context)
     theirs = [first, *first.overflowing]
     item = question("who", context, max_seq_len=size, doc_stride=overlap)
-    (encoding,) = QuestionEncoder(tokenizer, 128).encode([item])
+    (encoding,) = questions_of(tokenizer, 128, [item])
     assert rows(encoding.sequences) == [e.ids for e in theirs]
-    for split, window, e in zip(encoding.splits, encoding.windows.spans, theirs, strict=True):
+    for split, window, e in zip(encoding.splits, encoding.spans, theirs, strict=True):
         assert e.type_ids == [0] * split + [1] * (len(e.ids) - split)
         at = e.sequence_ids.index(1)
-        assert at == encoding.windows.first
-        assert tuple(encoding.windows.origins[window[0], :2]) == e.offsets[at]
+        assert at == encoding.first
+        assert tuple(encoding.origins[window[0], :2]) == e.offsets[at]
 
 
 @given(st.integers(0, 300), st.integers(1, 50), st.integers(0, 49))
@@ -136,15 +152,15 @@ def test_windows_cover_every_token(tokens, room, overlap):
 
 def test_long_questions_are_cut_and_flagged(tokenizer):
     long = " ".join(["who"] * 20)
-    (encoding,) = QuestionEncoder(tokenizer, 128).encode([question(long)])
+    (encoding,) = questions_of(tokenizer, 128, [question(long)])
     assert encoding.truncated is True
-    assert encoding.windows.first == 1 + 8 + 1
+    assert encoding.first == 1 + 8 + 1
 
 
 def test_the_default_overlap_follows_the_window(tokenizer):
     context = " ".join(WORDS * 4)
-    (encoding,) = QuestionEncoder(tokenizer, 128).encode([question("who", context, max_seq_len=24)])
-    (_, end), (begin, _) = encoding.windows.spans[:2]
+    (encoding,) = questions_of(tokenizer, 128, [question("who", context, max_seq_len=24)])
+    (_, end), (begin, _) = encoding.spans[:2]
     assert end - begin == 12
 
 
@@ -159,7 +175,7 @@ def test_the_default_overlap_follows_the_window(tokenizer):
     ],
 )
 def test_windows_that_cannot_be_are_refused(tokenizer, changes, named):
-    (error,) = QuestionEncoder(tokenizer, 128).encode([question(**changes)])
+    (error,) = questions_of(tokenizer, 128, [question(**changes)])
     assert isinstance(error, UnusableRequest)
     with pytest.raises(UnusableRequest, match=named):
         raise error
@@ -167,9 +183,9 @@ def test_windows_that_cannot_be_are_refused(tokenizer, changes, named):
 
 def test_offsets_are_characters_of_the_clients_text(tokenizer):
     context = "\U0001f600 Café au lait — the old bridge"
-    (encoding,) = QuestionEncoder(tokenizer, 128).encode([question(context=context)])
-    last = encoding.windows.spans[-1][1] - 1
-    begin, end = encoding.windows.origins[last, 2:]
+    (encoding,) = questions_of(tokenizer, 128, [question(context=context)])
+    last = encoding.spans[-1][1] - 1
+    begin, end = encoding.origins[last, 2:]
     assert context[begin:end] == "bridge"
 
 
@@ -270,8 +286,23 @@ def test_a_vocabulary_alone_is_enough(tiny_tokenizer, tmp_path, tokenizer):
 
 
 def test_missing_and_broken_tokenizers_are_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"tokenizer\.json and .*vocab\.txt"):
+    with pytest.raises(ConfigError, match=r"carries no tokenizer.*tokenizer\.json, .*vocab\.txt"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="is not a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_what_the_traced_file_carries_serves_where_nothing_lies_beside_it(
+    tiny_tokenizer, tmp_path, tokenizer
+):
+    carried = (tiny_tokenizer / "tokenizer.json").read_text()
+    for folder in (None, tmp_path):
+        found = load_tokenizer(folder, carried=carried)
+        assert found.encode("A film, sailed!").ids == tokenizer.encode("A film, sailed!").ids
+    lower = load_tokenizer(None, do_lower_case=False, carried=carried)
+    assert "film" not in lower.encode("Film").tokens
+    cased = json.loads(carried)
+    cased["normalizer"]["lowercase"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(cased))
+    assert "film" not in load_tokenizer(tmp_path, carried=carried).encode("Film").tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,15 +13,16 @@ import pytest
 import torch
 import yaml
 from model_support import hf_logits
+from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
 
-from ft_handler import load_model
+from ft_handler import load_model, precisions
 from ft_handler.cli.main import main
 from ft_handler.cli.trace import trace_command
-from ft_handler.config import HandlerConfig
+from ft_handler.config import CoreSettings, RawSettings
 from ft_handler.errors import ModelError
-from ft_handler.model.bundle import read_info
-from ft_handler.model.info import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
-from ft_handler.prepare import checkpoint, compare
+from ft_handler.model.bundle import read_info, read_tokenizer
+from ft_handler.model.info import FORMAT_VERSION
+from ft_handler.prepare import checkpoint
 from ft_handler.prepare.options import TraceOptions
 from ft_handler.prepare.trace import trace
 
@@ -63,7 +65,7 @@ def test_everything_an_archive_needs_is_written(classifier: Path) -> None:
     settings = yaml.safe_load((classifier / "model-config.yaml").read_text())
     assert settings["batchSize"] >= 1
     assert settings["maxBatchDelay"] >= 1
-    config = HandlerConfig.from_model_dir(classifier, settings)
+    config = RawSettings.of_model_dir(classifier, settings).read(CoreSettings)
     assert (config.mode, config.max_length) == (SEQUENCE_CLASSIFICATION, 128)
     assert json.loads((classifier / "sample_request.json").read_text())["text"]
 
@@ -77,6 +79,12 @@ def test_the_file_describes_itself(classifier: Path) -> None:
     assert info.do_lower_case
     assert info.versions["torch"] == torch.__version__
     assert info.versions["transformers"] == transformers.__version__
+    assert info.format_version == FORMAT_VERSION
+
+
+def test_the_file_carries_the_tokenizer(classifier: Path) -> None:
+    carried = read_tokenizer(classifier / "traced_model.pt")
+    assert carried == (classifier / "tokenizer.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +147,8 @@ def test_the_kind_of_problem_travels(
 def test_plain_torchscript(tiny_qa: Path, tmp_path: Path) -> None:
     traced(tiny_qa, tmp_path, mode=QUESTION_ANSWERING, model_type="ths")
     loaded = load_model(tmp_path / "traced_model.pt")
-    assert not loaded.packed
+    with pytest.raises(ModelError, match="--model_type thsext"):
+        _ = loaded.fused
     assert loaded.info.model_type == "ths"
     assert not loaded.info.remove_padding
     bert = checkpoint.load_checkpoint(QUESTION_ANSWERING, str(tiny_qa)).model
@@ -234,7 +243,8 @@ def test_a_tokenizer_of_another_model_is_refused(
 def test_a_file_that_is_off_is_not_written(
     tiny_classification: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "FP32_TOLERANCE", 0.0)
+    exact = dataclasses.replace(precisions.get("fp32"), logit_error=0.0)
+    monkeypatch.setattr(precisions, "get", lambda _: exact)
     with pytest.raises(ModelError, match="differ from transformers' by"):
         traced(tiny_classification, tmp_path)
     assert not list(tmp_path.rglob("traced_model*"))

@@ -6,28 +6,35 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
-from ft_handler.config import HandlerConfig
-from ft_handler.errors import ConfigError, EnvironmentProblem, LibraryError, ModelError
-from ft_handler.model.bundle import read_info
-from ft_handler.model.info import SEQUENCE_CLASSIFICATION
-from ft_handler.native.library import LIBRARY, candidates
-from ft_handler.prepare.trace import CONFIG_FILE, LABELS_FILE
+from ft_handler.config import RawSettings, model_yaml
+from ft_handler.errors import EnvironmentProblem, LibraryError, ModelError
+from ft_handler.files import (
+    CONFIG_FILE,
+    GEMM_TABLE,
+    LABELS_FILE,
+    LIBRARY,
+    OLDER_CONFIG_FILE,
+    TOKENIZER_SETTINGS_FILES,
+    VOCABULARY_FILE,
+)
+from ft_handler.model.bundle import read_tokenizer
+from ft_handler.native.library import candidates
+from ft_handler.runtime import settle
+from ft_handler.servers.torchserve.settings import TorchServeSettings
 
 HANDLER = "ft_handler.entry:handle"
 SHIM = Path(__file__).resolve().parent / "data" / "ft_handler_shim.py"
 # Taken along when they are there.
 OPTIONAL_FILES = (
-    "vocab.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "setup_config.json",
-    "gemm_table.json",
+    VOCABULARY_FILE,
+    *TOKENIZER_SETTINGS_FILES,
+    LABELS_FILE,
+    OLDER_CONFIG_FILE,
+    GEMM_TABLE,
 )
 
 _temporary_folder = threading.Lock()
@@ -109,30 +116,14 @@ def contents(directory: Path, library: Path | None = None) -> tuple[Path, list[P
     settings = directory / CONFIG_FILE
     if not settings.is_file():
         raise ModelError(f"{directory} lacks {CONFIG_FILE}")
-    try:
-        loaded = yaml.safe_load(settings.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{settings} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, Mapping):
-        raise ConfigError(f"{settings} must hold a mapping")
-    config = HandlerConfig.from_model_dir(directory, loaded)
-    info = read_info(directory / config.model_file)
-    if info.model_type != "thsext":
-        raise ModelError(
-            f"{directory / config.model_file} is a plain TorchScript model (model_type "
-            f"{info.model_type}), for comparisons; the handler serves thsext"
-        )
-    required = [config.tokenizer_file]
-    if info.mode == SEQUENCE_CLASSIFICATION:
-        required.append(LABELS_FILE)
-    if missing := [n for n in required if not (directory / n).is_file()]:
-        raise ModelError(f"{directory} lacks {', '.join(missing)}")
-    if config.mode not in (None, info.mode):
-        raise ConfigError(
-            f"{settings} says mode {config.mode}, {config.model_file} was traced for {info.mode}"
-        )
-    names = [*required, *(n for n in OPTIONAL_FILES if (directory / n).is_file())]
-    return directory / config.model_file, [*(directory / n for n in names), find_library(library)]
+    raw = RawSettings.of_model_dir(directory, model_yaml(directory))
+    settled = settle(directory, raw, (TorchServeSettings,))
+    tokenizer = directory / settled.core.tokenizer_file
+    if not tokenizer.is_file() and read_tokenizer(settled.path) is None:
+        raise ModelError(f"{directory} lacks {tokenizer.name}, and the traced file carries none")
+    optional = (tokenizer.name, *OPTIONAL_FILES)
+    files = [directory / name for name in optional if (directory / name).is_file()]
+    return settled.path, [*files, find_library(library)]
 
 
 def find_library(library: Path | None = None) -> Path:

@@ -9,15 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-import yaml
-
-from ft_handler.config import HandlerConfig
-from ft_handler.errors import ConfigError, ModelError
-from ft_handler.model.info import METADATA_FILE, ModelInfo
+from ft_handler.config import model_yaml, parse_yaml
+from ft_handler.errors import ModelError
+from ft_handler.files import CONFIG_FILE, METADATA_FILE, TOKENIZER_FILE, TRACED_FILE
+from ft_handler.model.info import ModelInfo
 
 MANIFEST = "MAR-INF/MANIFEST.json"
-SETTINGS = "model-config.yaml"
-TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -95,17 +92,17 @@ def _traced(file: IO[bytes], name: str, size: int, origin: str) -> TracedFile:
             info = ModelInfo.from_json(opened.read(extra[METADATA_FILE]), origin)
     except zipfile.BadZipFile as error:
         raise ModelError(f"{origin}: not a TorchScript file, or cut short") from error
-    return TracedFile(name, size, info, TOKENIZER in extra)
+    return TracedFile(name, size, info, TOKENIZER_FILE in extra)
 
 
 def _folder(path: Path) -> Inspection:
     files = {f.name: f.stat().st_size for f in sorted(path.iterdir()) if f.is_file()}
-    if SETTINGS not in files:
-        raise ModelError(f"{path}: no {SETTINGS} in it; `ft-handler trace --output` writes one")
-    settings = _settings((path / SETTINGS).read_bytes(), str(path / SETTINGS))
+    if CONFIG_FILE not in files:
+        raise ModelError(f"{path}: no {CONFIG_FILE} in it; `ft-handler trace --output` writes one")
+    settings = model_yaml(path)
     name = _model_file(settings)
     if name not in files:
-        raise ModelError(f"{path}: {SETTINGS} names the model {name}, which is not there")
+        raise ModelError(f"{path}: {CONFIG_FILE} names the model {name}, which is not there")
     with (path / name).open("rb") as file:
         traced = _traced(file, name, files[name], str(path / name))
     return Inspection(
@@ -127,24 +124,14 @@ def _archive(path: Path, opened: zipfile.ZipFile) -> Inspection:
             raise ModelError(f"{path}: {MANIFEST} names {wanted}, which is not in the archive")
     settings = None
     if settings_name is not None:
-        settings = _settings(opened.read(settings_name), f"{path}: {settings_name}")
+        settings = parse_yaml(opened.read(settings_name), f"{path}: {settings_name}")
     with opened.open(name) as file:
         traced = _traced(file, name, files[name], f"{path}: {name}")
     return Inspection("archive", path, path.stat().st_size, traced, files, settings, manifest)
-
-
-def _settings(text: bytes, origin: str) -> Mapping[str, Any]:
-    try:
-        loaded: object = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{origin} must hold a mapping")
-    return loaded
 
 
 def _model_file(settings: Mapping[str, Any]) -> str:
     """The traced file's name, which the handler's settings may choose."""
     section = settings.get("handler")
     named = section.get("model_file") if isinstance(section, Mapping) else None
-    return named if isinstance(named, str) else HandlerConfig().model_file
+    return named if isinstance(named, str) else TRACED_FILE

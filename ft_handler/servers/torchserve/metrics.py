@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ft_handler.request.pipeline import BatchStats
+from ft_handler.stats import BatchStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,25 +10,44 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ft_handler.config import HandlerConfig
+from ft_handler import tasks
 from ft_handler.errors import MalformedRequest, RequestError, RequestTooLarge, UnusableRequest
-from ft_handler.request.codec import ALL_LABELS, Codec, encode_error
+from ft_handler.request.documents import Decoder, Limits
+from ft_handler.request.forms import Instances, Listed, OpenInference, Single
 from ft_handler.request.literals import parse_literal
-from ft_handler.types import ClassificationParams, QuestionParams, Request
+from ft_handler.request.replies import encode_error
+from ft_handler.servers.torchserve.adapter import incoming
+from ft_handler.tasks import question_answering
+from ft_handler.tasks.sequence_classification import ALL_LABELS, Parameters
 
-DEFAULTS = ClassificationParams(None, None, True)
-QA_DEFAULTS = QuestionParams(1, None, 15, 384, 64, False, True)
+DEFAULTS = Parameters()
+QA_DEFAULTS = question_answering.Parameters()
 PAIR = {"question": "who", "context": "an engineer"}
+FORMS = {"single": Single, "list": Listed, "instances": Instances, "v2": OpenInference}
+
+
+class Codec:
+    """What TorchServe hands over, decoded for one task."""
+
+    def __init__(self, mode, defaults, limits=Limits(128, 250_000)):  # noqa: B008
+        model = {"model_name": "m", "model_version": "1.0"}
+        self._decoder = Decoder(tasks.get(mode), defaults, limits, model)
+
+    def decode(self, item):
+        request = incoming(item)
+        if isinstance(request, RequestError):
+            raise request
+        return self._decoder.decode(request)
 
 
 @pytest.fixture(scope="module")
 def codec():
-    return Codec("sequence_classification", DEFAULTS, HandlerConfig(), "m", "1.0")
+    return Codec("sequence_classification", DEFAULTS)
 
 
 @pytest.fixture(scope="module")
 def qa():
-    return Codec("question_answering", QA_DEFAULTS, HandlerConfig(), "m", "1.0")
+    return Codec("question_answering", QA_DEFAULTS)
 
 
 def texts(request):
@@ -73,7 +92,7 @@ def texts(request):
 def test_forms_of_classification(codec, item, expected, form):
     request = codec.decode(item)
     assert texts(request) == expected
-    assert request.form == form
+    assert isinstance(request.form, FORMS[form])
     assert all(i.params == DEFAULTS for i in request.inputs)
 
 
@@ -95,7 +114,7 @@ def test_forms_of_question_answering(qa, item, form):
     request = qa.decode(item)
     (item,) = request.inputs
     assert (item.question, item.context, item.params) == ("who", "an engineer", QA_DEFAULTS)
-    assert request.form == form
+    assert isinstance(request.form, FORMS[form])
 
 
 def test_parameters_beside_the_input_and_under_their_own_key(codec, qa):
@@ -109,7 +128,7 @@ def test_parameters_beside_the_input_and_under_their_own_key(codec, qa):
         {"data": b"a", "top_k": "2", "function_to_apply": "sigmoid", "truncation": "false"},
     ):  # fmt: skip
         (item,) = codec.decode(item).inputs
-        assert item.params == ClassificationParams(2, "sigmoid", False)
+        assert item.params == Parameters(2, "sigmoid", False)
     (item,) = qa.decode({"body": {**PAIR, "doc_stride": 3, "max_answer_len": None}}).inputs
     assert (item.params.doc_stride, item.params.max_answer_len) == (3, 15)
 
@@ -137,7 +156,7 @@ def v2(**changes):
 
 def test_open_inference_requests(codec, qa):
     request = codec.decode(v2(parameters={"top_k": 2}))
-    assert (request.form, request.id) == ("v2", "7")
+    assert (type(request.form), request.form.model["id"]) == (OpenInference, "7")
     assert texts(request) == [("a", None), ("b", None)]
     assert request.inputs[0].params.top_k == 2
     nested = {"name": "x", "shape": [2, 1], "datatype": "BYTES", "data": [["a"], ["b"]],
@@ -153,7 +172,7 @@ def test_open_inference_requests(codec, qa):
 def test_open_inference_answers(codec, qa):
     good, bad = {"label": "good", "score": 0.9}, {"label": "bad", "score": 0.8}
     request = codec.decode(v2())
-    reply = json.loads(codec.encode(request, [good, bad]).body)
+    reply = request.form.document([good, bad])
     assert reply == {
         "id": "7",
         "model_name": "m",
@@ -163,17 +182,18 @@ def test_open_inference_answers(codec, qa):
             {"name": "score", "shape": [2], "datatype": "FP32", "data": [0.9, 0.8]},
         ],
     }
-    reply = json.loads(codec.encode(request, [[good, bad], [bad, good]]).body)
+    reply = request.form.document([[good, bad], [bad, good]])
     assert reply["outputs"][0]["shape"] == [2, 2]
     assert reply["outputs"][0]["data"] == ["good", "bad", "bad", "good"]
-    reply = json.loads(codec.encode(request, [{**good, "truncated": True}, bad]).body)
+    reply = request.form.document([{**good, "truncated": True}, bad])
     assert reply["outputs"][2]["data"] == [True, False]
     request = codec.decode(v2(outputs=[{"name": "score"}]))
-    reply = json.loads(codec.encode(request, [good, bad]).body)
+    reply = request.form.document([good, bad])
     assert [o["name"] for o in reply["outputs"]] == ["score"]
-    request = Request([], "v2")
+    columns = [{"name": n, "shape": [1], "datatype": "BYTES", "data": ["a"]} for n in PAIR]
+    request = qa.decode({"body": {"inputs": columns}})
     answer = {"score": 0.5, "start": 1, "end": 2, "answer": "x"}
-    reply = json.loads(qa.encode(request, [[answer], [answer, answer]]).body)
+    reply = request.form.document([[answer], [answer, answer]])
     assert "id" not in reply
     assert [(o["name"], o["datatype"]) for o in reply["outputs"]] == [
         ("answer", "BYTES"), ("score", "FP32"), ("start", "INT64"), ("end", "INT64")
@@ -181,16 +201,14 @@ def test_open_inference_answers(codec, qa):
     assert reply["outputs"][0]["data"] == ["x", "", "x", "x"]
 
 
-def test_answers_take_the_form_of_the_question(codec):
+def test_answers_take_the_form_of_the_question():
     answer = {"label": "a", "score": 1.0}
     for form, expected in (
-        ("single", answer),
-        ("list", [answer]),
-        ("instances", {"predictions": [answer]}),
+        (Single(), answer),
+        (Listed(), [answer]),
+        (Instances(), {"predictions": [answer]}),
     ):
-        reply = codec.encode(Request([], form), [answer])
-        assert json.loads(reply.body) == expected
-        assert (reply.status, reply.content_type) == (200, "application/json")
+        assert form.document([answer]) == expected
 
 
 @pytest.mark.parametrize("error", [MalformedRequest, RequestTooLarge, UnusableRequest])
@@ -203,8 +221,7 @@ def test_errors_have_one_body(error):
 
 
 def test_limits_are_settings():
-    config = HandlerConfig(max_inputs_per_request=2, max_text_chars=5)
-    codec = Codec("sequence_classification", DEFAULTS, config)
+    codec = Codec("sequence_classification", DEFAULTS, Limits(inputs=2, chars=5))
     assert len(codec.decode({"body": ["abcde", "b"]}).inputs) == 2
     for body in (["a", "b", "c"], "abcdef"):
         with pytest.raises(RequestTooLarge):

@@ -1,0 +1,92 @@
+"""Heads: from hidden states to logits, kept and computed in fp32.
+
+T tokens, B sequences, S padded length, H hidden, C columns. A head is built with its weights as
+keyword arguments and has two methods for TorchScript. `forward(hidden [T,H], cu_seqlens [B+1])`
+gives `[B,C]`, or `[C,T]` where outputs are for each token. `padded(logits, token_indices, batch,
+seqlen)` gives what callers of the padded entry get of these: a tuple, as transformers has it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PAD_LOGIT = -10000.0
+
+
+class HeadModule(nn.Module):
+    """What a head has to have."""
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Logits of packed tokens."""
+        raise NotImplementedError
+
+    def padded(self, logits: Tensor, token_indices: Tensor, batch: int, seqlen: int) -> Any:
+        """The same as a tuple for callers with padded tensors."""
+        raise NotImplementedError
+
+
+class PooledHead(HeadModule):
+    """BERT's classifier over its pooler: `tanh(dense(first token))`, then a linear layer."""
+
+    pooler_weight: Tensor
+    pooler_bias: Tensor
+    classifier_weight: Tensor
+    classifier_bias: Tensor
+
+    def __init__(
+        self,
+        pooler_weight: Tensor,
+        pooler_bias: Tensor,
+        classifier_weight: Tensor,
+        classifier_bias: Tensor,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("pooler_weight", pooler_weight)
+        self.register_buffer("pooler_bias", pooler_bias)
+        self.register_buffer("classifier_weight", classifier_weight)
+        self.register_buffer("classifier_bias", classifier_bias)
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Hidden states `[T,H]` -> logits `[B,C]`."""
+        # The empty sequences that fill up a CUDA graph's batch may start behind the last token.
+        firsts = cu_seqlens[:-1].clamp(max=hidden.shape[0] - 1)
+        first = hidden.index_select(0, firsts).float()
+        pooled = torch.tanh(nn.functional.linear(first, self.pooler_weight, self.pooler_bias))
+        return nn.functional.linear(pooled, self.classifier_weight, self.classifier_bias)
+
+    @torch.jit.export
+    def padded(
+        self, logits: Tensor, token_indices: Tensor, batch: int, seqlen: int
+    ) -> tuple[Tensor]:
+        """The logits `[B,C]`."""
+        return (logits,)
+
+
+class SpanHead(HeadModule):
+    """Start and end logits of every token."""
+
+    qa_weight: Tensor
+    qa_bias: Tensor
+
+    def __init__(self, qa_weight: Tensor, qa_bias: Tensor) -> None:
+        super().__init__()
+        self.pad_logit = PAD_LOGIT
+        self.register_buffer("qa_weight", qa_weight)
+        self.register_buffer("qa_bias", qa_bias)
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Hidden states `[T,H]` -> start and end logits `[2,T]`."""
+        # This way round both rows come out contiguous, and nobody has to copy them.
+        return torch.addmm(self.qa_bias[:, None], self.qa_weight, hidden.float().t())
+
+    @torch.jit.export
+    def padded(
+        self, logits: Tensor, token_indices: Tensor, batch: int, seqlen: int
+    ) -> tuple[Tensor, Tensor]:
+        """Start and end logits, `[B,S]` each; pads are -10000."""
+        restore = torch.ops.fastertransformer.restore_padding
+        return (
+            restore(logits[0], token_indices, batch, seqlen, self.pad_logit),
+            restore(logits[1], token_indices, batch, seqlen, self.pad_logit),
+        )

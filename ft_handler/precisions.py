@@ -1,0 +1,83 @@
+"""What the encoder is stored and computed in: one row a precision.
+
+A row says how weights become what the traced file holds, how far the file's logits may be from
+transformers' in fp32, and which devices serve it. Heads are kept and computed in fp32 whatever the
+row says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ft_handler.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """One precision.
+
+    name          the traced file's `data_type`, and what `--data_type` takes
+    torch_name    torch's name of the type, such as "bfloat16"
+    own_error     how many times transformers' own error in this type is allowed; 0 where the type
+                  is the reference's
+    logit_error   what is allowed on top, as a part of the largest logit (at least of 1)
+    devices       types of devices that serve it
+    """
+
+    name: str
+    torch_name: str
+    own_error: float
+    logit_error: float
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch's type."""
+        import torch
+
+        found = getattr(torch, self.torch_name)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight of the encoder as the file holds it: of the same shape, contiguous."""
+        return weight.detach().to(self.dtype).contiguous()
+
+    def allowed(self, largest_logit: float, own: float) -> float:
+        """The largest difference from transformers in fp32 that a sound file may show.
+
+        own  the difference that transformers itself shows in this type, on the same inputs
+        """
+        return self.own_error * own + self.logit_error * max(largest_logit, 1.0)
+
+
+_rows: dict[str, Precision] = {}
+
+
+def register(precision: Precision) -> None:
+    """Make a precision known; one of the same name is replaced."""
+    _rows[precision.name] = precision
+
+
+def names() -> tuple[str, ...]:
+    """Every precision's name, the reference's first."""
+    return tuple(_rows)
+
+
+def get(name: str) -> Precision:
+    """The row of a `data_type`; raises ModelError naming those there are."""
+    try:
+        return _rows[name]
+    except KeyError:
+        raise ModelError(f"data_type {name!r} is not one of {', '.join(_rows)}") from None
+
+
+register(Precision(name="fp32", torch_name="float32", own_error=0.0, logit_error=1e-4))
+# Half precision may be off by twice what transformers itself is, plus rounding noise.
+register(Precision(name="fp16", torch_name="float16", own_error=2.0, logit_error=2e-3))
+register(Precision(name="bf16", torch_name="bfloat16", own_error=2.0, logit_error=2e-3))

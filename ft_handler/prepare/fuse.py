@@ -1,0 +1,26 @@
+"""A checkpoint's weights scripted as the fused model."""
+
+from __future__ import annotations
+
+import torch
+
+from ft_handler.architectures.base import Weights
+from ft_handler.model.encoder import Encoder
+from ft_handler.model.module import FusedModel, script
+from ft_handler.model.spec import EncoderSpec
+from ft_handler.precisions import Precision
+from ft_handler.tasks.base import AnyTask, Head
+
+
+def fuse(
+    task: AnyTask,
+    head: Head,
+    spec: EncoderSpec,
+    weights: Weights,
+    precision: Precision,
+    columns: int,
+) -> torch.jit.ScriptModule:
+    """Script the fused model; its encoder is stored in `precision`, its head in fp32."""
+    encoder = Encoder(spec, {n: precision.stored(w) for n, w in weights.encoder.items()})
+    arguments = {n: w.detach().float().contiguous() for n, w in weights.head.items()}
+    return script(FusedModel(encoder, head.module(**arguments), task.name, task.per_token, columns))

@@ -1,0 +1,59 @@
+"""Results to replies: the one place where requests are put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import orjson
+
+from ft_handler.errors import InternalError, RequestError
+from ft_handler.request.failures import log_failure
+from ft_handler.request.forms import Form
+from ft_handler.types import Item, Prediction, Reply
+
+
+def encode_error(error: RequestError) -> Reply:
+    """The answer to a refused request: `{"code", "type", "message"}`."""
+    body = {"code": error.status, "type": error.type, "message": str(error)}
+    return Reply(error.status, error.reason, orjson.dumps(body))
+
+
+def outcome(form: Form, items: Iterable[Item[Any]]) -> list[Prediction] | RequestError:
+    """The predictions of one request's items, or the error that refuses it.
+
+    Of several errors the first input's counts. An item that no stage answered is our failure.
+    """
+    predictions: list[Prediction] = []
+    unanswered = False
+    for item in items:
+        if isinstance(item.result, RequestError):
+            if form.many and item.result.status < 500:
+                return type(item.result)(f"inputs[{item.place.position}]: {item.result}")
+            return item.result
+        if item.result is None:
+            unanswered = True
+        else:
+            predictions.append(item.result)
+    return InternalError() if unanswered else predictions
+
+
+def assemble(requests: Sequence[Form | RequestError], items: Iterable[Item[Any]]) -> list[Reply]:
+    """One reply a request, in order: `requests` has its form, or the error that refused it."""
+    own: list[list[Item[Any]]] = [[] for _ in requests]
+    for item in items:
+        own[item.place.request].append(item)
+    return [_reply(request, mine) for request, mine in zip(requests, own, strict=True)]
+
+
+def _reply(request: Form | RequestError, items: list[Item[Any]]) -> Reply:
+    if isinstance(request, RequestError):
+        return encode_error(request)
+    result = outcome(request, items)
+    if isinstance(result, RequestError):
+        return encode_error(result)
+    try:
+        return Reply(200, "OK", orjson.dumps(request.document(result)))
+    except Exception as error:
+        log_failure("encode", error)
+        return encode_error(InternalError())

@@ -1,0 +1,48 @@
+"""Texts of clients: decoded and checked, never quoted."""
+
+from __future__ import annotations
+
+from ft_handler.errors import MalformedRequest, RequestTooLarge, UnusableRequest
+
+_MOST_NAME_CHARS = 1024
+
+
+def utf8(value: bytes | bytearray) -> str:
+    """Bytes as text, without a byte-order mark; raises MalformedRequest."""
+    try:
+        return value.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise MalformedRequest("the text is not valid UTF-8") from None
+
+
+def checked_name(value: object, what: str) -> str:
+    """A short string such as an id; raises RequestError saying what it is not."""
+    if not isinstance(value, str):
+        raise UnusableRequest(f"{what} must be a string")
+    if len(value) > _MOST_NAME_CHARS:
+        raise RequestTooLarge(f"{what} is longer than {_MOST_NAME_CHARS} characters")
+    _check_encodable(value, what)
+    return value
+
+
+def checked_text(value: object, what: str, most_chars: int) -> str:
+    """A text a model can read, of at most `most_chars`; raises RequestError in words."""
+    if not isinstance(value, str):
+        raise UnusableRequest(f"{what} must be a string")
+    if len(value) > most_chars:
+        raise RequestTooLarge(f"{what} has {len(value)} characters, the limit is {most_chars}")
+    _check_encodable(value, what)
+    if "\0" in value:
+        raise MalformedRequest(f"{what} holds a null character")
+    if not value or value.isspace():
+        raise UnusableRequest(f"{what} is empty")
+    return value
+
+
+def _check_encodable(value: str, what: str) -> None:
+    if value.isascii():
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise MalformedRequest(f"{what} holds a lone surrogate") from None

@@ -1,0 +1,224 @@
+"""A traced folder, or a traced file alone, made ready to answer: what every server front opens."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ft_handler import tasks
+from ft_handler.config import CoreSettings, RawSettings, Settings, limit_tokenizer_threads
+from ft_handler.engine.select import engine_for
+from ft_handler.errors import ConfigError, EnvironmentProblem
+from ft_handler.files import GEMM_TABLE, LABELS_FILE
+from ft_handler.model.bundle import load_model, read_info, read_tokenizer
+from ft_handler.model.info import ModelInfo
+from ft_handler.request.pipeline import Pipeline
+from ft_handler.tasks.base import AnyTask, Loaded, Runner
+from ft_handler.text.chunks import reader_of
+from ft_handler.text.template import Template
+from ft_handler.text.tokenizer import load_tokenizer
+from ft_handler.types import Incoming
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A traced file and the settings it is to be run with; they fit each other."""
+
+    path: Path
+    info: ModelInfo
+    task: AnyTask
+    core: CoreSettings
+    own: Settings
+
+
+def settle(source: Path, raw: RawSettings, groups: Iterable[type[Settings]] = ()) -> Settled:
+    """Read all settings and what the traced file says of itself, without loading the model.
+
+    source  a folder with a traced file, such as an extracted archive, or the file alone
+    groups  settings that the caller reads itself
+
+    Raises FtHandlerError naming what is missing, unknown or contradictory.
+    """
+    core = raw.read(CoreSettings)
+    path = source if source.is_file() else source / core.model_file
+    if not path.is_file():
+        raise ConfigError(f"{source} has no {core.model_file} (setting 'model_file')")
+    info = read_info(path)
+    task = tasks.get(info.mode)
+    others = {name: tasks.get(name).settings for name in tasks.names() if name != task.name}
+    raw.refuse_unknown((CoreSettings, task.settings, *groups), others)
+    _check(core, info, task)
+    return Settled(path, info, task, core, raw.read(task.settings))
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model that answers, and what it is."""
+
+    pipeline: Pipeline[Any, Any, Any]
+    info: ModelInfo
+    task: AnyTask
+    device: torch.device
+
+
+def open_model(
+    source: Path,
+    raw: RawSettings,
+    *,
+    groups: Iterable[type[Settings]] = (),
+    gpu: int | None = None,
+    name: str = "model",
+    version: str | None = None,
+    max_sequences: int = 128,
+) -> Ready:
+    """Load settings, library, model and tokenizer, and warm up.
+
+    source, groups  as in `settle`
+    gpu             the GPU that this process was given, None is a CPU worker
+    max_sequences   sequences that a captured batch may have
+
+    Raises FtHandlerError naming what is missing, unknown or contradictory.
+    """
+    settled = settle(source, raw, groups)
+    path, info, task, core = settled.path, settled.info, settled.task, settled.core
+    folder = None if source.is_file() else source
+    device = choose_device(core.device, gpu)
+    if core.num_threads is not None:
+        torch.set_num_threads(core.num_threads)
+        limit_tokenizer_threads(core.num_threads)  # before a tokenizer first works
+    runner = runner_of(settled, folder)
+    model = load_model(path, device, folder)
+    if core.batch_invariant:
+        model.fused.configure("batch_invariant")
+    if device.type == "cuda":
+        load_gemm_plans(folder, device)  # before graphs are captured
+    engine = engine_for(
+        model,
+        device,
+        max_tokens=core.max_batch_tokens,
+        max_sequences=max_sequences,
+        graph_memory=core.cuda_graph_memory_mb << 20,
+    )
+    names = {"model_name": name} | ({} if version is None else {"model_version": version})
+    pipeline = Pipeline(task, runner, engine, core, max_positions=info.max_positions, model=names)
+    if core.warmup:
+        logger.info("warm-up: %s", json.dumps(engine.warm_up()))
+        for _ in range(3):
+            pipeline.run([Incoming(dict(task.sample))] * 4)
+    return Ready(pipeline, info, task, device)
+
+
+def runner_of(settled: Settled, folder: Path | None) -> Runner[Any, Any, Any]:
+    """The task over the tokenizer and the labels of a folder, or of the traced file alone.
+
+    Raises ConfigError where they, the file and the settings do not fit each other.
+    """
+    info, core = settled.info, settled.core
+    tokenizer = load_tokenizer(
+        folder,
+        core.tokenizer_file,
+        core.do_lower_case,
+        carried=read_tokenizer(settled.path),
+        vocabulary_lower=info.do_lower_case,
+    )
+    if tokenizer.get_vocab_size() > info.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but the traced file was made "
+            f"for {info.vocab_size}: they do not belong together"
+        )
+    named = read_labels(folder, info) if folder and settled.task.labelled else None
+    loaded = Loaded(
+        info,
+        named or info.labels,
+        reader_of(tokenizer),
+        Template(tokenizer),
+        core.max_length or info.max_positions,
+    )
+    return settled.task.runner(settled.own, loaded)
+
+
+def keep_out_of_collections() -> None:
+    """What lives now lives as long as the process: leave it out of later garbage collections."""
+    gc.collect()
+    gc.freeze()
+
+
+def _check(core: CoreSettings, info: ModelInfo, task: AnyTask) -> None:
+    """Refuse settings that the traced file contradicts."""
+    if info.model_type != "thsext":
+        raise ConfigError(
+            f"{core.model_file} is of model_type '{info.model_type}', which pads and is "
+            "there for comparison: trace with --model_type thsext"
+        )
+    if core.mode is not None and core.mode != info.mode:
+        raise ConfigError(f"setting 'mode' is {core.mode}, but the traced file is for {info.mode}")
+    if task.labelled and core.num_labels not in (None, info.num_labels):
+        raise ConfigError(
+            f"setting 'num_labels' is {core.num_labels}, but the traced file has {info.num_labels}"
+        )
+    if core.max_length is not None and core.max_length > info.max_positions:
+        raise ConfigError(
+            f"setting 'max_length' is {core.max_length}, but the model has "
+            f"{info.max_positions} positions"
+        )
+
+
+def choose_device(wish: str, gpu: int | None) -> torch.device:
+    """The device for `device: auto|cpu|cuda`; raises ConfigError when there is no GPU to insist on.
+
+    gpu  what this process was given; None is a CPU worker
+    """
+    if wish == "cpu" or (wish == "auto" and (gpu is None or not torch.cuda.is_available())):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("setting 'device' is cuda, but torch sees no GPU")
+    return torch.device("cuda", gpu or 0)
+
+
+def load_gemm_plans(folder: Path | None, device: torch.device) -> None:
+    """Use the folder's table of `ft-handler tune`, else the machine's own, else none.
+
+    Raises EnvironmentProblem for a table of the machine's that does not fit its GPU; an archive may
+    travel, so a table in it that does not fit is left alone with a warning.
+    """
+    from ft_handler.tuning.table import load_table
+
+    index = device.index or 0
+    count = None
+    if folder is not None and (folder / GEMM_TABLE).is_file():
+        try:
+            count = load_table(folder / GEMM_TABLE, index)
+        except EnvironmentProblem as error:
+            logger.warning("the archive's GEMM table is not used: %s", error)
+    if count is None:
+        count = load_table(None, index)
+    logger.info("%d measured GEMM plans", count)
+
+
+def read_labels(folder: Path, info: ModelInfo) -> Mapping[int, str] | None:
+    """`index_to_name.json` as label names, None without the file; raises ConfigError."""
+    path = folder / LABELS_FILE
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        labels = {int(index): name for index, name in raw.items()}
+    except (ValueError, AttributeError):
+        raise ConfigError(f'{LABELS_FILE} must be like {{"0": "negative", ...}}') from None
+    if not all(isinstance(name, str) for name in labels.values()):
+        raise ConfigError(f"{LABELS_FILE} must map numbers to strings")
+    if sorted(labels) != list(range(info.num_labels)):
+        raise ConfigError(
+            f"{LABELS_FILE} names the labels {sorted(labels)}, but the traced file has "
+            f"{info.num_labels}, numbered from 0"
+        )
+    return labels

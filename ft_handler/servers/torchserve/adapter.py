@@ -1,0 +1,32 @@
+"""What TorchServe hands over, as requests: one dict each, holding a body or the fields of a form.
+
+`{"body": ...}` is any body, `{"data": ...}` one of gRPC or of a form's field of that name; other
+keys are form fields, and the query of `/invocations`. Values are bytes, text or parsed JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ft_handler.errors import MalformedRequest, RequestError, UnusableRequest
+from ft_handler.types import Incoming
+
+_BODIES = ("body", "data")
+
+
+def incoming(item: Mapping[str, object]) -> Incoming | RequestError:
+    """One element of TorchServe's `data` as a request, or why it is none."""
+    bodies = [name for name in _BODIES if name in item]
+    if len(bodies) > 1:
+        return MalformedRequest("send either 'body' or 'data', not both")
+    if not item:
+        return MalformedRequest(
+            "the form has no field; send plain text with Content-Type: text/plain"
+        )
+    fields = {name: value for name, value in item.items() if name not in _BODIES}
+    if not bodies:
+        return Incoming(None, fields)
+    body = item[bodies[0]]
+    if body is None:  # what a parser makes of `null`
+        return UnusableRequest("the body must be text, an object or a list of inputs")
+    return Incoming(body, fields)
