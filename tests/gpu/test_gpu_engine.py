@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from ft_handler.engine.base import Logits, synthetic_batch
+from ft_handler.engine.base import synthetic_batch
 from ft_handler.engine.cpu import CpuEngine
 from ft_handler.engine.cuda import CudaEngine
 from ft_handler.engine.graphs import GraphPlan
 from ft_handler.errors import OutOfDeviceMemory
 from ft_handler.model.bundle import LoadedModel, load_model
-from ft_handler.types import PackedBatch
+from ft_handler.types import Floats, PackedBatch
 
 pytestmark = pytest.mark.gpu
 MODES = ("sequence_classification", "question_answering")
@@ -63,9 +63,9 @@ def engine(model: LoadedModel, graph_memory: int, **capacities: int) -> CudaEngi
     return made
 
 
-def apart(found: Logits, wanted: Logits) -> float:
-    assert [f.shape for f in found] == [w.shape for w in wanted]
-    return max((float(np.abs(f - w).max()) for f, w in zip(found, wanted, strict=True)), default=0)
+def apart(found: Floats, wanted: Floats) -> float:
+    assert found.shape == wanted.shape
+    return float(np.abs(found - wanted).max(initial=0))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -82,7 +82,7 @@ def test_graphs_and_plain_launches_agree_with_the_cpu(traced, mode, data_type):
     for count in (1, 2, 7, 16, 17, 40):  # 17 and 40 are over the graphs' capacity
         batch = ragged(rng, count)
         wanted = reference.launch(batch).result()
-        spread = max(float(np.abs(w).max()) for w in wanted)
+        spread = float(np.abs(wanted).max())
         from_graph = graphs.launch(batch).result()
         launched = plain.launch(batch).result()
         assert apart(launched, wanted) <= scale * spread
@@ -158,7 +158,7 @@ def test_a_launch_allocates_nothing_and_never_synchronises(traced):
         pending = graphs.launch(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert pending.result()[0].shape == (8, 3)
+    assert pending.result().shape == (8, 3)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == count
 
 
@@ -173,7 +173,7 @@ def test_the_budget_bounds_the_graphs_and_the_rest_still_runs(traced):
     assert not none._graphs
     batch = ragged(np.random.default_rng(7), 5)
     wanted = made.launch(batch).result()
-    spread = max(float(np.abs(w).max()) for w in wanted)
+    spread = float(np.abs(wanted).max())
     for other in (half, none):  # a class's products may be tiled otherwise than the batch's own
         assert apart(other.launch(batch).result(), wanted) <= 2e-2 * spread
 
@@ -193,12 +193,12 @@ def test_out_of_memory_is_named_and_the_next_batch_runs(traced):
         assert apart(plain.launch(small).result(), wanted) == 0
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert plain.launch(huge).result()[0].shape == (huge.total,)
+    assert plain.launch(huge).result().shape == (2, huge.total)
 
 
 def test_empty_batches_and_ids_out_of_range(traced):
     graphs = engine(load_model(traced("sequence_classification", "fp16"), "cuda"), 0)
-    assert graphs.launch(synthetic_batch([], VOCABULARY)).result()[0].shape == (0, 3)
+    assert graphs.launch(synthetic_batch([], VOCABULARY)).result().shape == (0, 3)
     batch = synthetic_batch([4], VOCABULARY)
     high = PackedBatch(batch.input_ids + 10**6, batch.token_type_ids, batch.cu_seqlens, 4)
     with pytest.raises(ValueError, match="input_ids must lie in"):
