@@ -31,9 +31,9 @@ from ft_handler.servers.torchserve.properties import ServeOptions
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in this folder starts or uses a server."""
-    here = str(Path(__file__).parent)
+    here = Path(__file__).parent
     for item in items:
-        if str(item.path).startswith(here):
+        if here in item.path.parents:
             item.add_marker(pytest.mark.serve)
 
 
