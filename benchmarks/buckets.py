@@ -25,7 +25,7 @@ from ft_handler import load_model
 from ft_handler.engine.base import Engine
 from ft_handler.engine.select import engine_for
 from ft_handler.request.batching import flatten, pack, plan_buckets
-from ft_handler.types import Encoding, Item, Place
+from ft_handler.types import Encoding, Item
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from provenance import provenance
@@ -69,7 +69,7 @@ def seconds(
     """One batch from tokens to logits: plan, pack, launch every bucket, collect."""
     rng = np.random.default_rng(0)
     encodings = [
-        Encoding(Item(Place(i, 0), None), [rng.integers(1, 1000, n)], [n], False)
+        Encoding(Item(i, 0, None), [rng.integers(1, 1000, n)], [n], False)
         for i, n in enumerate(lengths)
     ]
     start = clock()

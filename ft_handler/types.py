@@ -9,7 +9,8 @@ An item that fails anywhere gets its error as its result and is skipped from the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -25,8 +26,7 @@ Floats: TypeAlias = NDArray[np.float32]
 Prediction: TypeAlias = dict[str, object] | list[dict[str, object]]
 
 
-@dataclass(slots=True)
-class Incoming:
+class Incoming(NamedTuple):
     """One client's request as a server hands it over, not looked into yet.
 
     body    text, bytes (UTF-8), or what a JSON parser made of them; None when there is a form alone
@@ -34,7 +34,7 @@ class Incoming:
     """
 
     body: object = None
-    fields: Mapping[str, object] = field(default_factory=dict)
+    fields: Mapping[str, object] = MappingProxyType({})
 
 
 class Input(Protocol):
@@ -48,18 +48,17 @@ class Input(Protocol):
 InputT = TypeVar("InputT", bound=Input)
 
 
-class Place(NamedTuple):
-    """Where an item belongs: its request in the batch, its position among the request's inputs."""
+@dataclass(slots=True, eq=False)
+class Item(Generic[InputT]):
+    """One input on its way.
+
+    request   which request of the batch it belongs to
+    position  among that request's inputs
+    result    set once, by the stage that answers or refuses it
+    """
 
     request: int
     position: int
-
-
-@dataclass(slots=True, eq=False)
-class Item(Generic[InputT]):
-    """One input on its way; `result` is set once, by the stage that answers or refuses it."""
-
-    place: Place
     input: InputT
     result: Prediction | RequestError | None = None
 
@@ -117,8 +116,7 @@ class Outputs:
     lengths: NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """What goes back to one client."""
 
     status: int

@@ -41,8 +41,9 @@ def flatten(encodings: Sequence[Encoding[Any]]) -> Sequences:
     if not ids:
         return Sequences(*np.zeros((4, 0), np.int64))
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    counts = np.fromiter((len(e.sequences) for e in encodings), np.int64, len(encodings))
-    owners = np.repeat(np.arange(len(encodings)), counts)
+    owners = np.arange(len(encodings))
+    if len(ids) != len(encodings):
+        owners = np.repeat(owners, [len(e.sequences) for e in encodings])
     total = int(lengths.sum())
     flat = np.concatenate(ids)
     splits = np.fromiter((s for e in encodings for s in e.splits), np.int64, len(ids))
@@ -147,8 +148,6 @@ def outputs_of(
     values: Floats, sequences: Sequences, chosen: NDArray[np.bool_], per_token: bool
 ) -> Outputs:
     """The outputs of the sequences that are `chosen`, [sequences]."""
-    if chosen.all():
-        return Outputs(values, sequences.lengths)
     lengths = sequences.lengths
     kept = values[:, np.repeat(chosen, lengths)] if per_token else values[chosen]
     return Outputs(kept, lengths[chosen])

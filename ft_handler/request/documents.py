@@ -27,7 +27,7 @@ from ft_handler.request.forms import (
 from ft_handler.request.literals import parse_literal
 from ft_handler.request.open_inference import is_tensors, rows_of, wanted_outputs
 from ft_handler.request.parameters import ParameterReader
-from ft_handler.request.texts import checked_name, checked_text, utf8
+from ft_handler.request.texts import checked_name, checked_text, is_plain, utf8
 from ft_handler.tasks.base import ParamsT, Task
 from ft_handler.types import Incoming, InputT
 
@@ -68,6 +68,7 @@ class Decoder(Generic[InputT, ParamsT]):
         self._task = task
         self._defaults = defaults
         self._limits = limits
+        self._most_chars = limits.chars
         self._model = dict(model)
         self._parameters = ParameterReader(task.parameters, task.nulls)
         self._texts = (*task.required, *task.optional)
@@ -108,6 +109,8 @@ class Decoder(Generic[InputT, ParamsT]):
     def _bare(self, text: str, params: ParamsT) -> Request[InputT]:
         if self._task.bare is None:
             raise MalformedRequest(f"the body must be an object with {self._wanted}")
+        if is_plain(text, self._most_chars):
+            return Request((self._task.read({self._task.bare: text}, params),), SINGLE)
         return Request((self._of_texts({self._task.bare: text}, params, ""),), SINGLE)
 
     def _structured(self, text: str, start: str, params: ParamsT) -> Request[InputT]:
@@ -187,11 +190,13 @@ class Decoder(Generic[InputT, ParamsT]):
         return self._of_texts(value, params, where)
 
     def _of_texts(self, texts: Mapping[str, object], params: ParamsT, where: str) -> InputT:
-        checked = {
-            key: checked_text(texts[key], f"{where}'{key}'", self._limits.chars)
-            for key in self._texts
-            if key in texts and (texts[key] is not None or key in self._task.required)
-        }
+        checked: dict[str, str] = {}
+        for key in self._texts:
+            value = texts.get(key)
+            if is_plain(value, self._most_chars):
+                checked[key] = value
+            elif value is not None or key in self._task.required:
+                checked[key] = checked_text(value, f"{where}'{key}'", self._most_chars)
         return self._task.read(checked, params)
 
     def _beside(

@@ -36,7 +36,7 @@ from ft_handler.request.overlap import overlapped, parts_of
 from ft_handler.request.replies import assemble, outcome
 from ft_handler.stats import BatchStats, Stopwatch
 from ft_handler.tasks.base import EncodingT, ParamsT, Runner, Task
-from ft_handler.types import Floats, Incoming, InputT, Item, Place, Reply
+from ft_handler.types import Floats, Incoming, InputT, Item, Outputs, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -129,10 +129,8 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
                     raise one
                 request = self._decoder.decode(one)
                 requests.append(request.form)
-                items += [
-                    Item(Place(index, position), value)
-                    for position, value in enumerate(request.inputs)
-                ]
+                for position, value in enumerate(request.inputs):
+                    items.append(Item(index, position, value))
             except RequestError as error:
                 requests.append(error)
             except Exception as error:
@@ -191,10 +189,10 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
                 except Exception:
                     item.result = InternalError()
         # Where one input refuses its request, nobody will see the others' answers.
-        refused = {item.place.request for item in items if item.result is not None}
+        refused = {item.request for item in items if item.result is not None}
         if not refused:
             return encodings
-        return [e for e in encodings if e.item.place.request not in refused]
+        return [e for e in encodings if e.item.request not in refused]
 
     def _finish(self, part: _Part[EncodingT], watch: Stopwatch) -> int:
         """Wait for a part and answer its items; how many buckets it had."""
@@ -216,12 +214,14 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
             logger.error("the model gave no finite logits for %d sequences", int((~good).sum()))
             for owner in np.unique(sequences.owners[~good]).tolist():
                 part.flight.refuse(owner, InternalError())
-        open_ = np.array([e.item.result is None for e in part.encodings])
         encodings = [e for e in part.encodings if e.item.result is None]
         if not encodings:
             return
-        chosen = open_[sequences.owners]
-        outputs = outputs_of(values, sequences, chosen, self._per_token)
+        outputs = Outputs(values, sequences.lengths)
+        if len(encodings) != len(part.encodings):
+            unanswered = np.array([e.item.result is None for e in part.encodings])
+            chosen = unanswered[sequences.owners]
+            outputs = outputs_of(values, sequences, chosen, self._per_token)
         predictions = self._runner.predict(encodings, outputs)
         for encoding, prediction in zip(encodings, predictions, strict=True):
             if encoding.truncated:

@@ -29,7 +29,7 @@ def outcome(form: Form, items: Iterable[Item[Any]]) -> list[Prediction] | Reques
     for item in items:
         if isinstance(item.result, RequestError):
             if form.many and item.result.status < 500:
-                return type(item.result)(f"inputs[{item.place.position}]: {item.result}")
+                return type(item.result)(f"inputs[{item.position}]: {item.result}")
             return item.result
         if item.result is None:
             unanswered = True
@@ -38,15 +38,23 @@ def outcome(form: Form, items: Iterable[Item[Any]]) -> list[Prediction] | Reques
     return InternalError() if unanswered else predictions
 
 
-def assemble(requests: Sequence[Form | RequestError], items: Iterable[Item[Any]]) -> list[Reply]:
-    """One reply a request, in order: `requests` has its form, or the error that refused it."""
-    own: list[list[Item[Any]]] = [[] for _ in requests]
+def assemble(requests: Sequence[Form | RequestError], items: Sequence[Item[Any]]) -> list[Reply]:
+    """One reply a request, in order.
+
+    requests  each one's form, or the error that refused it
+    items     of all requests, in the order of their places
+    """
+    counts = [0] * len(requests)
     for item in items:
-        own[item.place.request].append(item)
-    return [_reply(request, mine) for request, mine in zip(requests, own, strict=True)]
+        counts[item.request] += 1
+    replies, at = [], 0
+    for request, count in zip(requests, counts, strict=True):
+        replies.append(_reply(request, items[at : at + count]))
+        at += count
+    return replies
 
 
-def _reply(request: Form | RequestError, items: list[Item[Any]]) -> Reply:
+def _reply(request: Form | RequestError, items: Sequence[Item[Any]]) -> Reply:
     if isinstance(request, RequestError):
         return encode_error(request)
     result = outcome(request, items)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from ft_handler.errors import MalformedRequest, RequestTooLarge, UnusableRequest
 
 _MOST_NAME_CHARS = 1024
@@ -23,6 +25,18 @@ def checked_name(value: object, what: str) -> str:
         raise RequestTooLarge(f"{what} is longer than {_MOST_NAME_CHARS} characters")
     _check_encodable(value, what)
     return value
+
+
+def is_plain(value: object, most_chars: int) -> TypeGuard[str]:
+    """Whether a value is a text with nothing to check: what nearly all requests bring."""
+    return (
+        type(value) is str
+        and len(value) <= most_chars
+        and value.isascii()
+        and value != ""
+        and not value.isspace()
+        and "\0" not in value
+    )
 
 
 def checked_text(value: object, what: str, most_chars: int) -> str:

@@ -120,7 +120,8 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
     def _single(self, item: Item[TextInput], ids: Ids) -> Encoding[TextInput]:
         before, after = self._template.single_before, self._template.single_after
         room = self.longest - len(before) - len(after)
-        self._check(item, len(ids), room)
+        if len(ids) > room:
+            self._check(item, len(ids), room)
         sequence = np.concatenate((before, ids[:room], after))
         return Encoding(item, [sequence], [len(sequence)], len(ids) > room)
 
@@ -128,7 +129,8 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
         template = self._template
         count = len(first) + len(second)
         room = self.longest - template.pair_specials
-        self._check(item, count, room)
+        if count > room:
+            self._check(item, count, room)
         keep_first, keep_second = longest_first(len(first), len(second), room)
         sequence = np.concatenate(
             (
@@ -143,7 +145,8 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
         return Encoding(item, [sequence], [split], count > room)
 
     def _check(self, item: Item[TextInput], count: int, room: int) -> None:
-        if count > room and not item.input.params.truncation:
+        """Refuse what is too long and may not be cut."""
+        if not item.input.params.truncation:
             raise UnusableRequest(
                 f"the input has {count + self.longest - room} tokens, the limit is "
                 f"{self.longest} and truncation is off"

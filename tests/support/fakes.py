@@ -16,7 +16,7 @@ from ft_handler.request.pipeline import Pipeline
 from ft_handler.tasks.base import AnyTask, Loaded, Runner
 from ft_handler.text.chunks import reader_of
 from ft_handler.text.template import Template
-from ft_handler.types import Floats, Item, PackedBatch, Place
+from ft_handler.types import Floats, Item, PackedBatch
 
 
 def model_info(mode: str = "sequence_classification", **changes: Any) -> ModelInfo:
@@ -65,7 +65,7 @@ def loaded(
 
 def items_of(inputs: Sequence[Any]) -> list[Item[Any]]:
     """Inputs as the items of one request each."""
-    return [Item(Place(i, 0), value) for i, value in enumerate(inputs)]
+    return [Item(i, 0, value) for i, value in enumerate(inputs)]
 
 
 def runner_of(

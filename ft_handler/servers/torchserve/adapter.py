@@ -16,6 +16,10 @@ _BODIES = ("body", "data")
 
 def incoming(item: Mapping[str, object]) -> Incoming | RequestError:
     """One element of TorchServe's `data` as a request, or why it is none."""
+    if len(item) == 1:  # nearly always
+        body = item.get("body")
+        if body is not None:
+            return Incoming(body)
     bodies = [name for name in _BODIES if name in item]
     if len(bodies) > 1:
         return MalformedRequest("send either 'body' or 'data', not both")
