@@ -144,6 +144,17 @@ def test_too_long_without_truncation_is_422_and_with_it_is_flagged(make):
     assert [b.total for b in engine.batches] == [128]
 
 
+def test_truncation_is_flagged_in_every_form(make):
+    long, pipeline = "film " * 200, make()[0]
+    one, many, fine = run(
+        pipeline,
+        [{"body": long}, {"body": {"text": long, "top_k": 2}}, {"body": {"text": "a", "top_k": 2}}],
+    )
+    assert body(one)["truncated"] is True
+    assert [answer["truncated"] for answer in body(many)] == [True, True]
+    assert all("truncated" not in answer for answer in body(fine))
+
+
 def test_out_of_memory_halves_the_bucket_until_it_fits(make, tokenizer):
     def fail(batch):
         if batch.batch > 2:
