@@ -148,14 +148,6 @@ def _only(accepted: bool, why: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _traced(value: str | None) -> str | None:
-    if value == "pretrained":
-        raise ValueError(
-            "must be torchscript, since this handler serves traced models: run `ft-handler trace`"
-        )
-    return value
-
-
 #: What the setting `device` takes.
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -197,9 +189,14 @@ class CoreSettings(Settings):
     mode: Text | None = setting(
         None,
         "The model's task; null takes it from the traced file, and any other value must agree "
-        "with the file.",
+        "with the file. In a setup_config.json it is informative: one that differs is noted in "
+        "the log.",
     )
-    model_file: FileName = setting(TRACED_FILE, "The traced model's file name in the archive.")
+    model_file: FileName = setting(
+        TRACED_FILE,
+        "The traced model's file name in the archive; unset, an archive's manifest says it "
+        "(`serializedFile`).",
+    )
     tokenizer_file: FileName = setting(
         TOKENIZER_FILE,
         "The tokenizer's file name in the archive; when it is missing, `vocab.txt` is read, and "
@@ -257,12 +254,15 @@ class CoreSettings(Settings):
     )
     num_labels: Whole | None = setting(
         None,
-        "Number of labels; must agree with the traced file when set, where the task has labels.",
+        "Number of labels; must agree with the traced file, where the task has labels. 0 says "
+        "nothing, as in the published example.",
         0,
     )
-    save_mode: Annotated[
-        Literal["torchscript", "pretrained"] | None, AnyCase, AfterValidator(_traced)
-    ] = setting(None, "Only `torchscript` can be served.")
+    save_mode: Annotated[Literal["torchscript", "pretrained"] | None, AnyCase] = setting(
+        None,
+        "Older word for what the archive holds; the traced file is served whatever it says, and "
+        "`pretrained` is noted in the log.",
+    )
     captum_explanation: Annotated[Flag, _only(False, "explanations are not offered")] = setting(
         False, "Explanations are not offered; only false is accepted."
     )
@@ -305,9 +305,16 @@ def parse_yaml(text: bytes, origin: str) -> Mapping[str, object]:
 class RawSettings:
     """Settings as they stand in files, not yet read; each group takes the names that it owns."""
 
-    def __init__(self, sources: Mapping[str, Mapping[str, object]]) -> None:
-        """`sources` maps what a file is called in errors to its settings."""
+    def __init__(
+        self, sources: Mapping[str, Mapping[str, object]], older_mode: object = None
+    ) -> None:
+        """`sources` maps what a file is called in errors to its settings.
+
+        older_mode  what setup_config.json calls the mode: informative, since the published
+                    example prints one file for both of its models
+        """
         self._sources = sources
+        self.older_mode = older_mode
 
     @classmethod
     def of_model_dir(cls, model_dir: Path, model_yaml: Mapping[str, object] | None) -> RawSettings:
@@ -319,6 +326,7 @@ class RawSettings:
             raise ConfigError("'handler' in model-config.yaml must be a mapping of settings")
         sources: dict[str, Mapping[str, object]] = {SECTION: section}
         path = model_dir / OLDER_CONFIG_FILE
+        mode: object = None
         if path.is_file():
             try:
                 older = json.loads(path.read_text(encoding="utf-8"))
@@ -326,8 +334,9 @@ class RawSettings:
                 raise ConfigError(f"{OLDER_CONFIG_FILE} is not JSON: {error}") from None
             if not isinstance(older, Mapping):
                 raise ConfigError(f"{OLDER_CONFIG_FILE} must hold an object")
-            sources[OLDER_CONFIG_FILE] = older
-        return cls(sources)
+            mode = older.get("mode")
+            sources[OLDER_CONFIG_FILE] = {n: v for n, v in older.items() if n != "mode"}
+        return cls(sources, mode)
 
     def over(self, given: Mapping[str, object]) -> RawSettings:
         """These settings, with `given` in the place of what files say of the same names."""
@@ -335,7 +344,7 @@ class RawSettings:
             where: {name: value for name, value in values.items() if name not in given}
             for where, values in self._sources.items()
         }
-        return RawSettings({"the arguments": given, **rest})
+        return RawSettings({"the arguments": given, **rest}, self.older_mode)
 
     def read(self, group: type[SettingsT]) -> SettingsT:
         """The settings of one group. Raises ConfigError for wrong values and contradictions."""

@@ -13,6 +13,7 @@ FtHandlerError
     ├── RequestTooLarge       413
     ├── UnusableRequest       422
     ├── InternalError         500
+    ├── NotOffered            501
     └── OutOfMemory           503
 """
 
@@ -93,6 +94,13 @@ class InternalError(RequestError):
 
     def __init__(self) -> None:
         super().__init__("internal error")
+
+
+class NotOffered(RequestError):
+    """A kind of request that this handler does not answer (501)."""
+
+    status = 501
+    reason = "Not Implemented"
 
 
 class OutOfMemory(RequestError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from ft_handler import tasks
 from ft_handler.config import CoreSettings, RawSettings, Settings, limit_tokenizer_threads
 from ft_handler.engine.select import engine_for
-from ft_handler.errors import ConfigError, EnvironmentProblem
-from ft_handler.files import GEMM_TABLE, LABELS_FILE
+from ft_handler.errors import ConfigError, EngineError, EnvironmentProblem
+from ft_handler.files import GEMM_TABLE, LABELS_FILE, OLDER_CONFIG_FILE
 from ft_handler.model.bundle import load_model, read_info, read_tokenizer
 from ft_handler.model.info import ModelInfo
 from ft_handler.request.pipeline import Pipeline
@@ -24,7 +24,7 @@ from ft_handler.tasks.base import AnyTask, Loaded, Runner
 from ft_handler.text.chunks import reader_of
 from ft_handler.text.template import Template
 from ft_handler.text.tokenizer import load_tokenizer
-from ft_handler.types import Incoming
+from ft_handler.types import Incoming, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -40,23 +40,33 @@ class Settled:
     own: Settings
 
 
-def settle(source: Path, raw: RawSettings, groups: Iterable[type[Settings]] = ()) -> Settled:
+def settle(
+    source: Path,
+    raw: RawSettings,
+    groups: Iterable[type[Settings]] = (),
+    model_file: str | None = None,
+) -> Settled:
     """Read all settings and what the traced file says of itself, without loading the model.
 
-    source  a folder with a traced file, such as an extracted archive, or the file alone
-    groups  settings that the caller reads itself
+    source      a folder with a traced file, such as an extracted archive, or the file alone
+    groups      settings that the caller reads itself
+    model_file  what the folder calls its traced file, where no setting says it
 
     Raises FtHandlerError naming what is missing, unknown or contradictory.
     """
     core = raw.read(CoreSettings)
-    path = source if source.is_file() else source / core.model_file
+    told = "model_file" in core.model_fields_set or model_file is None
+    name = core.model_file if told else str(model_file)
+    path = source if source.is_file() else source / name
     if not path.is_file():
-        raise ConfigError(f"{source} has no {core.model_file} (setting 'model_file')")
+        where = "setting 'model_file'" if told else "the manifest's serializedFile"
+        raise ConfigError(f"{source} has no {name} ({where})")
     info = read_info(path)
     task = tasks.get(info.mode)
     others = {name: tasks.get(name).settings for name in tasks.names() if name != task.name}
     raw.refuse_unknown((CoreSettings, task.settings, *groups), others)
-    _check(core, info, task)
+    _check(path, core, info, task)
+    _note(raw, core, info)
     return Settled(path, info, task, core, raw.read(task.settings))
 
 
@@ -79,16 +89,18 @@ def open_model(
     name: str = "model",
     version: str | None = None,
     max_sequences: int = 128,
+    model_file: str | None = None,
 ) -> Ready:
     """Load settings, library, model and tokenizer, and warm up.
 
-    source, groups  as in `settle`
-    gpu             the GPU that this process was given, None is a CPU worker
-    max_sequences   sequences that a captured batch may have
+    source, groups, model_file  as in `settle`
+    gpu                         the GPU that this process was given, None is a CPU worker
+    max_sequences               sequences that a captured batch may have
 
-    Raises FtHandlerError naming what is missing, unknown or contradictory.
+    Raises FtHandlerError naming what is missing, unknown or contradictory, and EngineError for a
+    model that cannot answer its own sample.
     """
-    settled = settle(source, raw, groups)
+    settled = settle(source, raw, groups, model_file)
     path, info, task, core = settled.path, settled.info, settled.task, settled.core
     folder = None if source.is_file() else source
     device = choose_device(core.device, gpu)
@@ -113,7 +125,8 @@ def open_model(
     if core.warmup:
         logger.info("warm-up: %s", json.dumps(engine.warm_up()))
         for _ in range(3):
-            pipeline.run([Incoming(dict(task.sample))] * 4)
+            replies, _ = pipeline.run([Incoming(dict(task.sample))] * 4)
+            _hold_sample(replies)
     return Ready(pipeline, info, task, device)
 
 
@@ -152,16 +165,47 @@ def keep_out_of_collections() -> None:
     gc.freeze()
 
 
-def _check(core: CoreSettings, info: ModelInfo, task: AnyTask) -> None:
+def _hold_sample(replies: Sequence[Reply]) -> None:
+    """Refuse a model that fails on its own sample; where settings refuse the sample, say so.
+
+    Raises EngineError.
+    """
+    worst = max(replies, key=lambda reply: reply.status)
+    if worst.status == 200:
+        return
+    said = f"the warm-up sample is answered {worst.status} ({_message(worst)})"
+    if worst.status >= 500:
+        raise EngineError(f"{said}: this model cannot answer here; the log has the cause")
+    logger.warning("%s: the settings leave no room for it", said)
+
+
+def _message(reply: Reply) -> str:
+    """What an error's body says."""
+    return str(json.loads(reply.body)["message"])
+
+
+def _note(raw: RawSettings, core: CoreSettings, info: ModelInfo) -> None:
+    """Say in the log which older settings say otherwise than the traced file, which is served."""
+    if raw.older_mode not in (None, info.mode):
+        logger.warning(
+            "the mode in %s is not that of the traced file, which is served: %s",
+            OLDER_CONFIG_FILE,
+            info.mode,
+        )
+    if core.save_mode == "pretrained":
+        logger.warning("setting 'save_mode' is pretrained, but the traced file is what is served")
+
+
+def _check(path: Path, core: CoreSettings, info: ModelInfo, task: AnyTask) -> None:
     """Refuse settings that the traced file contradicts."""
     if info.model_type != "thsext":
         raise ConfigError(
-            f"{core.model_file} is of model_type '{info.model_type}', which pads and is "
+            f"{path.name} is of model_type '{info.model_type}', which pads and is "
             "there for comparison: trace with --model_type thsext"
         )
     if core.mode is not None and core.mode != info.mode:
         raise ConfigError(f"setting 'mode' is {core.mode}, but the traced file is for {info.mode}")
-    if task.labelled and core.num_labels not in (None, info.num_labels):
+    if task.labelled and core.num_labels not in (None, 0, info.num_labels):
         raise ConfigError(
             f"setting 'num_labels' is {core.num_labels}, but the traced file has {info.num_labels}"
         )

@@ -52,6 +52,7 @@ class Architecture:
                 `{layer}` stands for the layer's number: names of layers without it are shared
     ignored     matches the tensors that a checkpoint may carry and the fused model does without;
                 `{base}` works here too
+    training    matches the tensors that only training reads, which some checkpoints keep
     accepted    fields of the configuration -> the values served; an absent field has the first
     heads       heads of tasks whose own (`Task.head`) does not fit, by the task's name
     unserved    tasks that are refused, by name, and why
@@ -61,6 +62,10 @@ class Architecture:
     base: ClassVar[str]
     table: ClassVar[Mapping[str, tuple[str, ...]]]
     ignored: ClassVar[str] = r"(?!)"
+    training: ClassVar[str] = (
+        r"fit_denses?\..*|(class|pos|label)_weights?"
+        r"|(loss|loss_f(ct|n|unc|unction)|criterion)(\..*)?"
+    )
     accepted: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "hidden_act": ("gelu",),
         "position_embedding_type": ("absolute", None),
@@ -132,6 +137,10 @@ class Architecture:
         """Whether a checkpoint's tensor is one that the fused model does without."""
         pattern = self.ignored.replace("{base}", re.escape(self.base))
         return re.fullmatch(pattern, name) is not None
+
+    def trains(self, name: str) -> bool:
+        """Whether a checkpoint's tensor is one that only training reads."""
+        return re.fullmatch(self.training, name) is not None
 
     # -- weights ---------------------------------------------------------------------------------
 

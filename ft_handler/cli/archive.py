@@ -14,7 +14,13 @@ def archive_command(
         str | None,
         typer.Option("--model-name", "--model_name", help="Default: the folder's name."),
     ] = None,
-    version: Annotated[str, typer.Option("--version", help="The model's version.")] = "1.0",
+    version: Annotated[
+        str,
+        typer.Option(
+            "--version",
+            help="The model's version; it is in the file's name unless it is 1.0.",
+        ),
+    ] = "1.0",
     export_path: Annotated[
         Path,
         typer.Option("--export-path", "--export_path", help="Where to put it; made when missing."),

@@ -30,7 +30,7 @@ def trace_command(
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", help="Folder to write; made when missing.")
-    ] = Path("traced_model"),
+    ] = Path(),
     adapter: Annotated[
         Path | None, typer.Option("--adapter", help="A PEFT LoRA adapter's folder, merged in.")
     ] = None,
@@ -109,6 +109,14 @@ def trace_command(
             help="Accepted for old scripts: thsext always removes padding, ths and ori never do.",
         ),
     ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Refuse what is otherwise traced with a note: tensors of training beside the "
+            "model, a tokenizer that transformers reads otherwise than its file says.",
+        ),
+    ] = False,
 ) -> None:
     """Write a traced model and everything an archive needs from a BERT checkpoint."""
     from ft_handler.prepare.adapters import read_adapter
@@ -137,5 +145,6 @@ def trace_command(
         data_type=data_type,
         model_type=model_type,
         ths_path=ths_path,
+        strict=strict,
     )
     trace(options, typer.echo)

@@ -38,6 +38,8 @@ class ModelInfo:
     num_labels      outputs a sequence, or a token
     labels          the outputs' names, or none
     op_interface    which interface of the library the module calls
+    function_to_apply  what the checkpoint's configuration makes of logits; None leaves the choice
+                       to the task
     """
 
     format_version: int
@@ -60,6 +62,7 @@ class ModelInfo:
     layer_norm_eps: float
     versions: dict[str, str]
     op_interface: int = 1
+    function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
 
     def to_json(self) -> str:
         """The text of the file's `ft_handler.json`."""

@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,13 +17,19 @@ from ft_handler.architectures.base import Architecture, Weights, listed
 from ft_handler.errors import ModelError
 from ft_handler.prepare.adapters import UNSAFE_PICKLE, Adapter, merge_adapter, read_adapter
 from ft_handler.prepare.hf import first_line, import_transformers, quiet_transformers
-from ft_handler.prepare.hub import resolve
+from ft_handler.prepare.hub import Source, resolve
+from ft_handler.prepare.wrapped import state_dict, unwrapped, wrapping_of
 from ft_handler.tasks.base import AnyTask, Head
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint ready to trace: transformers' model in fp32, its config and its weights."""
+    """A checkpoint ready to trace: transformers' model in fp32, its config and its weights.
+
+    notes              where it came from
+    doubts             what of it should be known before it is trusted
+    function_to_apply  what its configuration makes of logits, where it says so
+    """
 
     model: Any
     config: Any
@@ -31,6 +37,8 @@ class Checkpoint:
     weights: Weights
     labels: dict[int, str]
     notes: tuple[str, ...]
+    doubts: tuple[str, ...]
+    function_to_apply: Literal["softmax", "sigmoid", "none"] | None
 
 
 def load_checkpoint(
@@ -44,7 +52,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint with transformers, merge `adapter`, and sort its weights.
 
-    Raises ModelError for other architectures, weights left unset, and tensors left over.
+    Raises ModelError for other architectures, heads of other tasks, weights left unset, and tensors
+    left over.
     """
     task = tasks.get(mode)
     transformers = import_transformers()
@@ -66,23 +75,24 @@ def load_checkpoint(
         head = architecture.head(task)
     brought = read_adapter(Path(adapter)) if adapter is not None else None
     _set_labels(config, task, head, brought, labels, origin)
-    with quiet_transformers():
+    doubts = []
+    with quiet_transformers(), _said_of(origin):
         try:
-            model, report = getattr(transformers, task.auto_class).from_pretrained(
-                source.name,
-                config=config,
-                cache_dir=cache_dir,
-                local_files_only=source.local_only,
-                dtype=torch.float32,
-                weights_only=True,
-                output_loading_info=True,
-            )
+            model, report = _read(task, config, source, cache_dir)
+            if wrapping := wrapping_of(report):
+                state = unwrapped(state_dict(source, cache_dir), architecture)
+                model, report = _build(task, config, None, state_dict=state)
+                doubts.append(f"{origin}: its tensors are wrapped ({wrapping}), which was undone")
         except pickle.UnpicklingError as error:
-            raise ModelError(f"{origin}: {UNSAFE_PICKLE}") from error
+            raise ModelError(UNSAFE_PICKLE) from error
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"{origin}: {first_line(error)}") from error
-    with _said_of(origin):
-        _check_report(report, architecture, task, head, brought)
+            raise ModelError(first_line(error)) from error
+        training = _check_report(report, architecture, task, head, brought, config)
+        if brought is None or head.outputs is None or not brought.head_outputs(head.outputs):
+            _check_kind(config, task)
+        function = configured_function(config) if task.labelled else None
+    if training:
+        doubts.append(f"{origin}: holds tensors of training, left out: {listed(training)}")
     model = model.float().eval()
     if brought is not None:
         model = merge_adapter(model, brought)
@@ -98,7 +108,30 @@ def load_checkpoint(
         weights=weights,
         labels={int(i): str(n) for i, n in config.id2label.items()} if task.labelled else {},
         notes=tuple(dict.fromkeys(notes)),
+        doubts=tuple(doubts),
+        function_to_apply=function,
     )
+
+
+def _read(task: AnyTask, config: Any, source: Source, cache_dir: str | None) -> tuple[Any, Any]:
+    """transformers' model of a checkpoint, and its report of the load."""
+    return _build(
+        task, config, source.name, cache_dir=cache_dir, local_files_only=source.local_only
+    )
+
+
+def _build(task: AnyTask, config: Any, name: str | None, **more: Any) -> tuple[Any, Any]:
+    model, report = getattr(import_transformers(), task.auto_class).from_pretrained(
+        name,
+        config=config,
+        dtype=torch.float32,
+        weights_only=True,
+        output_loading_info=True,
+        # The report has both shapes of what does not fit, an error would have none.
+        ignore_mismatched_sizes=True,
+        **more,
+    )
+    return model, report
 
 
 @contextlib.contextmanager
@@ -132,11 +165,16 @@ def _set_labels(
     if labels is None and adapter is not None:
         labels = adapter.labels
     if labels is None:
+        if sorted(config.id2label) != list(range(config.num_labels)):
+            raise ModelError(
+                f"{origin}: its id2label names the outputs {sorted(config.id2label)}, which are "
+                "not numbered from 0 without gaps; --labels names them in order"
+            )
         return
     if outputs is not None and len(labels) != outputs:
         raise ModelError(f"{len(labels)} labels were given, the adapter's head has {outputs}")
-    if outputs is None and len(labels) != config.num_labels:
-        raise ModelError(f"{len(labels)} labels were given, {origin} has {config.num_labels}")
+    # Of another number, they are held against the checkpoint's head when that is read.
+    config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: i for i, name in enumerate(labels)}
 
@@ -147,8 +185,9 @@ def _check_report(
     task: AnyTask,
     head: Head,
     adapter: Adapter | None,
-) -> None:
-    """Refuse a load that left weights random or tensors unread."""
+    config: Any,
+) -> list[str]:
+    """Refuse a load that left weights random or tensors unread; returns tensors of training."""
     replaced = adapter.replaced.keys() if adapter is not None else set()
     missing = sorted(set(report.get("missing_keys", ())) - set(replaced))
     if missing:
@@ -158,15 +197,58 @@ def _check_report(
                 "fine-tuned checkpoint, or an --adapter that brings the head"
             )
         raise ModelError(f"leaves weights unset: {listed(missing)}")
-    unknown = sorted(k for k in report.get("unexpected_keys", ()) if not architecture.ignores(k))
+    left = sorted(k for k in report.get("unexpected_keys", ()) if not architecture.ignores(k))
+    training = [name for name in left if architecture.trains(name)]
+    unknown = [name for name in left if name not in training]
     if unknown:
         raise ModelError(f"holds tensors the model has no place for: {listed(unknown)}")
-    mismatched = sorted(
-        str(k[0] if isinstance(k, tuple) else k) for k in report.get("mismatched_keys", ())
-    )
-    if mismatched:
+    shapes = {name: (list(own), list(said)) for name, own, said in report["mismatched_keys"]}
+    rows = head.weights.values() & shapes.keys()
+    if task.labelled and rows and rows == shapes.keys():
+        own, _ = shapes[min(rows)]
         raise ModelError(
-            f"tensors of another shape than the configuration says: {listed(mismatched)}"
+            f"its head has {own[0]} outputs, but {config.num_labels} labels were given by its "
+            "configuration or by --labels, which names all of them in order"
         )
+    if shapes:
+        told = [f"{n} is {own}, not {said}" for n, (own, said) in sorted(shapes.items())]
+        raise ModelError(f"tensors of another shape than the configuration says: {listed(told)}")
     if report.get("error_msgs"):
         raise ModelError(listed([str(m) for m in report["error_msgs"]], 1))
+    return training
+
+
+def _check_kind(config: Any, task: AnyTask) -> None:
+    """Refuse a checkpoint whose head was trained for another task; raises ModelError."""
+    wanted = task.auto_class.removeprefix("AutoModelFor")
+    named = [str(name) for name in getattr(config, "architectures", None) or ()]
+    others = [name for name in named if "For" in name and not name.endswith(wanted)]
+    if others and len(others) == len(named):
+        raise ModelError(
+            f"its configuration's architectures say {listed(others)}, which is no model for "
+            f"{task.name}"
+        )
+
+
+#: torch's modules by the last part of their name -> what they make of logits.
+_FUNCTIONS: Mapping[str, Literal["sigmoid", "none"]] = {"Identity": "none", "Sigmoid": "sigmoid"}
+
+
+def configured_function(config: Any) -> Literal["softmax", "sigmoid", "none"] | None:
+    """What sentence-transformers configured for a model with one label; None where it did not.
+
+    Raises ModelError for a function that is not served.
+    """
+    if config.num_labels != 1:
+        return None
+    newer = getattr(config, "sentence_transformers", None)
+    named = newer.get("activation_fn") if isinstance(newer, Mapping) else None
+    named = named or getattr(config, "sbert_ce_default_activation_function", None)
+    if named is None:
+        return None
+    try:
+        return _FUNCTIONS[str(named).rpartition(".")[2]]
+    except KeyError:
+        raise ModelError(
+            f"its configuration asks for the activation {named}; served: Identity, Sigmoid"
+        ) from None

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ft_handler.errors import ModelError
 from ft_handler.model import bundle
 from ft_handler.precisions import Precision
 from ft_handler.prepare import hf
@@ -82,7 +83,8 @@ def compare(
     """Largest logit difference of the file from transformers in fp32, and what is allowed.
 
     What is allowed is the precision's to say. Of outputs a token, those of pads do not count. A
-    second shape shows whether the first one froze into the file.
+    second shape shows whether the first one froze into the file. Raises ModelError where outputs
+    are not finite: nothing can be compared with those, or answered.
     """
     half = samples[0].shape[1] // 2
     other = (samples[0][:1, :half], samples[1][:1, :half], samples[2][:1, :half])
@@ -92,15 +94,24 @@ def compare(
     with torch.inference_mode():
         for batch in (samples, other):
             kept = batch[1].bool() if per_token else slice(None)
-            wanted = reference(*batch)
+            wanted, found = reference(*batch), traced(*batch)
+            if not _finite(wanted, kept):
+                raise ModelError("transformers' own outputs for random tokens are not finite")
+            if not _finite(found, kept):
+                raise ModelError(
+                    f"the outputs overflow in {precision.name}: take another --data_type"
+                )
             largest = max(largest, *(float(w[kept].abs().max()) for w in wanted))
-            difference = max(difference, _apart(traced(*batch), wanted, kept))
-            if low is not None:
-                own = max(own, _apart(low(*batch), wanted, kept))
+            difference = max(difference, _apart(found, wanted, kept))
+            if low is not None and _finite(theirs := low(*batch), kept):
+                own = max(own, _apart(theirs, wanted, kept))
     return difference, precision.allowed(largest, own)
 
 
 def _apart(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], kept: Tensor | slice) -> float:
-    """Largest difference over kept outputs; infinite when anything is not a number."""
-    apart = [(a - b)[kept].abs() for a, b in zip(found, wanted, strict=True)]
-    return max(float(d.nan_to_num(nan=float("inf")).max()) for d in apart)
+    """Largest difference over kept outputs."""
+    return max(float((a - b)[kept].abs().max()) for a, b in zip(found, wanted, strict=True))
+
+
+def _finite(outputs: tuple[Tensor, ...], kept: Tensor | slice) -> bool:
+    return all(bool(torch.isfinite(part[kept]).all()) for part in outputs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ft_handler.architectures.base import Weights
+from ft_handler.architectures.base import Weights, listed
+from ft_handler.errors import ModelError
 from ft_handler.model.encoder import Encoder
 from ft_handler.model.module import FusedModel, script
 from ft_handler.model.spec import EncoderSpec
@@ -20,7 +21,14 @@ def fuse(
     precision: Precision,
     columns: int,
 ) -> torch.jit.ScriptModule:
-    """Script the fused model; its encoder is stored in `precision`, its head in fp32."""
-    encoder = Encoder(spec, {n: precision.stored(w) for n, w in weights.encoder.items()})
+    """Script the fused model; its encoder is stored in `precision`, its head in fp32.
+
+    Raises ModelError for weights that are not finite there.
+    """
+    stored = {n: precision.stored(w) for n, w in weights.encoder.items()}
     arguments = {n: w.detach().float().contiguous() for n, w in weights.head.items()}
+    for type_, tensors in ((precision.name, stored), ("fp32", arguments)):
+        if over := sorted(n for n, w in tensors.items() if not bool(torch.isfinite(w).all())):
+            raise ModelError(f"weights that are not finite in {type_}: {listed(over)}")
+    encoder = Encoder(spec, stored)
     return script(FusedModel(encoder, head.module(**arguments), task.name, task.per_token, columns))

@@ -24,6 +24,21 @@ class Source:
     local_only: bool
     note: str | None = None
 
+    def file(self, name: str, cache_dir: str | None = None) -> Path | None:
+        """One of the checkpoint's files, fetched where it lies on the hub; None without it."""
+        from transformers.utils import cached_file
+
+        found = cached_file(
+            self.name,
+            name,
+            cache_dir=cache_dir,
+            local_files_only=self.local_only,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else Path(str(found))
+
 
 def resolve(name: str, cache_dir: str | None = None) -> Source:
     """Find a checkpoint: a folder, the hub's cache, the hub, else an installed package.

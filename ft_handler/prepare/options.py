@@ -10,7 +10,10 @@ DEFAULT_SAMPLES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions:
-    """What to trace and where to; the command line's options one for one."""
+    """What to trace and where to; the command line's options one for one.
+
+    strict  refuse what is otherwise traced with a note
+    """
 
     mode: str
     model_name_or_path: str
@@ -27,3 +30,4 @@ class TraceOptions:
     data_type: str = "fp32"
     model_type: str = "thsext"
     ths_path: Path | None = None
+    strict: bool = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -50,16 +50,25 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
     )
     for note in checkpoint.notes:
         say(f"note: {note}")
+    _weigh(checkpoint.doubts, options.strict, say)
     config, architecture = checkpoint.config, checkpoint.architecture
     positions = architecture.positions(config)
-    longest = options.max_seq_length or positions
-    if not 4 <= longest <= positions:
+    if not 4 <= (options.max_seq_length or positions) <= positions:
         raise ModelError(
-            f"max_seq_length {longest} is not between 4 and the model's {positions} positions"
+            f"max_seq_length {options.max_seq_length} is not between 4 and the model's "
+            f"{positions} positions"
         )
     output = options.output
+    for read in (options.model_name_or_path, options.tokenizer_name, options.config_name):
+        if read and Path(read).expanduser().resolve() == output.resolve():
+            raise ModelError(
+                f"{output}: holds the checkpoint, whose files would be overwritten; give --output "
+                "another folder"
+            )
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer = write_tokenizer(options, output, config.vocab_size, longest)
+    tokenizer = write_tokenizer(options, output, config.vocab_size)
+    _weigh(tokenizer.doubts, options.strict, say)
+    longest = options.max_seq_length or max(4, min(positions, tokenizer.longest or positions))
     if options.model_type == "ori":
         with quiet_transformers():
             checkpoint.model.to(precision.dtype).save_pretrained(output)
@@ -86,17 +95,29 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
         candidate = Path(scratch) / TRACED_FILE
         save_model(module, info, candidate, tokenizer.text)
         say(f"checking {options.batch_size} random sequences of up to {longest} tokens")
-        difference, allowed = compare(candidate, reference, precision, task.per_token, samples)
-        if not difference <= allowed:
-            raise ModelError(
-                f"the traced logits differ from transformers' by {difference:.2e}, more than "
-                f"the {allowed:.2e} that {options.data_type} allows; no {TRACED_FILE} was written"
-            )
+        try:
+            difference, allowed = compare(candidate, reference, precision, task.per_token, samples)
+            if not difference <= allowed:
+                raise ModelError(
+                    f"the traced logits differ from transformers' by {difference:.2e}, more than "
+                    f"the {allowed:.2e} that {options.data_type} allows"
+                )
+        except ModelError as error:
+            said = str(error).replace(str(candidate), options.model_name_or_path)
+            raise ModelError(f"{said}; no {TRACED_FILE} was written") from error
         say(f"largest difference from transformers: {difference:.1e} (allowed: {allowed:.1e})")
         os.replace(candidate, output / TRACED_FILE)
     write_settings(task, info, longest, output)
     say(f"wrote {output}: {', '.join(sorted(p.name for p in output.iterdir() if p.is_file()))}")
     return output
+
+
+def _weigh(doubts: Iterable[str], strict: bool, say: Callable[[str], None]) -> None:
+    """Say doubts, or refuse the first where the user is strict."""
+    for doubt in doubts:
+        if strict:
+            raise ModelError(f"{doubt} (--strict)")
+        say(f"note: {doubt}")
 
 
 def describe_shape(task: AnyTask, info: ModelInfo) -> str:
@@ -140,4 +161,5 @@ def describe(
             "ft_handler": __version__,
         },
         op_interface=OP_INTERFACE,
+        function_to_apply=checkpoint.function_to_apply,
     )

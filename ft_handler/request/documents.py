@@ -174,7 +174,7 @@ class Decoder(Generic[InputT, ParamsT]):
     def _input(self, value: object, params: ParamsT, where: str) -> InputT:
         if isinstance(value, dict) and "data" in value:
             # TorchServe's KServe samples wrap each instance: {"data": ...}.
-            params = self._beside(value, ("data",), params, where)
+            params = self._beside(value, ("data", *self._task.ignored), params, where)
             value = value["data"]
         bare = self._task.bare
         if isinstance(value, str) and bare:

@@ -305,6 +305,7 @@ class QuestionAnswering(Task[QuestionInput, Parameters, QuestionEncoding, Questi
     per_token = True
     labelled = False
     required = ("question", "context")
+    ignored = ("target",)  # TorchServe's published sample has it
     parameters = Parameters
     settings = QuestionSettings
     columns_of: ClassVar[Mapping[str, Column]] = {

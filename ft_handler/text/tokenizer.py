@@ -33,8 +33,7 @@ def load_tokenizer(
     found = next((path for path in places if path.is_file()), None)
     if found is not None and found.name == VOCABULARY_FILE and found != places[0]:
         lower = vocabulary_lower if do_lower_case is None else do_lower_case
-        legacy = BertWordPieceTokenizer.from_file(str(found), lowercase=lower)
-        return _plain(Tokenizer.from_str(legacy.to_str()))
+        return _plain(of_words(found, lower))
     origin = "the traced file's tokenizer" if found is None else str(found)
     text = carried if found is None else found.read_text(encoding="utf-8")
     if text is None:
@@ -49,6 +48,12 @@ def load_tokenizer(
     if do_lower_case is not None:
         _set_lower_case(tokenizer, do_lower_case, origin)
     return _plain(tokenizer)
+
+
+def of_words(path: Path, lower_case: bool) -> Tokenizer:
+    """BERT's tokenizer over the words of a `vocab.txt`."""
+    legacy = BertWordPieceTokenizer.from_file(str(path), lowercase=lower_case)
+    return Tokenizer.from_str(legacy.to_str())
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:

@@ -50,7 +50,15 @@ def read(folder, section=None, older=None, mode="sequence_classification"):
 def test_the_published_file_is_read(tmp_path):
     core, _ = read(tmp_path, older=PUBLISHED)
     assert (core.num_labels, core.max_length, core.do_lower_case) == (2, 150, True)
-    assert core.mode == "sequence_classification"
+    assert core.mode is None
+
+
+def test_an_older_file_says_its_mode_without_effect(tmp_path):
+    (tmp_path / "setup_config.json").write_text(json.dumps({"mode": "text_generation"}))
+    raw = RawSettings.of_model_dir(tmp_path, {"handler": {"mode": "question_answering"}})
+    for settings in (raw, raw.over({"device": "cpu"})):
+        assert settings.read(CoreSettings).mode == "question_answering"
+        assert settings.older_mode == "text_generation"
 
 
 def test_nothing_at_all_gives_the_defaults(tmp_path):
@@ -78,10 +86,9 @@ def test_arguments_win_over_files(tmp_path):
         ({"max_length": 128, "b": 1, "a": 2}, None, "settings in .*'a', 'b'"),
         (None, {"batch": 1}, "setup_config.json.*'batch'"),
         ({"max_length": 128}, PUBLISHED, "'max_length' is 128 .* 150"),
-        ({"mode": "question_answering"}, PUBLISHED, "'mode'"),
         ({"doc_stride": 5}, PUBLISHED, "'doc_stride'.* question_answering"),
         ({"max_seq_len": 64}, None, "'max_seq_len'"),
-        ({"save_mode": "pretrained"}, None, "'save_mode'"),
+        ({"save_mode": "eager"}, None, "'save_mode'"),
         ({"captum_explanation": True}, None, "'captum_explanation'"),
         ({"FasterTransformer": False}, None, "'FasterTransformer'"),
         ({"BetterTransformer": True}, None, "'BetterTransformer'"),

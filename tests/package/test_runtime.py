@@ -9,7 +9,7 @@ from fakes import FakeEngine, model_info
 
 from ft_handler import runtime
 from ft_handler.config import RawSettings
-from ft_handler.errors import ConfigError, ModelError
+from ft_handler.errors import ConfigError, EngineError, ModelError
 from ft_handler.runtime import choose_device, open_model, read_labels, settle
 from ft_handler.types import Incoming
 
@@ -47,6 +47,7 @@ def folder(tiny_tokenizer, tmp_path):
 def says(monkeypatch, mode="sequence_classification", **changes):
     """Let every traced file say this of itself."""
     monkeypatch.setattr(runtime, "read_info", lambda path: model_info(mode, **changes))
+    monkeypatch.setattr(runtime, "engine_for", lambda model, device, **_: FakeEngine(mode))
 
 
 def opened(folder, **settings):
@@ -65,6 +66,7 @@ def opened(folder, **settings):
         ({"max_lenght": 5}, "max_lenght"),
         ({"max_length": 4}, None),
         ({"num_labels": 3}, None),
+        ({"num_labels": 0}, None),
     ],
 )
 def test_settings_are_held_against_the_file(folder, model, monkeypatch, settings, named):
@@ -116,6 +118,49 @@ def test_the_file_alone_is_enough(folder, model, monkeypatch, tiny_tokenizer):
     ready = opened(alone / "x.pt")
     ((reply,), _) = ready.pipeline.run([Incoming("a good film")])
     assert json.loads(reply.body)["label"] in ready.info.labels.values()
+
+
+def test_older_words_are_notes(folder, model, monkeypatch, caplog):
+    says(monkeypatch)
+    older = {"mode": "question_answering", "num_labels": "0", "save_mode": "pretrained"}
+    (folder / "setup_config.json").write_text(json.dumps(older))
+    raw = RawSettings.of_model_dir(folder, {"handler": {"mode": "sequence_classification"}})
+    assert settle(folder, raw).task.name == "sequence_classification"
+    assert "the mode in setup_config.json is not that of the traced file" in caplog.text
+    assert "'save_mode' is pretrained" in caplog.text
+    caplog.clear()
+    older = {"mode": "sequence_classification", "save_mode": "torchscript"}
+    (folder / "setup_config.json").write_text(json.dumps(older))
+    settle(folder, RawSettings.of_model_dir(folder, None))
+    assert caplog.text == ""
+
+
+def broken(batch):
+    raise RuntimeError("no kernel")
+
+
+class Endless(FakeEngine):
+    """An engine whose numbers have overflowed."""
+
+    def launch(self, batch):
+        done = super().launch(batch)
+        done.result()[:] = float("inf")
+        return done
+
+
+@pytest.mark.parametrize("engine", [FakeEngine(fail=broken), Endless()])
+def test_a_model_that_fails_on_its_sample_is_refused(folder, model, monkeypatch, engine):
+    says(monkeypatch)
+    monkeypatch.setattr(runtime, "engine_for", lambda model, device, **_: engine)
+    with pytest.raises(EngineError, match="the warm-up sample is answered 500"):
+        opened(folder)
+    assert opened(folder, warmup=False).info.mode == "sequence_classification"
+
+
+def test_settings_too_tight_for_the_sample_are_a_note(folder, model, monkeypatch, caplog):
+    says(monkeypatch)
+    opened(folder, max_length=4, truncation=False)
+    assert "the warm-up sample is answered 422" in caplog.text
 
 
 def test_batch_invariance_is_an_argument_of_the_model(folder, model, monkeypatch):

@@ -61,7 +61,7 @@ def manifest(mar: Path) -> dict[str, Any]:
 def test_contents(folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "a store, with [odd] name*"
     mar = archive(folder, version="2.5", export_path=store)
-    assert mar == store / "sentiment.mar"
+    assert mar == store / "sentiment-2.5.mar"
     assert names(mar) == {
         "traced_model.pt",
         LIBRARY,
@@ -78,7 +78,21 @@ def test_contents(folder: Path, tmp_path: Path) -> None:
     assert found["modelVersion"] == "2.5"
     assert found["serializedFile"] == "traced_model.pt"
     assert found["configFile"] == "model-config.yaml"
-    assert [p.name for p in store.iterdir()] == ["sentiment.mar"]
+    assert [p.name for p in store.iterdir()] == ["sentiment-2.5.mar"]
+
+
+def test_versions_lie_in_one_store(folder: Path, tmp_path: Path) -> None:
+    versions = ["1.0", "2.0", "2.0-rc1"]
+    made = [archive(folder, "m", version, tmp_path / "store") for version in versions]
+    assert len(set(made)) == len(made)
+    assert made[0].name == "m.mar"
+    for mar, version in zip(made, versions, strict=True):
+        assert (manifest(mar)["modelName"], manifest(mar)["modelVersion"]) == ("m", version)
+        with pytest.raises(ModelError, match="--force"):
+            archive(folder, "m", version, tmp_path / "store")
+    for wrong in ("../2.0", "", "2 0"):
+        with pytest.raises(ModelError, match="version"):
+            archive(folder, "m", wrong, tmp_path / "store")
 
 
 def test_an_archive_is_replaced_only_by_force(folder: Path, tmp_path: Path) -> None:

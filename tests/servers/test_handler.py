@@ -57,6 +57,44 @@ def test_a_batch_gets_its_bodies_and_statuses(archive):
     assert len(json.loads(bodies[2])) == 1
 
 
+def test_what_is_no_prediction_is_answered_as_what_it_is(archive):
+    handler, context = ready(archive)
+    context.headers = {0: {"explain": "True"}, 2: {"describe": "True"}, 3: {"explain": "no"}}
+    asked = [{"body": "a film"}, {"body": "a film"}, {}, {"body": {"text": "film"}}, {}]
+    bodies = [json.loads(b) for b in handler.handle(asked, context)]
+    assert context.statuses == {0: 501, 4: 400}
+    assert bodies[0]["type"] == "NotOffered"
+    assert "explanations" in bodies[0]["message"]
+    assert ["label" in body for body in bodies] == [False, True, False, True, False]
+    assert bodies[2] == json.loads(model_info().to_json())
+
+
+def test_a_batch_may_hold_no_prediction_at_all(archive):
+    handler, context = ready(archive)
+    context.headers = {0: {"describe": "True"}}
+    (body,) = handler.handle([{}], context)
+    assert json.loads(body)["mode"] == "sequence_classification"
+
+
+def test_the_manifest_names_the_traced_file(archive, monkeypatch):
+    (archive / "traced_model.pt").rename(archive / "other.pt")
+    asked = []
+    monkeypatch.setattr(runtime, "read_info", lambda path: asked.append(path.name) or model_info())
+    context = FakeContext(str(archive), {"handler": {"fast_receive": False}})
+    context.manifest["model"]["serializedFile"] = "other.pt"
+    load(context)
+    assert set(asked) == {"other.pt"}
+    asked.clear()
+    (archive / "set.pt").write_bytes(b"")
+    context.model_yaml_config["handler"]["model_file"] = "set.pt"
+    load(context)
+    assert set(asked) == {"set.pt"}
+    del context.model_yaml_config["handler"]["model_file"]
+    context.manifest["model"]["serializedFile"] = "gone.pt"
+    with pytest.raises(ConfigError, match=r"gone\.pt \(the manifest's serializedFile\)"):
+        load(context)
+
+
 def test_labels_come_from_the_archive(archive):
     names = {"0": "bad", "1": "so so", "2": "good"}
     (archive / "index_to_name.json").write_text(json.dumps(names))

@@ -27,6 +27,7 @@ from ft_handler.runtime import settle
 from ft_handler.servers.torchserve.settings import TorchServeSettings
 
 HANDLER = "ft_handler.entry:handle"
+FIRST_VERSION = "1.0"
 SHIM = Path(__file__).resolve().parent / "data" / "ft_handler_shim.py"
 # Taken along when they are there.
 OPTIONAL_FILES = (
@@ -48,14 +49,15 @@ def handler_path() -> Path:
 def archive(
     directory: Path,
     model_name: str | None = None,
-    version: str = "1.0",
+    version: str = FIRST_VERSION,
     export_path: Path = Path("model_store"),
     force: bool = False,
     library: Path | None = None,
 ) -> Path:
     """Pack the folder that `ft-handler trace` wrote; returns the .mar's path.
 
-    The name defaults to the folder's. The library travels in the archive. The archive appears
+    The name defaults to the folder's; versions but the first are in the file's name, so that they
+    lie in one store. The library travels in the archive. The archive appears
     whole or not at all. Raises ModelError, ConfigError or LibraryError naming what is missing or
     contradictory.
     """
@@ -71,7 +73,9 @@ def archive(
     name = model_name or directory.resolve().name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ModelError(f"model name {name!r}: letters, digits, '_', '-' and '.' only")
-    target = export_path / f"{name}.mar"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", version):
+        raise ModelError(f"version {version!r}: letters, digits, '_', '-', '+' and '.' only")
+    target = export_path / file_name(name, version)
     if target.exists() and not force:
         raise ModelError(f"{target} is there already; --force replaces it")
     model_file, extra = contents(directory, library)
@@ -105,8 +109,13 @@ def archive(
                 )
             except ModelArchiverError as error:
                 raise ModelError(f"torch-model-archiver: {error}") from error
-        os.replace(Path(out) / target.name, target)
+        os.replace(Path(out) / f"{name}.mar", target)
     return target
+
+
+def file_name(name: str, version: str) -> str:
+    """The archive's file: `NAME.mar` for the first version, so that later ones lie beside it."""
+    return f"{name}.mar" if version == FIRST_VERSION else f"{name}-{version}.mar"
 
 
 def contents(directory: Path, library: Path | None = None) -> tuple[Path, list[Path]]:

@@ -13,7 +13,7 @@ from ft_handler.config import RawSettings
 from ft_handler.errors import EngineLost, FtHandlerError
 from ft_handler.runtime import Ready, keep_out_of_collections, open_model
 from ft_handler.servers.torchserve import metrics, receive
-from ft_handler.servers.torchserve.adapter import incoming
+from ft_handler.servers.torchserve.adapter import DESCRIBE, incoming, purpose
 from ft_handler.servers.torchserve.settings import TorchServeSettings
 from ft_handler.types import Reply
 
@@ -26,15 +26,26 @@ class Worker:
     def __init__(self, ready: Ready, settings: TorchServeSettings) -> None:
         self._pipeline = ready.pipeline
         self._metrics = settings.metrics
+        self._description = Reply(200, "OK", ready.info.to_json().encode())
 
     def handle(self, data: Sequence[Mapping[str, object]], ctx: Any) -> list[bytes]:
         """One body a request; status and content type go through `ctx`."""
+        asked = [purpose(ctx, index) for index in range(len(data))]
         try:
-            replies, stats = self._pipeline.run([incoming(item) for item in data])
+            replies, stats = self._pipeline.run(
+                [
+                    incoming(item, why)
+                    for item, why in zip(data, asked, strict=True)
+                    if why is not DESCRIBE
+                ]
+            )
         except EngineLost as error:
             # TorchServe starts a worker that ends again; one that raises would stay broken.
             logger.critical("the device is lost, this worker ends: %s", error)
             sys.exit(1)
+        for index, why in enumerate(asked):
+            if why is DESCRIBE:
+                replies.insert(index, self._description)
         for index, reply in enumerate(replies):
             _answer(ctx, index, reply)
         if self._metrics:
@@ -60,7 +71,8 @@ def _load(ctx: Any) -> Worker:
     folder = Path(properties["model_dir"])
     raw = RawSettings.of_model_dir(folder, ctx.model_yaml_config)
     settings = raw.read(TorchServeSettings)
-    version = (ctx.manifest or {}).get("model", {}).get("modelVersion")
+    model = (ctx.manifest or {}).get("model", {})
+    version = model.get("modelVersion")
     if settings.fast_receive:
         receive.install()
     ready = open_model(
@@ -72,6 +84,7 @@ def _load(ctx: Any) -> Worker:
         version=None if version is None else str(version),
         # Windows make more sequences than requests.
         max_sequences=2 * max(64, properties.get("batch_size") or 1),
+        model_file=model.get("serializedFile"),
     )
     keep_out_of_collections()
     info = ready.info
