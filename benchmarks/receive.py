@@ -1,10 +1,10 @@
-"""Requests a second with the buffered reader of TorchServe's worker protocol and with the stock one.
+"""Requests a second with the buffered reader of TorchServe's protocol, and with the stock one.
 
     python benchmarks/receive.py build/sentiment --connections 64 --rounds 6
 
 One TorchServe, the same traced model twice, with `fast_receive` on and off; the two are asked in
-turn, round by round. The smaller the model, the larger the reader's share, so a tiny model shows the
-most that it can gain.
+turn, round by round. The smaller the model, the larger the reader's share, so a tiny model shows
+the most that it can gain.
 """
 
 from __future__ import annotations
@@ -64,7 +64,20 @@ def main() -> None:
         folder = Path(scratch)
         pack(arguments.traced, folder, arguments.batch_size)
         rng = random.Random(0)
-        words = "the film was a great and funny story of two old friends".split()
+        words = [
+            "the",
+            "film",
+            "was",
+            "a",
+            "great",
+            "and",
+            "funny",
+            "story",
+            "of",
+            "two",
+            "old",
+            "friends",
+        ]
         bodies = folder / "bodies.txt"
         bodies.write_text("\n".join(" ".join(rng.choices(words, k=18)) for _ in range(500)))
         port = free_ports(5)

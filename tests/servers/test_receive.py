@@ -133,7 +133,9 @@ def test_a_frontend_that_is_gone_ends_the_worker():
 @given(st.integers(receive._CHUNK - 9, receive._CHUNK + 9), st.integers(1, 3), st.booleans())
 def test_fields_around_the_buffer_s_size(length, count, whole):
     """A large field is received where it stays; what follows it is still read from the buffer."""
-    batch = [(b"id%d" % i, [(b"Host", b"x")], [(b"body", b"", bytes([i]) * length)]) for i in [1, 2]]
+    batch = [
+        (b"id%d" % i, [(b"Host", b"x")], [(b"body", b"", bytes([i]) * length)]) for i in [1, 2]
+    ]
     stream = stream_of(batch * count)[1:] + frame(b"next")
     connection = Connection(stream, (1 << 22,) if whole else (70_001, 3, 1))
     reader = receive.Reader()

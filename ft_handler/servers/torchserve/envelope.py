@@ -1,8 +1,8 @@
 """Refuses TorchServe's request envelopes, which make every answer of this handler a 503.
 
-An envelope (`service_envelope`, or TS_SERVICE_ENVELOPE as KServe's template sets it) rewrites a batch
-before the handler sees it: it flattens lists, so that answers no longer match requests, or reads the
-first request alone. This handler reads those bodies itself.
+An envelope (`service_envelope`, or TS_SERVICE_ENVELOPE as KServe's template sets it) rewrites a
+batch before the handler sees it: it flattens lists, so that answers no longer match requests, or
+reads the first request alone. This handler reads those bodies itself.
 """
 
 from __future__ import annotations
