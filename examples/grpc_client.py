@@ -61,6 +61,12 @@ class Client:
         request = self._messages.PredictionsRequest(model_name=model, input={"data": body})
         return bytes(self._stub.Predictions(request, metadata=self._metadata).prediction)
 
+    def stream(self, model: str, body: bytes) -> list[bytes]:
+        """The same through StreamPredictions: its one answer, after which the stream ends."""
+        request = self._messages.PredictionsRequest(model_name=model, input={"data": body})
+        answers = self._stub.StreamPredictions(request, metadata=self._metadata)
+        return [bytes(answer.prediction) for answer in answers]
+
 
 if __name__ == "__main__":
     if len(sys.argv) not in (4, 5):

@@ -12,6 +12,7 @@ STAGES = ("decode", "tokenize", "pack", "compute", "postprocess", "encode")
 class BatchStats:
     """Figures of one batch of requests.
 
+    undecodable   bodies that are not what the client said they are
     padded        tokens that padding every sequence to the longest one would have added
     padded_fixed  the same for padding to the longest allowed length
     seconds       the host's wall time in each of `STAGES`; "compute" is launching and waiting for
@@ -26,6 +27,7 @@ class BatchStats:
     buckets: int = 0
     refused: int = 0
     failed: int = 0
+    undecodable: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -157,6 +159,76 @@ def test_grpc(running: Any, expected: Expected, tmp_path: Path) -> None:
         # TorchServe loses the status over gRPC: the call succeeds, the body is the error.
         refused = json.loads(client.predict("cls", b"\xff\xfe"))
         assert (refused["code"], refused["type"]) == (400, "MalformedRequest")
+
+
+def test_grpc_streams_end_and_harm_nobody(running: Any, expected: Expected) -> None:
+    """StreamPredictions among other calls: one answer a call, refused ones too, no worker dies."""
+    pytest.importorskip("grpc_tools", reason="grpcio-tools is not installed")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+    try:
+        from grpc_client import Client
+    finally:
+        sys.path.pop(0)
+    before = running.pids("cls")
+    port = int(running.server.properties["grpc_inference_port"])
+    with Client(f"127.0.0.1:{port}") as client:
+
+        def stream(number: int) -> None:
+            answers = client.stream("cls", sentence(number).encode())
+            assert [right(json.loads(a), sentence(number), expected) for a in answers] == [True]
+
+        def refused(_: int) -> None:
+            (answer,) = client.stream("cls", b"\xff\xfe")
+            assert json.loads(answer)["code"] == 400
+
+        def unary(number: int) -> None:
+            answer = client.predict("cls", sentence(number).encode())
+            assert right(json.loads(answer), sentence(number), expected)
+
+        def http(number: int) -> None:
+            answer = running.predict("cls", sentence(number))
+            assert "ts_stream_next" not in answer.headers
+            assert right(answer.json(), sentence(number), expected)
+
+        with ThreadPoolExecutor(8) as pool:
+            calls = [
+                pool.submit(call, number)
+                for number in range(12)
+                for call in (stream, refused, unary, http)
+            ]
+        for call in calls:
+            call.result()
+    assert running.pids("cls") == before
+
+
+def test_http_without_a_header_is_no_grpc(running: Any) -> None:
+    """A client that sends no header at all gets its answer: nothing waits for a stream."""
+    address = urllib.parse.urlsplit(running.server.inference)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as plain:
+        plain.sendall(b"GET /predictions/cls HTTP/1.0\r\n\r\n")
+        assert b"400" in plain.recv(1 << 16).split(b"\r\n")[0]
+
+
+def test_undecodable_bodies_are_a_metric_and_hardly_a_line(running: Any) -> None:
+    count = 300
+
+    def counted() -> float:
+        text = requests.get(f"{running.server.metrics}/metrics", timeout=60).text
+        lines = re.findall(r'^ft_undecodable_total\{.*"cls".* ([\d.]+)$', text, re.M)
+        return sum(map(float, lines))
+
+    before = counted()
+    with ThreadPoolExecutor(8) as pool:
+        bodies = [(b'{"text": ', "application/json"), (b"\xff", "text/plain")] * (count // 2)
+        codes = list(pool.map(lambda b: running.predict("cls", *b).status_code, bodies))
+    assert codes == [400] * count
+    deadline = time.monotonic() + 10
+    while counted() != before + count and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert counted() == before + count
+    said = [x for x in running.output.getvalue().splitlines() if "Content-Type says" in x]
+    # Earlier tests of this server may have said so a minute or more ago.
+    assert 1 <= len(said) <= 10
 
 
 def test_bad_requests_in_good_traffic(running: Any, expected: Expected) -> None:

@@ -59,7 +59,11 @@ def test_a_batch_gets_its_bodies_and_statuses(archive):
 
 def test_what_is_no_prediction_is_answered_as_what_it_is(archive):
     handler, context = ready(archive)
-    context.headers = {0: {"explain": "True"}, 2: {"describe": "True"}, 3: {"explain": "no"}}
+    context.request_headers = {
+        0: {"Host": "x", "explain": "True"},
+        2: {"Host": "x", "describe": "True"},
+        3: {"Host": "x", "explain": "no"},
+    }
     asked = [{"body": "a film"}, {"body": "a film"}, {}, {"body": {"text": "film"}}, {}]
     bodies = [json.loads(b) for b in handler.handle(asked, context)]
     assert context.statuses == {0: 501, 4: 400}
@@ -71,7 +75,7 @@ def test_what_is_no_prediction_is_answered_as_what_it_is(archive):
 
 def test_a_batch_may_hold_no_prediction_at_all(archive):
     handler, context = ready(archive)
-    context.headers = {0: {"describe": "True"}}
+    context.request_headers = {0: {"Host": "x", "describe": "True"}}
     (body,) = handler.handle([{}], context)
     assert json.loads(body)["mode"] == "sequence_classification"
 
@@ -126,6 +130,47 @@ def test_metrics_are_emitted_once_a_batch(archive):
     assert "ft_failed_total" not in emitted
     assert emitted["ft_compute_seconds"][1:] == ("s", "histogram")
     assert emitted.keys() <= {m.name for m in METRICS}
+
+
+def test_undecodable_bodies_are_a_metric(archive):
+    handler, context = ready(archive)
+    handler_module.receive.undecodable.add()
+    handler.handle([{"body": "a film"}], context)
+    handler.handle([{"body": "a film"}], context)
+    values = [value for name, value, *_ in context.emitted if name == "ft_undecodable_total"]
+    assert values == [1]
+
+
+def test_a_stream_of_grpc_ends_and_http_is_left_alone(archive):
+    """What TorchServe keeps as headers: a dict an input, and a text for every header of HTTP."""
+    handler, context = ready(archive)
+    kept = {"data": {"content-type": ""}}
+    context.request_headers = {0: kept, 1: {**kept, "content-length": "0"}, 2: {}}
+    handler.handle([{"data": b"a film"}, {"data": b""}, {"data": b""}], context)
+    assert context.response_headers == {
+        0: {"ts_stream_next": "false"},
+        2: {"ts_stream_next": "false"},
+    }
+
+
+@pytest.mark.parametrize("name", ["body", "json", "kserve", "kservev2"])
+def test_an_envelope_is_refused_at_load(archive, name, caplog, monkeypatch):
+    """Through TorchServe's own loader, which is the only one that knows of it."""
+    from ts.model_loader import TsModelLoader
+
+    monkeypatch.setattr(handler_module, "open_model", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(ConfigError, match=f"service_envelope.*'{name}'"):
+        TsModelLoader().load("m", str(archive), "ft_handler.entry:handle", None, 8, name)
+    assert "leave it out" in caplog.text
+
+
+def test_without_an_envelope_the_loader_loads(archive):
+    from ts.model_loader import TsModelLoader
+
+    for none in (None, ""):
+        assert handler_module.envelope.refuse(none) is None
+    service = TsModelLoader().load("m", str(archive), "ft_handler.entry:handle", None, 8)
+    assert service.context.model_name == "m"
 
 
 def test_metrics_can_be_switched_off(archive):

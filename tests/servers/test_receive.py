@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import struct
 import warnings
 
@@ -35,6 +36,11 @@ class Connection:
         self.calls += 1
         piece, self.stream = self.stream[:size], self.stream[size:]
         return piece
+
+    def recv_into(self, view):
+        piece = self.recv(len(view))
+        view[: len(piece)] = piece
+        return len(piece)
 
 
 def frame(data):
@@ -124,12 +130,91 @@ def test_a_frontend_that_is_gone_ends_the_worker():
         receive.Reader().take(Connection(b"ab"), 3)
 
 
-def test_undecodable_inputs_are_logged_without_their_text(caplog):
-    stream = stream_of([(b"id", [], [(b"body", b"application/json", b"secretword")])])[1:]
-    (request,) = receive.Reader().message(Connection(stream))
-    assert request["parameters"][0]["value"] == bytearray(b"secretword")
-    assert "JSONDecodeError" in caplog.text
+@given(st.integers(receive._CHUNK - 9, receive._CHUNK + 9), st.integers(1, 3), st.booleans())
+def test_fields_around_the_buffer_s_size(length, count, whole):
+    """A large field is received where it stays; what follows it is still read from the buffer."""
+    batch = [
+        (b"id%d" % i, [(b"Host", b"x")], [(b"body", b"", bytes([i]) * length)]) for i in [1, 2]
+    ]
+    stream = stream_of(batch * count)[1:] + frame(b"next")
+    connection = Connection(stream, (1 << 22,) if whole else (70_001, 3, 1))
+    reader = receive.Reader()
+    found = reader.message(connection)
+    values = [request["parameters"][0]["value"] for request in found]
+    assert values == [fields[0][2] for _, _, fields in batch * count]
+    assert all(type(value) is bytearray for value in values)
+    assert reader.take(connection, reader.integer(connection)) == b"next"
+
+
+class Counted(bytearray):
+    """A bytearray that counts every byte that is copied into it or out of it."""
+
+    moved = 0
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        Counted.moved += len(self)
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        if isinstance(key, slice):
+            Counted.moved += len(found)
+        return found
+
+    def __setitem__(self, key, value):
+        if isinstance(key, slice):
+            Counted.moved += len(value)
+        super().__setitem__(key, value)
+
+    def __iadd__(self, more):
+        Counted.moved += len(more)
+        return super().__iadd__(more)
+
+
+@pytest.mark.parametrize("size", [1 << 21, 1 << 23])
+@pytest.mark.parametrize("fields", [1, 40], ids=["one body", "a form of many fields"])
+def test_work_grows_with_the_bytes_and_not_with_their_square(monkeypatch, fields, size):
+    """However small the pieces: bytes moved in memory, and receives."""
+    monkeypatch.setattr(receive, "bytearray", Counted, raising=False)
+    monkeypatch.setattr(Counted, "moved", 0)
+    inputs = [(b"f%d" % i, b"", b"x" * (size // fields)) for i in range(fields)]
+    stream = stream_of([(b"id", [(b"Host", b"x")], inputs)])[1:]
+    connection = Connection(stream, (4096,))
+    (request,) = receive.Reader().message(connection)
+    assert [len(field["value"]) for field in request["parameters"]] == [size // fields] * fields
+    assert Counted.moved <= 4 * len(stream)
+    assert connection.calls <= 1.1 * len(stream) / 4096 + 50
+
+
+def test_undecodable_bodies_are_counted_and_logged_once_a_minute(caplog, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(receive, "undecodable", receive.Undecodable(lambda: now[0]))
+    broken = [(b"body", b"application/json", b"secretword"), (b"data", b"text/plain", b"\xff")]
+    stream = stream_of([(b"id", [], broken)] * 50)[1:]
+    found = receive.Reader().message(Connection(stream * 2))
+    assert found[0]["parameters"][0]["value"] == bytearray(b"secretword")
+    assert receive.undecodable.take() == 100
+    assert receive.undecodable.take() == 0
+    assert len(caplog.records) == 1
+    now[0] += 61
+    receive.Reader().message(Connection(stream))
+    assert [r.getMessage().split(":")[1][:4] for r in caplog.records] == [" 1 s", " 100"]
     assert "secretword" not in caplog.text
+
+
+def test_the_stock_reader_s_lines_are_counted_too(protocol, caplog, monkeypatch):
+    monkeypatch.delenv("TS_DECODE_INPUT_REQUEST", raising=False)
+    monkeypatch.setattr(receive, "undecodable", receive.Undecodable())
+    monkeypatch.setattr(logging.getLogger(), "filters", [])
+    receive.quieten()
+    receive.quieten()
+    broken = [(b"body", b"application/json", b"{"), (b"data", b"text/plain", b"\xff")]
+    stream = stream_of([(b"id", [], broken)] * 20)
+    assert len(protocol.retrieve_msg(Connection(stream))[1]) == 20
+    assert receive.undecodable.take() == 40
+    assert [r.name for r in caplog.records] == [receive.__name__]
+    logging.warning("another line")
+    assert "another line" in caplog.text
 
 
 def context_of(replies):
@@ -174,6 +259,8 @@ def test_anything_unusual_is_left_to_the_stock_writer(protocol):
         assert receive.create_response([body], ids, "", 200, context_of(replies)) is None
     streaming = context_of([(200, "", {"ts_stream_next": "true"}, b"")])
     assert receive.create_response([b"a"], ids, "", 200, streaming) is None
+    args = ([b"a"], ids, "", 200, context_of([(200, "", {"ts_stream_next": "false"}, b"")]))
+    assert receive.create_response(*args) == bytes(protocol.create_predict_response(*args))
 
 
 @pytest.fixture

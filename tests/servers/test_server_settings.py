@@ -9,9 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from ft_handler.errors import ConfigError, EnvironmentProblem
-from ft_handler.servers.torchserve import java, properties
+from ft_handler.servers.torchserve import java, process, properties
 from ft_handler.servers.torchserve.process import Server
 from ft_handler.servers.torchserve.properties import (
     ServeOptions,
@@ -77,8 +78,15 @@ def test_newer_javas_get_their_options() -> None:
 
 def test_properties_are_read_as_torchserve_reads_them(tmp_path: Path) -> None:
     path = tmp_path / "config.properties"
-    path.write_text("# a comment\n a = b=c \n\nnonsense\nd=\n")
-    assert properties.read_properties(path) == {"a": "b=c", "d": ""}
+    path.write_bytes("# a comment\n a = b=c \n\nnonsense\nd=\nf=m\u00e9\n".encode())
+    assert properties.read_properties(path) == {
+        "a": "b=c ", "nonsense": "", "d": "", "f": "m\u00e9",
+    }  # fmt: skip
+    path.write_bytes("f=m\u00e9\n".encode("latin-1"))
+    assert properties.read_properties(path) == {"f": "m\u00e9"}
+    path.write_text("store=C:\\users\n")
+    with pytest.raises(ConfigError, match=r"config\.properties: .*four hexadecimal"):
+        properties.read_properties(path)
     with pytest.raises(ConfigError, match="cannot read"):
         properties.read_properties(tmp_path / "missing")
 
@@ -107,7 +115,85 @@ def test_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert moved["disable_token_authorization"] == moved["enable_model_api"] == "true"
 
 
+#: As TorchServe writes one: every colon escaped, the models in one value of several lines.
+SNAPSHOT = r"""#Saving snapshot
+#Thu Nov 26 10:00:00 UTC 2026
+inference_address=http\://127.0.0.1\:9080
+management_address : http://127.0.0.1:9081
+metrics_address http://127.0.0.1\
+    :9082
+model_store=store
+vmargs=-Xmx1g\ -Dx\=y
+model_snapshot={\n  "name"\: "startup.cfg",\n  "modelCount"\: 1,\n  "models"\: {}\n}
+"""
+
+
+def test_a_snapshot_with_a_port(tmp_path: Path) -> None:
+    path = tmp_path / "snapshot.cfg"
+    path.write_text(SNAPSHOT)
+    (tmp_path / "store").mkdir()
+    kept = effective_properties(ServeOptions(config=path))
+    assert [kept[key] for key in properties.ADDRESSES] == [
+        f"http://127.0.0.1:{port}" for port in (9080, 9081, 9082)
+    ]
+    assert kept["vmargs"] == "-Xmx1g -Dx=y"
+    assert json.loads(kept["model_snapshot"])["modelCount"] == 1
+    moved = effective_properties(ServeOptions(config=path, port=7000))
+    assert [moved[key] for key in properties.ADDRESSES] == [
+        f"http://127.0.0.1:{port}" for port in (7000, 7001, 7002)
+    ]
+    assert wanted_models(ServeOptions(config=path), kept) == {}  # the snapshot says which
+    with pytest.raises(ConfigError, match=r"snapshot.*leave --models out"):
+        wanted_models(ServeOptions(config=path, models=("a.mar",)), kept)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("inference_address=http://[::1]:8080", r"inference_address is .*no IPv6"),
+        ("metrics_address=127.0.0.1:8082", "metrics_address is .*not http"),
+        ("management_address=http://127.0.0.1:8081/", "management_address is .*not http"),
+        ("inference_address=http://127.0.0.1:99999", "inference_address: '99999' is no port"),
+        ("grpc_inference_port=many", "grpc_inference_port: 'many' is no port"),
+        ("inference_address=unix:/run/x\nuse_native_io=false", "use_native_io=true"),
+        ("service_envelope=json", "service_envelope .*'json'.* leave it out"),
+    ],
+)
+def test_settings_that_cannot_serve_are_refused_before_java_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, why: str
+) -> None:
+    monkeypatch.setattr(process, "find_java", lambda: pytest.fail("Java was looked for"))
+    path = tmp_path / "config.properties"
+    path.write_text(line + "\n")
+    with pytest.raises(ConfigError, match=why):
+        Server(ServeOptions(config=path), cwd=tmp_path)
+
+
+def test_variables_of_the_environment(tmp_path: Path) -> None:
+    path = tmp_path / "config.properties"
+    path.write_text("inference_address=http://$$HOST$$:80\nenable_envvars_config=true \n")
+    found = effective_properties(ServeOptions(config=path), {"HOST": "localhost"})
+    assert found["inference_address"] == "http://localhost:80"
+    with pytest.raises(ConfigError, match="TS_SERVICE_ENVELOPE"):
+        effective_properties(
+            ServeOptions(config=path), {"HOST": "a", "TS_SERVICE_ENVELOPE": "kserve"}
+        )
+    path.write_text("")  # variables of that kind are ignored then, by TorchServe too
+    effective_properties(ServeOptions(config=path), {"TS_SERVICE_ENVELOPE": "kserve"})
+
+
 class TestWantedModels:
+    def test_all_is_every_archive(self, tmp_path: Path) -> None:
+        make_archive(tmp_path / "a.mar", "first")
+        make_archive(tmp_path / "b.mar", "second")
+        properties = {"model_store": str(tmp_path), "load_models": "a.mar"}
+        for word in ("all", "ALL"):
+            found = wanted_models(ServeOptions(models=(word,)), properties)
+            assert found == {"first": "a.mar", "second": "b.mar"}
+        for words in (("all", "a.mar"), ("a.mar", "none")):
+            with pytest.raises(ConfigError, match="stands alone"):
+                wanted_models(ServeOptions(models=words), properties)
+
     def test_every_archive_by_default(self, tmp_path: Path) -> None:
         make_archive(tmp_path / "a.mar", "first")
         make_archive(tmp_path / "b.mar", "second")
@@ -179,6 +265,76 @@ def test_taken_port_is_refused_before_anything_starts(
         with pytest.raises(EnvironmentProblem, match=rf"127\.0\.0\.1:{port} .*--port"):
             server.start()
     server.stop()  # never started: nothing to do
+
+
+def ports_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **changes: str) -> Server:
+    """A server on ports of its own, none of which anything else uses, but for the changes."""
+    monkeypatch.setenv("JAVA_HOME", str(fake_java(tmp_path / "jdk", "17")))
+    first = free_port(5)
+    options = ServeOptions(
+        model_store=tmp_path, model_api=True, port=first, grpc_port=first + 3, overrides=changes
+    )
+    return Server(options, cwd=tmp_path)
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+@pytest.mark.parametrize("written", ["::1", "[::1]"])
+def test_ipv6_ports_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    server = ports_of(tmp_path, monkeypatch, grpc_inference_address=written)
+    server._check_ports()
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::1", int(server.properties["grpc_inference_port"])))
+        taken.listen()
+        with pytest.raises(EnvironmentProblem, match=r"\[::1\]:\d+ \(grpc_inference_port\)"):
+            server._check_ports()
+
+
+def test_unix_sockets_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "s"
+    server = ports_of(tmp_path, monkeypatch, inference_address=f"unix:{path}")
+    server._check_ports()
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(str(path))
+        taken.listen()
+        with pytest.raises(EnvironmentProblem, match=r"inference_address.*another server"):
+            server._check_ports()
+    server._check_ports()  # left behind by a server that is gone
+    server.properties["inference_address"] = "unix:/nowhere/at/all"
+    with pytest.raises(EnvironmentProblem, match="no folder /nowhere"):
+        server._check_ports()
+
+
+def test_a_host_that_does_not_resolve_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ports_of(tmp_path, monkeypatch, metrics_address="http://no.such.host.invalid:80")
+    with pytest.raises(EnvironmentProblem, match=r"no\.such\.host\.invalid:80 \(metrics"):
+        server._check_ports()
+
+
+def test_port_moves_what_has_a_port(tmp_path: Path) -> None:
+    path = tmp_path / "config.properties"
+    path.write_text("management_address=unix:/run/m\n")
+    found = effective_properties(ServeOptions(config=path, port=9000))
+    assert [found[key] for key in properties.ADDRESSES] == [
+        "http://127.0.0.1:9000", "unix:/run/m", "http://127.0.0.1:9002",
+    ]  # fmt: skip
+    path.write_text("inference_address=unix:/run/i\n")
+    with pytest.raises(ConfigError, match="--port cannot move inference_address"):
+        effective_properties(ServeOptions(config=path, port=9000))
+    with pytest.raises(ConfigError, match=r"--port.*65536.*no port"):
+        effective_properties(ServeOptions(port=65535))
 
 
 def test_keys_are_only_read_when_they_are_needed(

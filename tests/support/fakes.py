@@ -200,16 +200,20 @@ class FakeContext:
         self.system_properties = {"model_dir": model_dir, "gpu_id": None, **properties}
         self.statuses: dict[int, int] = {}
         self.content_types: dict[int, str] = {}
-        self.headers: dict[int, dict[str, str]] = {}
+        self.request_headers: dict[int, dict[str, Any]] = {}
+        self.response_headers: dict[int, dict[str, str]] = {}
         self.emitted: list[tuple[str, float, str, str]] = []
         self.metrics = self
+
+    def get_all_request_header(self, idx: int) -> dict[str, Any]:
+        return self.request_headers.get(idx, {"Host": "x", "body": {"content-type": ""}})
+
+    def set_response_header(self, idx: int, key: str, value: str) -> None:
+        self.response_headers.setdefault(idx, {})[key] = value
 
     def set_response_status(self, code: int, phrase: str, idx: int) -> None:
         assert phrase
         self.statuses[idx] = code
-
-    def get_all_request_header(self, idx: int) -> dict[str, str]:
-        return self.headers.get(idx, {})
 
     def set_response_content_type(self, idx: int, value: str) -> None:
         self.content_types[idx] = value

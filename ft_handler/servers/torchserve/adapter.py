@@ -53,3 +53,11 @@ def incoming(item: Mapping[str, object], why: str | None = None) -> Incoming | R
     if body is None:  # what a parser makes of `null`
         return UnusableRequest("the body must be text, an object or a list of inputs")
     return Incoming(body, fields)
+
+
+def over_grpc(headers: Mapping[str, object]) -> bool:
+    """Whether a request's headers, as TorchServe keeps them, are those of a gRPC call: none.
+
+    A header is a text. Beside them TorchServe keeps a dict for every input, under the input's name.
+    """
+    return not any(isinstance(value, str) for value in headers.values())

@@ -12,8 +12,8 @@ from typing import Any
 from ft_handler.config import RawSettings
 from ft_handler.errors import EngineLost, FtHandlerError
 from ft_handler.runtime import Ready, keep_out_of_collections, open_model
-from ft_handler.servers.torchserve import metrics, receive
-from ft_handler.servers.torchserve.adapter import DESCRIBE, incoming, purpose
+from ft_handler.servers.torchserve import envelope, metrics, receive
+from ft_handler.servers.torchserve.adapter import DESCRIBE, incoming, over_grpc, purpose
 from ft_handler.servers.torchserve.settings import TorchServeSettings
 from ft_handler.types import Reply
 
@@ -48,6 +48,7 @@ class Worker:
                 replies.insert(index, self._description)
         for index, reply in enumerate(replies):
             _answer(ctx, index, reply)
+        stats.undecodable = receive.undecodable.take()
         if self._metrics:
             metrics.emit(ctx.metrics, stats)
         return [reply.body for reply in replies]
@@ -67,12 +68,14 @@ def load(ctx: Any) -> Worker:
 
 def _load(ctx: Any) -> Worker:
     start = time.perf_counter()
+    envelope.refuse(envelope.of_this_load())
     properties = ctx.system_properties
     folder = Path(properties["model_dir"])
     raw = RawSettings.of_model_dir(folder, ctx.model_yaml_config)
     settings = raw.read(TorchServeSettings)
     model = (ctx.manifest or {}).get("model", {})
     version = model.get("modelVersion")
+    receive.quieten()
     if settings.fast_receive:
         receive.install()
     ready = open_model(
@@ -105,3 +108,7 @@ def _answer(ctx: Any, index: int, reply: Reply) -> None:
     ctx.set_response_content_type(index, reply.content_type)
     if reply.status != 200:
         ctx.set_response_status(reply.status, reply.reason, index)
+    if over_grpc(ctx.get_all_request_header(index)):
+        # Ends a StreamPredictions call; without it TorchServe's front throws and the worker dies.
+        # Predictions ignores it, and over HTTP it would keep the client waiting.
+        ctx.set_response_header(index, "ts_stream_next", "false")

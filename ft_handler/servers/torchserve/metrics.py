@@ -79,6 +79,14 @@ METRICS = (
         always=False,
     ),
     Metric(
+        "ft_undecodable_total",
+        "counter",
+        "count",
+        "Bodies that are not what their Content-Type says: broken JSON, text that is not UTF-8.",
+        lambda s: s.undecodable,
+        always=False,
+    ),
+    Metric(
         "ft_host_seconds",
         "histogram",
         "s",

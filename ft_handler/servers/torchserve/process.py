@@ -25,16 +25,18 @@ import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
 
 from ft_handler.errors import EnvironmentProblem
+from ft_handler.servers.torchserve import propertyfile
 from ft_handler.servers.torchserve.java import find_java, java_options
 from ft_handler.servers.torchserve.properties import (
     ADDRESSES,
     GRPC_PORTS,
     LOG_CONFIG,
     ServeOptions,
+    address,
     effective_properties,
+    port_number,
     wanted_models,
 )
 
@@ -65,12 +67,13 @@ class Server:
         output: IO[str] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.java = find_java()
-        self.properties = effective_properties(options)
+        self._environment = dict(os.environ if environment is None else environment)
+        self.properties = effective_properties(options, self._environment)
         self.models = wanted_models(options, self.properties)
+        # What the user wrote is checked before the machine is.
+        self.java = find_java()
         self.cwd = (cwd or Path.cwd()).resolve()
         self._output = output or sys.stdout
-        self._environment = dict(os.environ if environment is None else environment)
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
         self._scratch: Path | None = None
@@ -166,7 +169,7 @@ class Server:
         self._check_ports()
         self._scratch = Path(tempfile.mkdtemp(prefix="ft_handler_"))
         config = self._scratch / "config.properties"
-        config.write_text("".join(f"{k}={v}\n" for k, v in self.properties.items()))
+        config.write_text(propertyfile.dump(self.properties), encoding="ascii")
         environment = self._environment
         # Its pid file, sockets and extracted archives stay apart from any other instance's.
         environment["TMPDIR"] = str(self._scratch)
@@ -198,23 +201,51 @@ class Server:
 
     def _check_ports(self) -> None:
         for key in ADDRESSES:
-            parts = urlsplit(self.properties[key])
-            self._check_port(key, parts.hostname or "127.0.0.1", parts.port or 80)
+            found = address(key, self.properties[key])
+            if found.path:
+                self._check_socket(key, Path(found.path))
+            else:
+                self._check_port(key, found.host, found.port)
         for key in GRPC_PORTS:
-            host = self.properties.get(key.replace("_port", "_address"), "127.0.0.1")
-            self._check_port(key, host, int(self.properties[key]))
+            host_key = key.replace("_port", "_address")
+            # Java takes an IPv6 address with and without its brackets.
+            host = self.properties.get(host_key, "127.0.0.1").strip("[]")
+            self._check_port(key, host, port_number(key, self.properties[key]))
+
+    @staticmethod
+    def _check_socket(key: str, path: Path) -> None:
+        """A socket that another server listens on is not ours; one left behind is taken over."""
+        if not path.parent.is_dir():
+            raise EnvironmentProblem(f"{key} is {path}, but there is no folder {path.parent}")
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except OSError:
+                return
+        raise EnvironmentProblem(
+            f"{path} ({key}) cannot be bound: another server listens there; stop it, or choose "
+            "another path"
+        )
 
     @staticmethod
     def _check_port(key: str, host: str, port: int) -> None:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise EnvironmentProblem(
-                    f"{host}:{port} ({key}) cannot be bound: {error.strerror}; stop what uses it, "
-                    "or choose others with --port and --grpc-port"
-                ) from None
+        problem = None
+        try:
+            # Java binds the first address that a name stands for.
+            family, kind, protocol, _, where = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(where)
+        except OSError as error:  # gaierror, of names, among them
+            problem = error.strerror
+        if problem:
+            shown = f"[{host}]" if ":" in host else host
+            raise EnvironmentProblem(
+                f"{shown}:{port} ({key}) cannot be bound: {problem}; stop what uses it, "
+                "or choose others with --port and --grpc-port"
+            )
 
     def _forward(self, lines: Iterable[str]) -> None:
         """Pass the server's output on, and remember why a worker died."""

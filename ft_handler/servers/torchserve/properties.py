@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from ft_handler.errors import ConfigError
+from ft_handler.servers.torchserve import envelope, propertyfile
 
 DATA = Path(__file__).resolve().parent / "data"
 LOG_CONFIG = DATA / "log4j2.xml"
@@ -33,18 +34,67 @@ ADDRESSES = {
 GRPC_PORTS = {"grpc_inference_port": "7070", "grpc_management_port": "7071"}
 
 
+#: How TorchServe reads an address: no IPv6 literal, no path, no slash at the end.
+_ADDRESS = re.compile(r"(https?)://([^:/^]+)(?::([0-9]+))?|unix:(/.*)")
+_VARIABLE = re.compile(r"\$\$([^$]+[^$])\$\$")
+
+
 def read_properties(path: Path) -> dict[str, str]:
-    """A Java properties file as TorchServe's own launcher reads it: `key=value` lines."""
+    """A properties file as Java reads it; raises ConfigError naming the file.
+
+    Java takes the bytes for Latin-1; a file that is UTF-8 is read as that.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    properties = {}
-    for line in map(str.strip, lines):
-        if line and not line.startswith(("#", "!")) and "=" in line:
-            key, value = line.split("=", 1)
-            properties[key.strip()] = value.strip()
-    return properties
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    try:
+        return propertyfile.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where one of TorchServe's HTTP interfaces listens: host and port, or a Unix socket's path."""
+
+    scheme: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.path else f"{self.scheme}://{self.host}:{self.port}"
+
+
+def address(key: str, value: str) -> Address:
+    """An address as TorchServe understands it; raises ConfigError naming the key."""
+    match = _ADDRESS.fullmatch(value)
+    if match is None:
+        why = (
+            "; TorchServe reads no IPv6 address here, but a host name that stands for one"
+            if "[" in value
+            else ""
+        )
+        raise ConfigError(
+            f"{key} is {value!r}, not http://HOST:PORT, https://HOST:PORT or unix:/PATH{why}"
+        )
+    scheme, host, port, path = match.groups()
+    if path:
+        return Address("unix", path=path)
+    default = 443 if scheme == "https" else 80
+    return Address(scheme, host, default if port is None else port_number(key, port))
+
+
+def port_number(key: str, value: str) -> int:
+    """A TCP port; raises ConfigError naming the key."""
+    if not re.fullmatch(r"[0-9]{1,5}", value) or not 0 < int(value) < 1 << 16:
+        raise ConfigError(f"{key}: {value!r} is no port; 1 to 65535 are")
+    return int(value)
 
 
 def archive_name(archive: Path) -> str:
@@ -71,9 +121,19 @@ class ServeOptions:
     overrides: Mapping[str, str] = field(default_factory=dict)
 
 
-def effective_properties(options: ServeOptions) -> dict[str, str]:
-    """config.properties with the command line's choices put over it."""
+def effective_properties(
+    options: ServeOptions, environment: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """config.properties with the command line's choices put over it.
+
+    `environment` is the server's; the file may name its variables. Raises ConfigError for
+    what could never serve: an address or port that is none, an envelope.
+    """
+    environment = environment or {}
     properties = read_properties(options.config) if options.config else {}
+    for key, value in properties.items():
+        # TorchServe puts variables in; a blank at the end is never meant.
+        properties[key] = _VARIABLE.sub(lambda m: environment.get(m[1], m[0]), value).strip()
     here = options.config.parent if options.config else Path()
     if "model_store" in properties:
         # A store named in the file is relative to the file, wherever the server is started from.
@@ -88,16 +148,35 @@ def effective_properties(options: ServeOptions) -> dict[str, str]:
     if options.model_api is not None:
         properties["enable_model_api"] = str(options.model_api).lower()
     for offset, (key, default) in enumerate(ADDRESSES.items()):
-        address = properties.setdefault(key, default)
+        found = address(key, properties.setdefault(key, default))
         if options.port is not None:
-            parts = urlsplit(address)
-            properties[key] = f"{parts.scheme}://{parts.hostname}:{options.port + offset}"
+            found = _moved(key, found, options.port + offset)
+            properties[key] = str(found)
+        if found.path and properties.get("use_native_io", "true").lower() != "true":
+            raise ConfigError(f"{key} is a Unix socket, and those need use_native_io=true")
     for offset, (key, default) in enumerate(GRPC_PORTS.items()):
         properties.setdefault(key, default)
         if options.grpc_port is not None:
             properties[key] = str(options.grpc_port + offset)
     properties.update(options.overrides)
+    for key in ADDRESSES:
+        address(key, properties[key])
+    for key in GRPC_PORTS:
+        port_number(key, properties[key])
+    chosen = properties.get("service_envelope")
+    if properties.get("enable_envvars_config", "false").lower() == "true":
+        chosen = environment.get("TS_SERVICE_ENVELOPE") or chosen
+    envelope.refuse(chosen)
     return properties
+
+
+def _moved(key: str, found: Address, port: int) -> Address:
+    """The address on another port; a Unix socket has none, so only the first may not be one."""
+    if not found.path:
+        return replace(found, port=port_number("--port", str(port)))
+    if key == next(iter(ADDRESSES)):
+        raise ConfigError(f"--port cannot move {key}, which is the Unix socket {found.path}")
+    return found
 
 
 def wanted_models(options: ServeOptions, properties: Mapping[str, str]) -> dict[str, str]:
@@ -106,20 +185,31 @@ def wanted_models(options: ServeOptions, properties: Mapping[str, str]) -> dict[
     if not store.is_dir():
         raise ConfigError(f"there is no model store at {store}; `ft-handler archive` makes one")
     listed = list(options.models)
-    if not listed and ("load_models" in properties or "models" in properties):
+    if "model_snapshot" in properties:
+        # TorchServe restores the snapshot and looks at nothing else.
+        if listed:
+            raise ConfigError(
+                "the settings are a snapshot, which says itself which models are loaded: leave "
+                "--models out, or name another file with --config"
+            )
+        return {}
+    if not listed and any(key in properties for key in ("load_models", "models")):
         return {}  # config.properties decides
-    if not listed:
+    everything = [name.lower() for name in listed] == ["all"]
+    if not listed or everything:
         listed = [p.name for p in sorted(store.glob("*.mar"))]
         if not listed and properties.get("enable_model_api") != "true":
             raise ConfigError(
                 f"no *.mar in {store} and the model API is off, so nothing could ever be served; "
                 "make an archive with `ft-handler archive` or add --enable-model-api"
             )
-    if listed == ["none"]:
+    if [name.lower() for name in listed] == ["none"]:
         return {}
     wanted = {}
     for item in listed:
         name, _, file = item.rpartition("=")
+        if item.lower() in ("all", "none"):
+            raise ConfigError(f"--models {item} stands alone, without other models beside it")
         path = store / file
         if not path.exists():
             raise ConfigError(f"no archive {file} in {store}")
