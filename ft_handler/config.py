@@ -225,6 +225,11 @@ class CoreSettings(Settings):
         128, "Most inputs in one request's list; more answers 413.", 1
     )
     max_text_chars: Whole = setting(250_000, "Most characters of one text; more answers 413.", 1)
+    remember_chunks: Flag = setting(
+        True,
+        "Keep the tokens of what stands between blanks, where the tokenizer's words end there; "
+        "false tokenizes every text afresh. The tokens are the same.",
+    )
     device: Annotated[Literal["auto", "cpu", "cuda"], AnyCase] = setting(
         "auto",
         "`auto` takes the GPU that TorchServe assigned, when it assigned one; `cpu` and `cuda` "

@@ -152,8 +152,8 @@ def runner_of(settled: Settled, folder: Path | None) -> Runner[Any, Any, Any]:
     loaded = Loaded(
         info,
         named or info.labels,
-        reader_of(tokenizer),
-        Template(tokenizer),
+        reader_of(tokenizer, core.remember_chunks),
+        Template(tokenizer, info.type_vocab_size),
         core.max_length or info.max_positions,
     )
     return settled.task.runner(settled.own, loaded)

@@ -28,6 +28,8 @@ from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
 
 #: Bounds the table of spans that one question may ask for.
 MOST_ANSWERS = 100
+#: Of a question, where neither the settings nor the request say another number.
+MOST_QUESTION_TOKENS = 64
 #: Of a single answer: twelve spans left out change its score by 1e-5 of it at most.
 _LEAST_SHARE = 1e-6
 
@@ -40,14 +42,16 @@ def _at_least(low: int, high: int = LARGEST_WHOLE) -> Any:
 class Parameters:
     """How one question is cut into windows and answered; lengths in tokens.
 
-    doc_stride  tokens that neighbouring windows share; None is min(max_seq_len // 2, 128)
+    doc_stride        tokens that neighbouring windows share; None is min(max_seq_len // 2, 128),
+                      less where the question leaves too little
+    max_question_len  None is 64, less where a window is short
     """
 
     top_k: Annotated[int, _at_least(1, MOST_ANSWERS)] = 1
     doc_stride: Annotated[int, _at_least(0)] | None = None
     max_answer_len: Annotated[int, _at_least(1)] = 15
     max_seq_len: Annotated[int, _at_least(4)] = 384
-    max_question_len: Annotated[int, _at_least(1)] = 64
+    max_question_len: Annotated[int, _at_least(1)] | None = None
     handle_impossible_answer: bool = False
     align_to_words: bool = True
 
@@ -64,7 +68,8 @@ class QuestionSettings(Settings):
     doc_stride: Whole | None = setting(
         None,
         "Tokens shared by neighbouring windows of a long context; null is min(max_seq_len // 2, "
-        "128). A request may override it.",
+        "128), and at most three quarters of what the question leaves of a window. A request may "
+        "override it.",
         0,
     )
     max_answer_len: Whole = setting(15, "Most tokens of an answer. A request may override it.", 1)
@@ -74,8 +79,11 @@ class QuestionSettings(Settings):
         "override it.",
         4,
     )
-    max_question_len: Whole = setting(
-        64, "Most tokens of a question; longer ones are cut. A request may override it.", 1
+    max_question_len: Whole | None = setting(
+        None,
+        "Most tokens of a question; longer ones are cut. Null is 64, and at most three quarters of "
+        "a window. A request may override it.",
+        1,
     )
     handle_impossible_answer: Flag = setting(
         False, "Let the empty answer compete. A request may override it."
@@ -112,6 +120,11 @@ class QuestionEncoding(Encoding[QuestionInput]):
     spans: list[tuple[int, int]]
 
 
+def _most_of(tokens: int) -> int:
+    """What a default may take where something else has to fit as well: three quarters."""
+    return tokens * 3 // 4
+
+
 def window_spans(tokens: int, room: int, overlap: int) -> list[tuple[int, int]]:
     """Windows [begin, end) of at most `room` tokens; neighbours share `overlap` tokens."""
     spans = []
@@ -129,10 +142,16 @@ class QuestionRunner(Runner[QuestionInput, Parameters, QuestionEncoding]):
     def __init__(self, settings: QuestionSettings, loaded: Loaded) -> None:
         self._reader, self._template = loaded.reader, loaded.template
         self._max_length = loaded.max_length
+        self._least = loaded.template.pair_specials + 2
         self.longest = settings.max_seq_len or min(loaded.max_length, 384)
         if self.longest > loaded.max_length:
             raise ConfigError(
                 f"setting 'max_seq_len' ({self.longest}) is over 'max_length' ({loaded.max_length})"
+            )
+        if self.longest < self._least:
+            name = "max_length" if settings.max_seq_len is None else "max_seq_len"
+            raise ConfigError(
+                f"setting '{name}' ({self.longest}) leaves no room for a question and a context"
             )
         self.defaults = Parameters(
             top_k=settings.top_k or 1,
@@ -164,16 +183,22 @@ class QuestionRunner(Runner[QuestionInput, Parameters, QuestionEncoding]):
         self, item: Item[QuestionInput], question: Ids, context: Ids, origins: Origins
     ) -> QuestionEncoding:
         params, template = item.input.params, self._template
-        cut = len(question) > params.max_question_len
-        question = question[: params.max_question_len]
+        longest = self._question_room(params)
+        cut = len(question) > longest
+        question = question[:longest]
         head = len(template.before) + len(question) + len(template.between)
-        overlap = params.doc_stride
-        if overlap is None:
-            overlap = min(params.max_seq_len // 2, 128)
-        room = self._room(params, head, overlap)
+        room = params.max_seq_len - head - len(template.after)
         if not len(context):
             raise UnusableRequest("'context' has no word the model could read")
-        spans = window_spans(len(context), room, overlap)
+        if room < 1:
+            raise UnusableRequest(
+                f"a window of {params.max_seq_len} tokens leaves none for the context: raise "
+                "'max_seq_len' or lower 'max_question_len'"
+            )
+        if len(context) <= room:
+            spans = [(0, len(context))]
+        else:
+            spans = window_spans(len(context), room, self._overlap(params, room))
         sequences = [
             np.concatenate(
                 (template.before, question, template.between, context[begin:end], template.after)
@@ -183,20 +208,33 @@ class QuestionRunner(Runner[QuestionInput, Parameters, QuestionEncoding]):
         splits = [template.split(len(question), len(s)) for s in sequences]
         return QuestionEncoding(item, sequences, splits, cut, origins, head, spans)
 
-    def _room(self, params: Parameters, head: int, overlap: int) -> int:
-        """Context tokens a window has; raises UnusableRequest when the settings leave none."""
+    def _question_room(self, params: Parameters) -> int:
+        """Most tokens of a question; raises UnusableRequest for a window that cannot be."""
         if params.max_seq_len > self._max_length:
             raise UnusableRequest(
                 f"'max_seq_len' is {params.max_seq_len}, the model's limit is {self._max_length}"
             )
-        room = params.max_seq_len - head - len(self._template.after)
-        if room <= overlap:
+        if params.max_seq_len < self._least:
             raise UnusableRequest(
-                f"a window of {params.max_seq_len} tokens leaves {max(room, 0)} for the context, "
-                f"but neighbouring windows share {overlap}: raise 'max_seq_len' or lower "
-                "'doc_stride' or 'max_question_len'"
+                f"'max_seq_len' is {params.max_seq_len}, a question and a context need at least "
+                f"{self._least}"
             )
-        return room
+        if params.max_question_len is not None:
+            return params.max_question_len
+        texts = params.max_seq_len - self._template.pair_specials
+        return min(MOST_QUESTION_TOKENS, max(1, _most_of(texts)))
+
+    def _overlap(self, params: Parameters, room: int) -> int:
+        """Tokens that windows of `room` share; raises UnusableRequest where they cannot."""
+        if params.doc_stride is None:
+            return min(params.max_seq_len // 2, 128, _most_of(room))
+        if params.doc_stride >= room:
+            raise UnusableRequest(
+                f"the context needs several windows; one of {params.max_seq_len} tokens leaves "
+                f"{room} for it, but 'doc_stride' has neighbours share {params.doc_stride}: raise "
+                "'max_seq_len' or lower 'doc_stride' or 'max_question_len'"
+            )
+        return params.doc_stride
 
     def predict(self, encodings: Sequence[QuestionEncoding], outputs: Outputs) -> list[Prediction]:
         """`{"score", "start", "end", "answer"}`, or a list of them with `top_k` of 2 and more."""

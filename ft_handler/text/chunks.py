@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,20 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from ft_handler.text.readers import Origins, Reader, WholeTexts, origins_of, split_rows
+from ft_handler.text.readers import (
+    Origins,
+    Reader,
+    WholeTexts,
+    encode_with,
+    origins_of,
+    split_rows,
+)
 from ft_handler.types import Ids
 
 #: A chunk's place: the row of its first token in the table, shifted, and how many tokens it has.
 _SHIFT = 32
+#: The place of a chunk with an added token that takes in blanks: its text is read whole.
+_WHOLE = 1 << 62
 
 _KEY_BYTES = 15
 _BUCKETS = 16  # bits
@@ -130,15 +140,21 @@ class RememberedChunks:
               afresh
 
     Tokens of all chunks lie in one table, [tokens, 5]: id, and as in `Origins` the characters of
-    the chunk. Short chunks are looked up as arrays, a batch at once; the others one by one. One
-    thread reads at a time.
+    the chunk. Short chunks are looked up as arrays, a batch at once; the others one by one.
+
+    Added tokens are found within a chunk, whatever stands around it; only those that take in blanks
+    reach into what is around them, and a text with one of these is read whole. One thread reads
+    at a time, and where reading fails everything is forgotten.
     """
 
     def __init__(self, tokenizer: Tokenizer, capacity: int = 1 << 16) -> None:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
+        self._texts = WholeTexts(tokenizer)
         normalizer = tokenizer.normalizer
-        added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        tokens = tokenizer.get_added_tokens_decoder()
+        self._greedy = {i for i, token in tokens.items() if token.lstrip or token.rstrip}
+        added = [token.content for token in tokens.values()]
         # Lower-casing ASCII first makes more chunks equal; special tokens have a case.
         self._lower = bool(
             isinstance(normalizer, BertNormalizer)
@@ -166,24 +182,35 @@ class RememberedChunks:
     @staticmethod
     def fits(tokenizer: Tokenizer) -> bool:
         """Whether words of this tokenizer end at blanks, whatever stands around them."""
-        return (
+        normalizer = tokenizer.normalizer
+        if not (
             isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
             and isinstance(tokenizer.model, WordPiece)
-            and isinstance(tokenizer.normalizer, (BertNormalizer, type(None)))
-            and not any(
-                " " in token.content for token in tokenizer.get_added_tokens_decoder().values()
-            )
-        )
+            and isinstance(normalizer, (BertNormalizer, type(None)))
+        ):
+            return False
+        sought = []
+        for token in tokenizer.get_added_tokens_decoder().values():
+            sought.append(token.content)
+            if token.normalized and normalizer is not None:
+                sought.append(normalizer.normalize_str(token.content))
+        return all(content and " " not in content for content in sought)
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of each text, without special tokens."""
-        with self._lock:
-            return self._read(texts, located=False)[0]
+        return self._alone(texts, located=False)[0]
 
     def located(self, texts: Sequence[str]) -> tuple[list[Ids], list[Origins]]:
         """Token ids of each text, and where its tokens came from."""
+        return self._alone(texts, located=True)
+
+    def _alone(self, texts: Sequence[str], located: bool) -> tuple[list[Ids], list[Origins]]:
         with self._lock:
-            return self._read(texts, located=True)
+            try:
+                return self._read(texts, located)
+            except BaseException:
+                self._forget()  # what was being added may be there in part
+                raise
 
     def _read(self, texts: Sequence[str], located: bool) -> tuple[list[Ids], list[Origins]]:
         if not texts:
@@ -210,7 +237,31 @@ class RememberedChunks:
             origins = split_rows(found[:, 1:], text_ends)
         if passing:
             self._drop(passing)
+        if self._greedy:
+            self._read_whole(texts, np.flatnonzero(places == _WHOLE), text, ids, origins)
         return ids, origins
+
+    def _read_whole(
+        self,
+        texts: Sequence[str],
+        chunks: NDArray[np.int64],
+        text: _Text,
+        ids: list[Ids],
+        origins: list[Origins],
+    ) -> None:
+        """Put in place what the texts of some chunks are when they are read whole."""
+        if not len(chunks):
+            return
+        which = np.unique(np.searchsorted(text.last_chunks, chunks)).tolist()
+        chosen = [texts[i] for i in which]
+        if origins:
+            found, places = self._texts.located(chosen)
+            for i, place in zip(which, places, strict=True):
+                origins[i] = place
+        else:
+            found = self._texts.ids(chosen)
+        for i, one in zip(which, found, strict=True):
+            ids[i] = one
 
     def _look_up(self, text: _Text) -> tuple[NDArray[np.int64], list[str]]:
         """The place of every chunk, and those that should be forgotten again."""
@@ -245,14 +296,16 @@ class RememberedChunks:
         if not chunks:
             return
         groups = [chunks[i : i + _GROUP] for i in range(0, len(chunks), _GROUP)]
-        texts = [" ".join(group) for group in groups]
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        encodings = self._encode(groups)
+        if self._greedy and any(map(self._takes_blanks, encodings)):
+            groups = [[chunk] for chunk in chunks]
+            encodings = self._encode(groups)
         origins = origins_of(encodings)
         # Characters counted through all texts, a blank between two.
-        sizes = np.array([len(text) + 1 for text in texts])
-        origins += np.repeat(np.cumsum(sizes) - sizes, [len(e) for e in encodings])[:, None]
         widths = np.array([len(chunk) + 1 for chunk in chunks])
         begins = np.cumsum(widths) - widths
+        leading = np.cumsum([0, *map(len, groups)])[:-1]
+        origins += np.repeat(begins[leading], [len(e) for e in encodings])[:, None]
         # The first token of every chunk is the first that begins at the chunk or after it.
         firsts = np.searchsorted(origins[:, 0], begins)
         counts = np.diff(firsts, append=len(origins))
@@ -265,14 +318,24 @@ class RememberedChunks:
         self._table[self._used : end, 0] = [i for e in encodings for i in e.ids]
         self._table[self._used : end, 1:] = origins
         places = (firsts + self._used << _SHIFT) + counts
+        if len(groups) == len(chunks) and self._greedy:
+            places[[self._takes_blanks(e) for e in encodings]] = _WHOLE
         self._places.update(zip(chunks, places.tolist(), strict=True))
         encoded = [chunk.encode() for chunk in chunks]
         self._short.add(_Text(b" ".join(encoded), list(map(len, encoded))), places)
         self._used = end
 
+    def _encode(self, groups: Sequence[Sequence[str]]) -> Sequence[Any]:
+        """What the library makes of chunks with a blank between, group by group."""
+        return encode_with(self._tokenizer.encode_batch, [" ".join(group) for group in groups])
 
-def reader_of(tokenizer: Tokenizer) -> Reader:
-    """The faster reader where the tokenizer allows it."""
-    if RememberedChunks.fits(tokenizer):
+    def _takes_blanks(self, encoding: Any) -> bool:
+        """Whether an added token that takes in blanks is among the tokens."""
+        return not self._greedy.isdisjoint(encoding.ids)
+
+
+def reader_of(tokenizer: Tokenizer, remember: bool = True) -> Reader:
+    """The faster reader where the tokenizer, and who asks, allow it."""
+    if remember and RememberedChunks.fits(tokenizer):
         return RememberedChunks(tokenizer)
     return WholeTexts(tokenizer)

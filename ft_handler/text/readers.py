@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, Protocol, TypeAlias
 
@@ -43,6 +43,20 @@ def split_rows(rows: NDArray[Any], ends: NDArray[np.int64]) -> list[NDArray[Any]
     return [rows[begin:stop] for begin, stop in zip([0, *stops], stops, strict=False)]
 
 
+def encode_with(call: Callable[..., Sequence[Any]], texts: Sequence[str]) -> Sequence[Any]:
+    """Encodings of texts by a method of the library, without special tokens.
+
+    Raises RuntimeError where the library panics, which it does past `Exception`.
+    """
+    try:
+        return call(list(texts), add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        # Its message may quote the text.
+        raise RuntimeError("the tokenizers library panicked") from None
+
+
 class Reader(Protocol):
     """Makes token ids of texts; safe from several threads."""
 
@@ -61,11 +75,11 @@ class WholeTexts:
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of each text, without special tokens, in one call of the library."""
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        encoded = encode_with(self._tokenizer.encode_batch_fast, texts)
         return [np.array(e.ids, np.int64) for e in encoded]
 
     def located(self, texts: Sequence[str]) -> tuple[list[Ids], list[Origins]]:
         """Token ids of each text, and where its tokens came from."""
-        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        encoded = encode_with(self._tokenizer.encode_batch, texts)
         ids = [np.array(e.ids, np.int64) for e in encoded]
         return ids, split_rows(origins_of(encoded), np.cumsum([len(e) for e in encoded]))

@@ -25,9 +25,12 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 class Template:
-    """The special tokens before, between and after the texts, as the tokenizer places them."""
+    """The special tokens before, between and after the texts, as the tokenizer places them.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    token_types  how many the model has; with fewer than two every token is of type 0
+    """
+
+    def __init__(self, tokenizer: Tokenizer, token_types: int) -> None:
         pair, single = tokenizer.encode("a", "a"), tokenizer.encode("a")
         order = pair.sequence_ids
         if 0 not in order or 1 not in order or order.index(0) > order.index(1):
@@ -43,7 +46,7 @@ class Template:
         ids = np.array(single.ids, np.int64)
         self.single_before = ids[: alone.index(0)]
         self.single_after = ids[alone.index(0) + alone.count(0) :]
-        types = pair.type_ids
+        types = pair.type_ids if token_types > 1 else []
         # Tokens of type 0 after the first text: BERT's separator belongs to it.
         self.separators = types.index(1) - first - order.count(0) if 1 in types else None
 

@@ -58,7 +58,7 @@ def loaded(
         info,
         info.labels if labels is None else labels,
         reader_of(tokenizer),
-        Template(tokenizer),
+        Template(tokenizer, info.type_vocab_size),
         max_length or info.max_positions,
     )
 

@@ -168,8 +168,9 @@ def test_the_default_overlap_follows_the_window(tokenizer):
     ("changes", "named"),
     [
         ({"max_seq_len": 129}, "129.*128"),
-        ({"max_seq_len": 5}, "max_seq_len"),
-        ({"doc_stride": 30}, "doc_stride"),
+        ({"max_seq_len": 4}, "max_seq_len.*at least 5"),
+        ({"max_seq_len": 5}, "max_seq_len.*max_question_len"),
+        ({"doc_stride": 30, "context": "the bridge " * 20}, "doc_stride"),
         ({"max_question_len": 40, "text": "who " * 40}, "max_question_len"),
         ({"context": "\u200b"}, "context"),
     ],
@@ -179,6 +180,45 @@ def test_windows_that_cannot_be_are_refused(tokenizer, changes, named):
     assert isinstance(error, UnusableRequest)
     with pytest.raises(UnusableRequest, match=named):
         raise error
+
+
+@given(st.integers(5, 128), st.integers(1, 130), st.integers(1, 300))
+def test_defaults_answer_every_question_about_every_context(tokenizer, size, asked, told):
+    """Whatever the window: the question is cut, windows advance and cover the context."""
+    runner = runner_of("question_answering", tokenizer, 128, max_seq_len=size)
+    item = QuestionInput(" ".join(["who"] * asked), " ".join(["film"] * told), runner.defaults)
+    (encoding,) = outcomes(runner, [item])
+    assert encoding.spans[0][0] == 0
+    assert encoding.spans[-1][1] == told
+    assert max(map(len, encoding.sequences)) <= size
+    texts = size - 3
+    kept = encoding.first - 2
+    assert kept == asked if asked <= min(64, texts // 2) else 1 <= kept <= 64
+    for (begin, end), (after, _) in pairwise(encoding.spans):
+        assert after - begin >= (end - begin) / 4
+        assert end - after == min(size // 2, 128, (end - begin) * 3 // 4)
+
+
+@given(st.integers(5, 40), st.integers(1, 30), st.integers(1, 60), st.integers(0, 50))
+def test_a_stride_is_refused_only_where_a_second_window_cannot_advance(
+    tokenizer, size, asked, told, stride
+):
+    params = qa.Parameters(max_seq_len=size, doc_stride=stride)
+    item = QuestionInput(" ".join(["who"] * asked), " ".join(["film"] * told), params)
+    (found,) = questions_of(tokenizer, 128, [item])
+    kept = min(asked, 64, max(1, (size - 3) * 3 // 4))
+    room = size - 3 - kept
+    if told > room and stride >= room:
+        assert isinstance(found, UnusableRequest)
+        assert "doc_stride" in str(found)
+    else:
+        assert found.spans == window_spans(told, room, min(stride, room - 1))
+
+
+def test_a_window_without_room_for_both_is_a_configuration_error(tokenizer):
+    for name in ("max_length", "max_seq_len"):
+        with pytest.raises(ConfigError, match=f"{name}.*no room"):
+            runner_of("question_answering", tokenizer, **{name: 4})
 
 
 def test_offsets_are_characters_of_the_clients_text(tokenizer):
