@@ -202,6 +202,10 @@ class FakeContext:
         self.content_types: dict[int, str] = {}
         self.emitted: list[tuple[str, float, str, str]] = []
         self.metrics = self
+        self.request_headers: dict[int, dict[str, str]] = {}
+
+    def get_all_request_header(self, idx: int) -> dict[str, str]:
+        return self.request_headers.get(idx, {})
 
     def set_response_status(self, code: int, phrase: str, idx: int) -> None:
         assert phrase

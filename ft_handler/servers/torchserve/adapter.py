@@ -1,7 +1,8 @@
 """What TorchServe hands over, as requests: one dict each, holding a body or the fields of a form.
 
 `{"body": ...}` is any body, `{"data": ...}` one of gRPC or of a form's field of that name; other
-keys are form fields, and the query of `/invocations`. Values are bytes, text or parsed JSON.
+keys are form fields, and the query of `/invocations`. Values are bytes, text or parsed JSON. HTTP
+requests have headers, gRPC requests none.
 """
 
 from __future__ import annotations
@@ -12,21 +13,47 @@ from ft_handler.errors import MalformedRequest, RequestError, UnusableRequest
 from ft_handler.types import Incoming
 
 _BODIES = ("body", "data")
+#: `/invocations?model_name=` hands over what chose the model.
+_ROUTING = frozenset({"model_name", "model_version"})
+_NO_HEADERS: Mapping[str, str] = {}
 
 
-def incoming(item: Mapping[str, object]) -> Incoming | RequestError:
+def incoming(
+    item: Mapping[str, object], headers: Mapping[str, str] = _NO_HEADERS
+) -> Incoming | RequestError:
     """One element of TorchServe's `data` as a request, or why it is none."""
     bodies = [name for name in _BODIES if name in item]
     if len(bodies) > 1:
         return MalformedRequest("send either 'body' or 'data', not both")
-    if not item:
+    fields = {
+        name: value for name, value in item.items() if name not in _BODIES and name not in _ROUTING
+    }
+    if bodies:
+        body = item[bodies[0]]
+        if isinstance(body, (str, bytes, bytearray)):
+            return _declared(body, fields, headers)
+        if body is None:  # what a parser makes of `null`
+            return UnusableRequest("the body must be text, an object or a list of inputs")
+        return Incoming(body, fields)
+    if not fields:
         return MalformedRequest(
             "the form has no field; send plain text with Content-Type: text/plain"
         )
-    fields = {name: value for name, value in item.items() if name not in _BODIES}
-    if not bodies:
-        return Incoming(None, fields)
-    body = item[bodies[0]]
-    if body is None:  # what a parser makes of `null`
-        return UnusableRequest("the body must be text, an object or a list of inputs")
-    return Incoming(body, fields)
+    return Incoming(None, fields)
+
+
+def _declared(
+    body: str | bytes | bytearray, fields: Mapping[str, object], headers: Mapping[str, str]
+) -> Incoming:
+    """A body with what its headers say of it; their names have no case."""
+    if isinstance(body, str) and "Content-Type" in headers:  # the usual spelling: no search
+        return Incoming(body, fields, headers["Content-Type"])
+    named = {name.lower(): value for name, value in headers.items()}
+    size = named.get("inference-header-content-length", "").strip()
+    return Incoming(
+        body,
+        fields,
+        named.get("content-type"),
+        named.get("content-encoding"),
+        int(size) if size.isascii() and size.isdigit() and len(size) < 10 else None,
+    )

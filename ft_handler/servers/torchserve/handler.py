@@ -29,8 +29,10 @@ class Worker:
 
     def handle(self, data: Sequence[Mapping[str, object]], ctx: Any) -> list[bytes]:
         """One body a request; status and content type go through `ctx`."""
+        headers = ctx.get_all_request_header
+        requests = [incoming(item, headers(index)) for index, item in enumerate(data)]
         try:
-            replies, stats = self._pipeline.run([incoming(item) for item in data])
+            replies, stats = self._pipeline.run(requests)
         except EngineLost as error:
             # TorchServe starts a worker that ends again; one that raises would stay broken.
             logger.critical("the device is lost, this worker ends: %s", error)
