@@ -269,9 +269,7 @@ def test_form_errors_say_what_to_send(codec):
         codec.decode({})
     with pytest.raises(MalformedRequest, match="not both"):
         codec.decode({"body": "a", "data": "b"})
-    with pytest.raises(
-        MalformedRequest, match="unknown key 'secret'; known keys: text, "
-    ):
+    with pytest.raises(MalformedRequest, match="unknown key 'secret'; known keys: text, "):
         codec.decode({"secret": b"a", "text": b"b"})
 
 
