@@ -11,6 +11,7 @@ FtHandlerError
 └── RequestError              one client request is refused: owns an HTTP status
     ├── MalformedRequest      400
     ├── RequestTooLarge       413
+    ├── UnsupportedMedia      415
     ├── UnusableRequest       422
     ├── InternalError         500
     ├── NotOffered            501
@@ -80,6 +81,13 @@ class RequestTooLarge(RequestError):
 
     status = 413
     reason = "Payload Too Large"
+
+
+class UnsupportedMedia(RequestError):
+    """The payload is encoded in a way that is not read here (415)."""
+
+    status = 415
+    reason = "Unsupported Media Type"
 
 
 class UnusableRequest(RequestError):

@@ -29,12 +29,21 @@ Prediction: TypeAlias = dict[str, object] | list[dict[str, object]]
 class Incoming(NamedTuple):
     """One client's request as a server hands it over, not looked into yet.
 
-    body    text, bytes (UTF-8), or what a JSON parser made of them; None when there is a form alone
+    body    text, bytes, or what a JSON parser made of them; None when there is a form alone
     fields  the fields of a form, beside the body or alone: text, bytes or parsed JSON
+
+    Of a body that is text or bytes, as the client declared it; None where it said nothing:
+
+    content_type      the media type, with its charset
+    content_encoding  how the bytes are compressed
+    json_size         how many leading bytes are JSON; binary tensors follow
     """
 
     body: object = None
     fields: Mapping[str, object] = MappingProxyType({})
+    content_type: str | None = None
+    content_encoding: str | None = None
+    json_size: int | None = None
 
 
 class Input(Protocol):

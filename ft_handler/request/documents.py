@@ -7,32 +7,39 @@ own. No message written here quotes the client's text.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import base64
+import binascii
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic
-
-import orjson
 
 from ft_handler.config import spelled
 from ft_handler.errors import MalformedRequest, RequestTooLarge, UnusableRequest
+from ft_handler.request.bodies import parse_json, read_body, read_text
 from ft_handler.request.forms import (
     INSTANCES,
     LISTED,
+    NESTED,
     SINGLE,
     TRUNCATED,
     Form,
     OpenInference,
 )
-from ft_handler.request.literals import parse_literal
-from ft_handler.request.open_inference import is_tensors, rows_of, wanted_outputs
+from ft_handler.request.open_inference import (
+    is_tensors,
+    model_parameters,
+    rows_of,
+    wanted_outputs,
+)
 from ft_handler.request.parameters import ParameterReader
-from ft_handler.request.texts import checked_name, checked_text, is_plain, utf8
+from ft_handler.request.texts import checked_name, checked_text, is_plain, is_word, utf8
 from ft_handler.tasks.base import ParamsT, Task
 from ft_handler.types import Incoming, InputT
 
-#: What can only be the beginning of a list: a text may begin with a bracket as well.
-_LIST_START = re.compile(r"\s*\[\s*(?:[\"'\[{\]]|$)")
+#: What clients of Hugging Face's servers send along and nothing here depends on.
+_UNUSED = frozenset({"options", "padding"})
+#: Keys of an Open Inference request that hold no parameter; KServe's client repeats the model.
+_TENSOR_KEYS = frozenset({"id", "inputs", "outputs", "parameters", "model_name", "model_version"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,63 +77,58 @@ class Decoder(Generic[InputT, ParamsT]):
         self._limits = limits
         self._most_chars = limits.chars
         self._model = dict(model)
-        self._parameters = ParameterReader(task.parameters, task.nulls)
+        self._parameters = ParameterReader(task.parameters, task.nulls, task.aliases)
+        listed = {k: v for k, v in task.listed.items() if getattr(defaults, k) is None}
+        self._listed: ParamsT = replace(defaults, **listed) if listed else defaults  # type: ignore[type-var]
         self._texts = (*task.required, *task.optional)
         self._keys = frozenset((*self._texts, *task.ignored))
         self._wanted = " and ".join(f"'{key}'" for key in task.required)
         self._known = ", ".join(
-            (*self._texts, *task.ignored, *self._parameters.names, "parameters")
+            (
+                *self._texts,
+                *task.ignored,
+                *self._parameters.names,
+                "parameters",
+                "inputs",
+                "instances",
+            )
         )
-        self._parameter_names = frozenset((*self._parameters.names, "parameters"))
+        self._parameter_names = self._parameters.accepted | {"parameters"} | _UNUSED
 
     def decode(self, incoming: Incoming) -> Request[InputT]:
         """What one client asks; raises RequestError."""
         if not incoming.fields:
-            return self._payload(incoming.body, self._defaults)
+            return self._payload(incoming, self._defaults)
         fields: dict[str, object] = {}
         for name, value in incoming.fields.items():
             value = utf8(value) if isinstance(value, (bytes, bytearray)) else value
             fields[name] = _scalar(value) if name in self._parameter_names else value
         if incoming.body is not None:
-            return self._payload(incoming.body, self._read(fields, self._defaults, ""))
+            return self._payload(incoming, self._read(fields, self._defaults, ""))
         return Request((self._input(fields, self._defaults, ""),), SINGLE)
 
     # -- what a body is --
 
-    def _payload(self, value: object, params: ParamsT) -> Request[InputT]:
-        if isinstance(value, (bytes, bytearray)):
-            value = utf8(value)
+    def _payload(self, incoming: Incoming, params: ParamsT) -> Request[InputT]:
+        body, size = incoming.body, incoming.json_size
+        if size is not None and isinstance(body, (bytes, bytearray)):
+            if size > len(body):
+                raise MalformedRequest(
+                    "the body is shorter than its Inference-Header-Content-Length"
+                )
+            return self._document(parse_json(utf8(body[:size])), params, memoryview(body)[size:])
+        value = read_body(incoming)
         if not isinstance(value, str):
             return self._document(value, params)
-        value = value.removeprefix("\ufeff")
-        start = value.lstrip()[:1]
-        if start in ("{", "["):
-            return self._structured(value, start, params)
-        if not start:
-            raise MalformedRequest("the body is empty")
-        return self._bare(value, params)
-
-    def _bare(self, text: str, params: ParamsT) -> Request[InputT]:
         if self._task.bare is None:
             raise MalformedRequest(f"the body must be an object with {self._wanted}")
-        if is_plain(text, self._most_chars):
-            return Request((self._task.read({self._task.bare: text}, params),), SINGLE)
-        return Request((self._of_texts({self._task.bare: text}, params, ""),), SINGLE)
+        if is_plain(value, self._most_chars):
+            return Request((self._task.read({self._task.bare: value}, params),), SINGLE)
+        return Request((self._of_texts({self._task.bare: value}, params, ""),), SINGLE)
 
-    def _structured(self, text: str, start: str, params: ParamsT) -> Request[InputT]:
-        try:
-            document: object = orjson.loads(text)
-        except orjson.JSONDecodeError:
-            try:
-                document = parse_literal(text)
-            except ValueError:
-                # A sentence may begin with a bracket: "[laughs] what a film".
-                if start == "[" and self._task.bare and not _LIST_START.match(text):
-                    return self._bare(text, params)
-                raise MalformedRequest("the body is not valid JSON") from None
-        return self._document(document, params)
-
-    def _document(self, document: object, params: ParamsT) -> Request[InputT]:
+    def _document(
+        self, document: object, params: ParamsT, binary: memoryview | None = None
+    ) -> Request[InputT]:
         if isinstance(document, list):
             return Request(self._inputs(document, params, "inputs"), LISTED)
         if not isinstance(document, dict):
@@ -134,27 +136,44 @@ class Decoder(Generic[InputT, ParamsT]):
         if "inputs" in document:
             inputs = document["inputs"]
             if is_tensors(inputs):
-                return self._tensors(document, inputs, params)
+                return self._tensors(document, inputs, params, binary)
+            nested = isinstance(inputs, str) and self._task.bare is not None
+            if nested and params is self._defaults:
+                params = self._listed
             params = self._beside(document, ("inputs",), params)
+            if nested:
+                return Request((self._input(inputs, params, ""),), NESTED)
             if isinstance(inputs, list):
                 return Request(self._inputs(inputs, params, "inputs"), LISTED)
-            return Request((self._input(inputs, params, ""),), SINGLE)
+            return self._one(inputs, params)
         if "instances" in document:
             params = self._beside(document, ("instances",), params)
             instances = document["instances"]
             if not isinstance(instances, list):
                 raise UnusableRequest("'instances' must be a list")
             return Request(self._inputs(instances, params, "instances"), INSTANCES)
-        return Request((self._input(document, params, ""),), SINGLE)
+        return self._one(document, params)
+
+    def _one(self, value: object, params: ParamsT) -> Request[InputT]:
+        """One input, or a document that spreads out to several."""
+        rows = self._task.spread(value) if isinstance(value, dict) else None
+        if rows is None:
+            return Request((self._input(value, params, ""),), SINGLE)
+        return Request(self._inputs(rows, params, "inputs"), LISTED)
 
     def _tensors(
-        self, document: dict[str, Any], tensors: Sequence[object], params: ParamsT
+        self,
+        document: dict[str, Any],
+        tensors: Sequence[object],
+        params: ParamsT,
+        binary: memoryview | None,
     ) -> Request[InputT]:
-        params = self._beside(document, ("id", "inputs", "outputs"), params)
+        params = self._beside(document, _TENSOR_KEYS, params)
+        params = self._read(model_parameters(document.get("parameters")), params, "")
         model = self._model
         if document.get("id") is not None:
             model = {**model, "id": checked_name(document["id"], "'id'")}
-        rows = rows_of(self._task, tensors)
+        rows = rows_of(self._task, tensors, binary)
         inputs = self._inputs(rows, params, "data")
         columns = self._task.columns_of
         wanted = wanted_outputs(document.get("outputs"), (*columns, TRUNCATED))
@@ -172,13 +191,21 @@ class Decoder(Generic[InputT, ParamsT]):
         return [self._input(v, params, f"{name}[{i}]: ") for i, v in enumerate(values)]
 
     def _input(self, value: object, params: ParamsT, where: str) -> InputT:
-        if isinstance(value, dict) and "data" in value:
-            # TorchServe's KServe samples wrap each instance: {"data": ...}.
-            params = self._beside(value, ("data", *self._task.ignored), params, where)
-            value = value["data"]
+        while isinstance(value, dict):
+            if "data" in value:
+                # TorchServe's samples wrap each input: {"data": ..., "target": ...}.
+                params = self._beside(value, ("data", *self._task.ignored), params, where)
+                value = value["data"]
+            elif value.keys() == {"b64"}:
+                value = read_text(_base64(value["b64"], where))
+            else:
+                break
         bare = self._task.bare
         if isinstance(value, str) and bare:
             return self._of_texts({bare: value}, params, where)
+        if isinstance(value, list) and bare and len(value) == 2:
+            # A pair, as tokenizers and cross-encoders take it.
+            value = dict(zip((bare, *self._task.optional), value, strict=False))
         if not isinstance(value, dict):
             what = ("a string or " if bare else "") + f"an object with {self._wanted}"
             raise UnusableRequest(f"{where}an input must be {what}")
@@ -213,17 +240,39 @@ class Decoder(Generic[InputT, ParamsT]):
     def _read(self, given: Mapping[str, object], defaults: ParamsT, where: str) -> ParamsT:
         nested = given.get("parameters")
         outer = {name: value for name, value in given.items() if name != "parameters"}
+        self._check_known(outer, where)
         if nested is not None:
             if not isinstance(nested, dict):
                 raise UnusableRequest(f"{where}'parameters' must be an object")
             if outer.keys() & nested.keys():
                 raise MalformedRequest(f"{where}a parameter is given twice")
+            self._check_known(nested, where, "parameters")
             outer |= nested
-        if not outer.keys() <= self._parameter_names - {"parameters"}:
-            raise MalformedRequest(f"{where}unknown key; known keys: {self._known}")
-        return self._parameters.read(outer, defaults, where)
+        return self._parameters.read(
+            {name: value for name, value in outer.items() if name not in _UNUSED}, defaults, where
+        )
+
+    def _check_known(self, given: Iterable[str], where: str, inside: str = "") -> None:
+        """Refuse a key that is none, by its name where it is a word."""
+        for key in given:
+            if key not in self._parameter_names or (inside and key == inside):
+                name = f" '{key}'" if is_word(key) else ""
+                place = f" in '{inside}'" if inside else ""
+                raise MalformedRequest(
+                    f"{where}unknown key{name}{place}; known keys: {self._known}"
+                )
 
 
 def _scalar(value: object) -> object:
     """A form field's text as the JSON scalar it spells, else the text itself."""
     return spelled(value.strip() if isinstance(value, str) else value)
+
+
+def _base64(value: object, where: str) -> str:
+    """The text in KServe's `{"b64": ...}`; raises RequestError."""
+    if not isinstance(value, str):
+        raise UnusableRequest(f"{where}'b64' must be a string")
+    try:
+        return utf8(base64.b64decode(value, validate=True))
+    except (binascii.Error, ValueError):
+        raise MalformedRequest(f"{where}'b64' is not valid base64") from None

@@ -41,6 +41,17 @@ class Listed:
         return list(predictions)
 
 
+class Nested:
+    """One text asked about as Hugging Face's clients do: its answers as a list, in a list."""
+
+    many = False
+
+    def document(self, predictions: Sequence[Prediction]) -> object:
+        """The list of answers, in a list of one."""
+        (prediction,) = predictions
+        return [prediction if isinstance(prediction, list) else [prediction]]
+
+
 class Instances:
     """KServe v1: `instances` in, `predictions` out."""
 
@@ -51,7 +62,7 @@ class Instances:
         return {"predictions": list(predictions)}
 
 
-SINGLE, LISTED, INSTANCES = Single(), Listed(), Instances()
+SINGLE, LISTED, NESTED, INSTANCES = Single(), Listed(), Nested(), Instances()
 
 #: An output that every task has: whether the input was cut.
 TRUNCATED = "truncated"

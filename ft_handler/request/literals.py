@@ -44,6 +44,11 @@ def parse_literal(text: str) -> object:
     return value
 
 
+def single_quoted(literal: str) -> bool:
+    """Whether a literal has a string in single quotes, which JSON never has."""
+    return any((match["string"] or "").startswith("'") for match in _LITERAL.finditer(literal))
+
+
 def _token(text: str, position: int) -> tuple[str, str, int]:
     match = _LITERAL.match(text, position)
     if match is None or match.lastgroup is None:

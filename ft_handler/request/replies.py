@@ -14,8 +14,12 @@ from ft_handler.types import Item, Prediction, Reply
 
 
 def encode_error(error: RequestError) -> Reply:
-    """The answer to a refused request: `{"code", "type", "message"}`."""
-    body = {"code": error.status, "type": error.type, "message": str(error)}
+    """The answer to a refused request: `{"code", "type", "message", "error"}`.
+
+    `error` is the message again, where clients of KServe, Triton and Hugging Face look for it.
+    """
+    message = str(error)
+    body = {"code": error.status, "type": error.type, "message": message, "error": message}
     return Reply(error.status, error.reason, orjson.dumps(body))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TypeGuard
 
 from ft_handler.errors import MalformedRequest, RequestTooLarge, UnusableRequest
 
 _MOST_NAME_CHARS = 1024
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 
 
 def utf8(value: bytes | bytearray) -> str:
@@ -15,6 +17,11 @@ def utf8(value: bytes | bytearray) -> str:
         return value.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise MalformedRequest("the text is not valid UTF-8") from None
+
+
+def is_word(key: str) -> bool:
+    """Whether a key may be named in a message: a word, and no text."""
+    return _WORD.fullmatch(key) is not None
 
 
 def checked_name(value: object, what: str) -> str:
@@ -35,7 +42,6 @@ def is_plain(value: object, most_chars: int) -> TypeGuard[str]:
         and value.isascii()
         and value != ""
         and not value.isspace()
-        and "\0" not in value
     )
 
 
@@ -46,8 +52,6 @@ def checked_text(value: object, what: str, most_chars: int) -> str:
     if len(value) > most_chars:
         raise RequestTooLarge(f"{what} has {len(value)} characters, the limit is {most_chars}")
     _check_encodable(value, what)
-    if "\0" in value:
-        raise MalformedRequest(f"{what} holds a null character")
     if not value or value.isspace():
         raise UnusableRequest(f"{what} is empty")
     return value

@@ -90,6 +90,18 @@ class Runner(ABC, Generic[InputT, ParamsT, EncodingT]):
         """One prediction an encoding; `outputs` are those of their sequences, in their order."""
 
 
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """Another name of a parameter, which loses where both are given.
+
+    name    the parameter
+    truths  what true and false mean for it; None: the value is the parameter's own
+    """
+
+    name: str
+    truths: Mapping[bool, object] | None = None
+
+
 class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     """One kind of model.
 
@@ -103,6 +115,9 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     bare        the key that a plain string stands for; None: an input is always an object
     parameters  what a request may say beside its input: a frozen pydantic dataclass
     nulls       what null means for a parameter; for every other one null is as good as absent
+    aliases     other names of parameters
+    listed      parameters of one text in `inputs`, which Hugging Face's clients want a list for,
+                where neither the request nor the settings say otherwise
     settings    what the handler's configuration may say
     columns_of  prediction fields as Open Inference tensors, in their order
     sample      a request that every model of the task can answer
@@ -118,6 +133,8 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     bare: ClassVar[str | None] = None
     parameters: type[ParamsT]
     nulls: ClassVar[Mapping[str, object]] = {}
+    aliases: ClassVar[Mapping[str, Alias]] = {}
+    listed: ClassVar[Mapping[str, object]] = {}
     settings: type[SettingsT]
     columns_of: ClassVar[Mapping[str, Column]]
     sample: ClassVar[Mapping[str, str]]
@@ -133,6 +150,10 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     @abstractmethod
     def read(self, texts: Mapping[str, str], params: ParamsT) -> InputT:
         """The input that a request's texts, by key, stand for."""
+
+    def spread(self, document: Mapping[str, object]) -> list[dict[str, object]] | None:
+        """The inputs of an object that holds several; None for an object that is one input."""
+        return None
 
     @abstractmethod
     def runner(self, settings: SettingsT, loaded: Loaded) -> Runner[InputT, ParamsT, EncodingT]:

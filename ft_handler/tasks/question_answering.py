@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from ft_handler.config import LARGEST_WHOLE, Flag, Settings, Whole, setting
 from ft_handler.errors import ConfigError, UnusableRequest
-from ft_handler.tasks.base import Column, Head, Loaded, Runner, Task
+from ft_handler.tasks.base import Alias, Column, Head, Loaded, Runner, Task
 from ft_handler.tasks.spans import best_spans
 from ft_handler.text.readers import Origins
 from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
@@ -345,6 +345,7 @@ class QuestionAnswering(Task[QuestionInput, Parameters, QuestionEncoding, Questi
     required = ("question", "context")
     ignored = ("target",)  # TorchServe's published sample has it
     parameters = Parameters
+    aliases: ClassVar[Mapping[str, Alias]] = {"topk": Alias("top_k")}
     settings = QuestionSettings
     columns_of: ClassVar[Mapping[str, Column]] = {
         "answer": Column("BYTES", ""),
@@ -370,6 +371,23 @@ class QuestionAnswering(Task[QuestionInput, Parameters, QuestionEncoding, Questi
     def read(self, texts: Mapping[str, str], params: Parameters) -> QuestionInput:
         """A question and its context."""
         return QuestionInput(texts["question"], texts["context"], params)
+
+    def spread(self, document: Mapping[str, object]) -> list[dict[str, object]] | None:
+        """A list of questions about one context, or with as many contexts."""
+        questions, contexts = document.get("question"), document.get("context")
+        if not isinstance(questions, list):
+            return None
+        rest = {k: v for k, v in document.items() if k not in self.required}
+        if not isinstance(contexts, list):
+            contexts = [contexts] * len(questions)
+        if len(contexts) != len(questions):
+            raise UnusableRequest(
+                f"there are {len(questions)} questions, but {len(contexts)} contexts"
+            )
+        return [
+            {"question": question, "context": context, **rest}
+            for question, context in zip(questions, contexts, strict=True)
+        ]
 
     def runner(self, settings: QuestionSettings, loaded: Loaded) -> QuestionRunner:
         """Windows of at most `max_seq_len` tokens."""

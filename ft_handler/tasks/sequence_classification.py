@@ -7,12 +7,12 @@ from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ft_handler.config import LARGEST_WHOLE, AnyCase, Flag, Settings, Whole, setting
 from ft_handler.errors import ConfigError, UnusableRequest
-from ft_handler.tasks.base import Column, Head, Loaded, Runner, Task
+from ft_handler.tasks.base import Alias, Column, Head, Loaded, Runner, Task
 from ft_handler.tasks.scores import sigmoid, softmax
 from ft_handler.text.template import longest_first
 from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
@@ -22,6 +22,23 @@ ALL_LABELS = LARGEST_WHOLE
 
 Function = Literal["softmax", "sigmoid", "none"]
 
+#: What may be cut: true is whichever is longer, false nothing; transformers' names stand for them.
+Truncation = Literal[True, False, "only_first", "only_second"]
+_STRATEGIES: Mapping[str, Truncation] = {
+    "longest_first": True,
+    "only_first": "only_first",
+    "only_second": "only_second",
+    "do_not_truncate": False,
+}
+
+
+def _strategy(value: object) -> Truncation:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or value not in _STRATEGIES:
+        raise ValueError(f"must be true, false or one of {', '.join(_STRATEGIES)}")
+    return _STRATEGIES[value]
+
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(strict=True))
 class Parameters:
@@ -29,11 +46,14 @@ class Parameters:
 
     top_k              None gives the best label as an object, a number a list of so many
     function_to_apply  over the logits; None leaves the choice to the model
+    truncation         what of too long an input may be cut
+    max_length         most tokens; None, and whatever is more, is the model's setting
     """
 
     top_k: Annotated[int, Field(ge=1, le=LARGEST_WHOLE)] | None = None
-    function_to_apply: Function | None = None
-    truncation: bool = True
+    function_to_apply: Annotated[Function | None, AnyCase] = None
+    truncation: Annotated[Truncation, BeforeValidator(_strategy)] = True
+    max_length: Annotated[int, Field(ge=1, le=LARGEST_WHOLE)] | None = None
 
 
 class ClassificationSettings(Settings):
@@ -47,8 +67,8 @@ class ClassificationSettings(Settings):
     function_to_apply: Annotated[Function | None, AnyCase] = setting(
         None,
         "`softmax`, `sigmoid` or `none` (a string) over the logits; null chooses by the model: "
-        "what sentence-transformers configured where there is one label, else regression none, "
-        "multi-label or one label sigmoid, else softmax. A request may override it.",
+        "regression none, multi-label or one label sigmoid, else softmax. A request may override "
+        "it.",
     )
     top_k: Whole | None = setting(
         None,
@@ -96,9 +116,7 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
         self.longest = loaded.max_length
         self._reader, self._template = loaded.reader, loaded.template
         self._labels = [loaded.labels[i] for i in range(len(loaded.labels))]
-        self._function = loaded.info.function_to_apply or default_function(
-            loaded.info.problem_type, len(self._labels)
-        )
+        self._function = default_function(loaded.info.problem_type, len(self._labels))
         if self.longest <= self._template.pair_specials:
             raise ConfigError(f"setting 'max_length' ({self.longest}) leaves no room for text")
 
@@ -122,18 +140,19 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
     def _single(self, item: Item[TextInput], ids: Ids) -> Encoding[TextInput]:
         before, after = self._template.single_before, self._template.single_after
         room = self.longest - len(before) - len(after)
+        room -= self._less(item)
         if len(ids) > room:
-            self._check(item, len(ids), room)
+            self._check(item, len(ids), 0, room)
         sequence = np.concatenate((before, ids[:room], after))
         return Encoding(item, [sequence], [len(sequence)], len(ids) > room)
 
     def _pair(self, item: Item[TextInput], first: Ids, second: Ids) -> Encoding[TextInput]:
         template = self._template
         count = len(first) + len(second)
-        room = self.longest - template.pair_specials
+        room = self.longest - template.pair_specials - self._less(item)
+        keep_first, keep_second = len(first), len(second)
         if count > room:
-            self._check(item, count, room)
-        keep_first, keep_second = longest_first(len(first), len(second), room)
+            keep_first, keep_second = self._check(item, keep_first, keep_second, room)
         sequence = np.concatenate(
             (
                 template.before,
@@ -146,13 +165,31 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
         split = template.split(keep_first, len(sequence))
         return Encoding(item, [sequence], [split], count > room)
 
-    def _check(self, item: Item[TextInput], count: int, room: int) -> None:
-        """Refuse what is too long and may not be cut."""
-        if not item.input.params.truncation:
+    def _less(self, item: Item[TextInput]) -> int:
+        """How many tokens fewer than the model's setting an input may have."""
+        asked = item.input.params.max_length
+        return 0 if asked is None else max(0, self.longest - asked)
+
+    def _check(self, item: Item[TextInput], first: int, second: int, room: int) -> tuple[int, int]:
+        """How much stays of texts that have no room; raises UnusableRequest where none may go."""
+        strategy = item.input.params.truncation
+        over = first + second - room
+        if not strategy:
+            limit = self.longest - self._less(item)
             raise UnusableRequest(
-                f"the input has {count + self.longest - room} tokens, the limit is "
-                f"{self.longest} and truncation is off"
+                f"the input has {limit + over} tokens, the limit is {limit} and truncation is off"
             )
+        if room < 1:
+            raise UnusableRequest("'max_length' leaves no room for text")
+        if strategy is True:
+            return longest_first(first, second, room)
+        cut_first = strategy == "only_first"
+        if (first if cut_first else second) <= over:
+            raise UnusableRequest(
+                f"the input has {over} tokens too many, and the text that 'truncation' names "
+                "is not that long"
+            )
+        return (first - over, second) if cut_first else (first, second - over)
 
     def predict(
         self, encodings: Sequence[Encoding[TextInput]], outputs: Outputs
@@ -204,6 +241,11 @@ class SequenceClassification(
     bare = "text"
     parameters = Parameters
     nulls: ClassVar[Mapping[str, object]] = {"top_k": ALL_LABELS}
+    aliases: ClassVar[Mapping[str, Alias]] = {
+        "topk": Alias("top_k"),
+        "return_all_scores": Alias("top_k", {True: ALL_LABELS, False: 1}),
+    }
+    listed: ClassVar[Mapping[str, object]] = {"top_k": ALL_LABELS}
     settings = ClassificationSettings
     columns_of: ClassVar[Mapping[str, Column]] = {
         "label": Column("BYTES", ""),

@@ -17,7 +17,12 @@ from ft_handler import __version__, tasks
 from ft_handler.cli.bench import BENCHMARKS
 from ft_handler.cli.main import COMMANDS, build
 from ft_handler.config import ENVIRONMENT, settings_table
-from ft_handler.errors import MalformedRequest, RequestTooLarge, UnusableRequest
+from ft_handler.errors import (
+    MalformedRequest,
+    RequestTooLarge,
+    UnsupportedMedia,
+    UnusableRequest,
+)
 from ft_handler.request.documents import Decoder, Limits
 from ft_handler.request.replies import encode_error
 from ft_handler.servers.torchserve.metrics import METRICS
@@ -165,7 +170,7 @@ def documents(section: str) -> list[object]:
 @pytest.mark.parametrize(
     ("title", "mode", "count"),
     [
-        ("Sequence classification", "sequence_classification", 4),
+        ("Sequence classification", "sequence_classification", 5),
         ("Question answering", "question_answering", 1),
         ("Open Inference v2", "sequence_classification", 1),
     ],
@@ -182,7 +187,7 @@ def test_documented_requests_are_understood(title: str, mode: str, count: int) -
 
 def test_documented_errors_are_the_errors() -> None:
     text = page("docs/http.md")
-    for error in (MalformedRequest, RequestTooLarge, UnusableRequest):
+    for error in (MalformedRequest, RequestTooLarge, UnsupportedMedia, UnusableRequest):
         assert f"| {error.status} | `{error.__name__}` |" in text
     decoder = decoder_for("sequence_classification")
     with pytest.raises(MalformedRequest) as refused:

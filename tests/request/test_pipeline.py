@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 from fakes import AsyncEngine, FakeEngine, pipeline_of, sequence_logits
-from malformed import CASES, as_item
+from malformed import CASES, as_request
 
 from ft_handler.errors import EngineLost, OutOfDeviceMemory
 from ft_handler.servers.torchserve.adapter import incoming
@@ -40,7 +40,12 @@ def make(tokenizer):
 
 def run(pipeline, items):
     """The replies to what TorchServe hands over."""
-    return pipeline.run([incoming(item) for item in items])[0]
+    return pipeline.run(requests_of(items))[0]
+
+
+def requests_of(items):
+    """What the adapter makes of what TorchServe hands over; requests stay what they are."""
+    return [incoming(item) if isinstance(item, dict) else item for item in items]
 
 
 def expected(tokenizer, text, pair=None):
@@ -93,7 +98,7 @@ def test_malformed_requests_are_refused_alone(make, mode):
         ]
     answers = [body(run(pipeline, [g])[0]) for g in good]
     rng = random.Random(1)
-    traffic = [(as_item(c.content_type, c.body), c.status, c.name) for c in cases]
+    traffic = [(as_request(c.content_type, c.body), c.status, c.name) for c in cases]
     for i in range(len(cases)):
         traffic.append((good[i % len(good)], 200, str(i % len(good))))
     rng.shuffle(traffic)
@@ -110,7 +115,7 @@ def test_malformed_requests_are_refused_alone(make, mode):
                 for key in want:
                     assert got[key] == (pytest.approx(want[key]) if key == "score" else want[key])
             else:
-                assert set(got) == {"code", "type", "message"}
+                assert set(got) == {"code", "type", "message", "error"}
                 assert got["code"] == status
                 assert got["message"]
                 assert "CUDA" not in got["message"]
@@ -195,7 +200,8 @@ def test_a_failing_bucket_answers_500_and_the_other_buckets_go_on(make, tokenize
         if len(tokenizer.encode(sentence)) > 6:
             assert reply.status == 500
             assert body(reply) == {
-                "code": 500, "type": "InternalError", "message": "internal error"
+                "code": 500, "type": "InternalError", "message": "internal error",
+                "error": "internal error",
             }  # fmt: skip
         else:
             assert body(reply) == expected(tokenizer, sentence)

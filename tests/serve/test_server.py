@@ -77,6 +77,45 @@ def test_one_text_in_every_form(
 
 
 @pytest.mark.parametrize(
+    ("body", "content_type", "text"),
+    [
+        (b"{wow} nice", "text/plain", "{wow} nice"),
+        (b"[[Film]] is great", "TEXT/plain", "[[Film]] is great"),
+        (b'{"text": "a', "text/markdown; charset=utf-8", '{"text": "a'),
+        (b"[ ] fix", None, "[ ] fix"),
+        ("caf\u00e9".encode("latin-1"), "text/plain; charset=ISO-8859-1", "caf\u00e9"),
+        ('{"text": "caf\u00e9"}'.encode("utf-16"), "application/json; charset=utf-16", "caf\u00e9"),
+        (b'{"text": "a film"}', "Application/JSON", "a film"),
+        (b'{"text": "a film"}', "application/x+json", "a film"),
+        (b"the \0film", "text/plain", "the film"),
+        (b'{"text": "the \\u0000film"}', "application/json", "the film"),
+        (b'{"text": "\\q"}', "application/json", None),
+        (b'{"text": "a",}', "application/json", None),
+        (b'{"text": "a",}', None, None),
+        (b"a film", "application/json", None),
+    ],
+)
+def test_a_body_is_what_it_was_declared(
+    running: Any, expected: Expected, body: bytes, content_type: str | None, text: str | None
+) -> None:
+    answer = running.predict("cls", body, content_type)
+    assert answer.status_code == (400 if text is None else 200), answer.text
+    if text is not None:
+        assert right(answer.json(), text, expected)
+
+
+def test_every_route_of_a_prediction(running: Any, expected: Expected) -> None:
+    base = running.server.inference
+    headers = {"Content-Type": "text/plain"}
+    for path in ("predictions/cls", "predictions/cls/1.0", "invocations?model_name=cls"):
+        answer = requests.post(f"{base}/{path}", data=SENTENCE, headers=headers, timeout=60)
+        assert answer.status_code == 200, (path, answer.text)
+        assert right(answer.json(), SENTENCE, expected), path
+        answer = requests.post(f"{base}/{path}", json={"text": SENTENCE, "top_k": 2}, timeout=60)
+        assert len(answer.json()) == 2, path
+
+
+@pytest.mark.parametrize(
     "part",
     [
         (None, SENTENCE),

@@ -1,7 +1,7 @@
 """Requests that must be refused, as a client sends them, each with the status it has to get.
 
-`CASES[mode]` are HTTP bodies with their content type; `as_item` turns one into what TorchServe
-hands to a handler, so that the same corpus drives the pipeline alone and a real server.
+`CASES[mode]` are HTTP bodies with their content type; `as_request` turns one into what the
+TorchServe adapter makes of it, so that the same corpus drives the pipeline alone and a real server.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from typing import Any
+
+from ft_handler.errors import RequestError
+from ft_handler.servers.torchserve.adapter import incoming
+from ft_handler.types import Incoming
 
 MODES = ("sequence_classification", "question_answering")
 
@@ -30,7 +34,7 @@ class Case:
 def as_item(content_type: str | None, body: bytes) -> dict[str, Any]:
     """What TorchServe 0.12 makes of a body."""
     value: Any = bytearray(body)
-    if content_type == "application/json":
+    if content_type is not None and content_type.partition(";")[0] == "application/json":
         try:
             value = json.loads(body.decode("utf-8"))
         except Exception:
@@ -41,6 +45,12 @@ def as_item(content_type: str | None, body: bytes) -> dict[str, Any]:
         except UnicodeDecodeError:
             value = bytearray(body)
     return {"body": value}
+
+
+def as_request(content_type: str | None, body: bytes) -> Incoming | RequestError:
+    """What the adapter makes of a body and its header."""
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    return incoming(as_item(content_type, body), headers)
 
 
 JSON = "application/json"
@@ -59,7 +69,7 @@ _NOT_BOOLEANS: tuple[object, ...] = (0, 1, "true", [], {}, 0.5)
 _BAD_PARAMETERS: dict[str, dict[str, tuple[object, ...]]] = {
     "sequence_classification": {
         "top_k": _NOT_INTEGERS,
-        "function_to_apply": (1, True, "relu", "", [], {}, "SOFTMAX"),
+        "function_to_apply": (1, True, "relu", "", [], {}),
         "truncation": _NOT_BOOLEANS,
     },
     "question_answering": {
@@ -86,6 +96,10 @@ def _cases(mode: str) -> list[Case]:
     def document(name: str, value: object, status: int) -> None:
         add(name, json.dumps(value).encode(), status, JSON)
 
+    def nearly(name: str, body: bytes) -> None:
+        """What begins like a document and is none: as declared text it is a text."""
+        add(name, body, 400, *((None, JSON) if mode == MODES[0] else ()))
+
     # Bytes that are no text.
     add("empty", b"", 400)
     add("white space", b" \t\r\n ", 400)
@@ -104,15 +118,15 @@ def _cases(mode: str) -> list[Case]:
 
     # Text that is nearly JSON.
     for cut in range(1, len(text), 5):
-        add(f"object cut at {cut}", text[:cut], 400)
+        nearly(f"object cut at {cut}", text[:cut])
     for name, body in {
         "brackets crossed": b'{"text": ["a"}]',
         "second document": text + text,
         "trailing comma and text": text[:-1] + b",} x",
-        "comment": b"/* a */" + b'{"text"',
         "missing colon": b'{"text" "a"}',
-        "bare word": b"{text: a}",
-        "bad escape": b'{"text": "\\q"} }',
+        "bad escape": b'{"text": "\\q"}',
+        "trailing comma": text[:-1] + b",}",
+        "trailing comma in a list": b"[" + text + b",]",
         "raw newline in a string": b'{"text": "a\nb"',
         "hexadecimal": b'{"text": 0x10}',
         "plus sign": b'{"text": +1}',
@@ -124,16 +138,19 @@ def _cases(mode: str) -> list[Case]:
         "literal with an operator": b"{'text': 'a' * 9}",
         "literal set": b"{'a', 'b'}",
     }.items():
-        if body.startswith(b"/*") and mode == "sequence_classification":
-            continue  # plain text, if odd
-        add(name, body, 400)
+        nearly(name, body)
+    for name, body in {
+        "bare word": b"{text: a}",
+        "comment": b"/* a */" + text,
+        "plain text": b"a warm film",
+        "link": b"[[Film]] is great",
+        "set": b"{wow} nice",
+        "single quotes": str(valid).encode(),
+    }.items():
+        add(name, body, 400, JSON)
     add("lone surrogate escape", json.dumps({**valid, _FIELDS[mode][0]: "\ud800"}).encode(), 400)
-    add("null character", json.dumps({**valid, _FIELDS[mode][0]: "a\0b"}).encode(), 400)
-    add("not a number", json.dumps({**valid, "top_k": float("nan")}).encode(), 400, None, PLAIN)
-    add("not a number, parsed", json.dumps({**valid, "top_k": float("nan")}).encode(), 422, JSON)
-    if mode == "sequence_classification":
-        add("null byte in plain text", b"a\0b", 400)
-    else:
+    add("not a number", json.dumps({**valid, "top_k": float("nan")}).encode(), 422)
+    if mode == "question_answering":
         for body in (b"who built it?", b"123", b'"text"', b"(1, 2)"):
             add(f"plain text {body!r}", body, 400, None, PLAIN)
 
@@ -150,6 +167,8 @@ def _cases(mode: str) -> list[Case]:
     document("too many inputs", [valid] * (MAX_INPUTS + 1), 413)
     for field in _FIELDS[mode]:
         for value in (1, 1.5, True, ["a"], {"a": 1}):
+            if field == "question" and isinstance(value, list):
+                continue  # several questions
             document(f"{field} is {value!r}", {**valid, field: value}, 422)
         document(f"{field} is empty", {**valid, field: ""}, 422)
         document(f"{field} is blank", {**valid, field: " \u2003\n"}, 422)
@@ -162,6 +181,23 @@ def _cases(mode: str) -> list[Case]:
     document("unknown key", {**valid, "texts": "a"}, 400)
     document("wrong case", {k.upper(): v for k, v in valid.items()}, 400)
     document("other task", _VALID[MODES[1 - MODES.index(mode)]], 400)
+
+    # Encodings that cannot be read.
+    for value, status in ((5, 422), ("%", 400), ("YQ", 400), ("/w==", 400), ("", 400)):
+        document(f"base64 {value!r}", {"instances": [{"data": {"b64": value}}]}, status)
+    for charset in (
+        "idna",
+        "punycode",
+        "unicode_escape",
+        "utf-7",
+        "hex",
+        "rot13",
+        "nonsense",
+        "x" * 99,
+    ):
+        for kind in ("text/plain", "application/octet-stream"):
+            add("charset", text, 415, f"{kind}; charset={charset}")
+    add("not its charset", b"\x81\x30", 400, "text/plain; charset=euc-jp")
 
     # Parameters.
     for name, values in _BAD_PARAMETERS[mode].items():
@@ -218,10 +254,19 @@ def _cases(mode: str) -> list[Case]:
         ({"name": 5}, 422),
         ({"extra": 1}, 400),
         ({"parameters": 1}, 422),
-        ({"parameters": {"binary_data_size": 4}}, 422),
-        ({"parameters": {"content_type": "np"}}, 422),
+        ({"parameters": {"binary_data_size": 4}, "data": ...}, 400),
+        ({"parameters": {"binary_data_size": 4}}, 400),
+        ({"parameters": {"binary_data_size": "4"}}, 422),
+        ({"parameters": {"content_type": "base64"}}, 422),
+        ({"parameters": {"content_type": []}}, 422),
+        ({"parameters": {"shared_memory_region": "x"}}, 422),
     ):
         document(f"v2 {changes}", {"inputs": [tensor(**{"name": first, **changes}), *rest]}, status)
+    for key in ("content_type", "temperature"):
+        document(f"v2 bad {key}", {"inputs": tensors, "parameters": {key: "base64"}},
+                 422 if key == "content_type" else 400)  # fmt: skip
+    wanted = [{"name": "score", "parameters": {"classification": 2}}]
+    document("v2 output as classes", {"inputs": tensors, "outputs": wanted}, 422)
     document("v2 twice the same name", {"inputs": [*tensors, tensor(name=first)]}, 400)
     document("v2 mixed inputs", {"inputs": [*tensors, "a"]}, 422)
     document("v2 id is a number", {"id": 5, "inputs": tensors}, 422)

@@ -99,6 +99,30 @@ def test_pairs_are_cut_as_the_library_cuts_them(tokenizer, own, first, second, l
     assert encoding.truncated == (len(tokenizer.encode(first, second).ids) > limit)
 
 
+@pytest.mark.parametrize("strategy", ["longest_first", "only_first", "only_second"])
+@given(TEXTS, TEXTS | st.none(), st.integers(1, 30), st.integers(8, 24))
+def test_strategies_and_lengths_are_the_librarys(
+    tokenizer, own, strategy, first, second, asked, limit
+):
+    """A request's own `max_length` and strategy; what the library cannot cut is refused."""
+    params = classification.Parameters(truncation=strategy, max_length=asked)
+    (encoding,) = texts_of(tokenizer, limit, [TextInput(first, second, params)])
+    specials = 2 if second is None else 3
+    if min(asked, limit) <= specials:
+        assert isinstance(encoding, UnusableRequest)
+        return
+    own.enable_truncation(min(asked, limit), strategy=strategy)
+    try:
+        theirs = own.encode(first, second)
+    except Exception:  # the library raises bare Exception
+        theirs = None
+    if theirs is None:
+        assert isinstance(encoding, UnusableRequest)
+    else:
+        assert rows(encoding.sequences) == [theirs.ids]
+        assert encoding.splits == [theirs.type_ids.count(0)]
+
+
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 60))
 def test_longest_first_keeps_as_much_as_fits(first, second, room):
     a, b = longest_first(first, second, room)
@@ -229,7 +253,7 @@ def test_offsets_are_characters_of_the_clients_text(tokenizer):
     assert context[begin:end] == "bridge"
 
 
-ODD_CHARACTERS = st.sampled_from("aBé1 .,-'\u0301\u4e2d\u3000\n\tßΣ\u200b\U0001f600")
+ODD_CHARACTERS = st.sampled_from("aBé1 .,-\0'\u0301\u4e2d\u3000\n\tßΣ\u200b\U0001f600")
 ODD_WORDS = st.sampled_from(
     [*WORDS, "The", "FILM.", "[SEP]", "[sep]", "[MASK]x", "", "don't", "a" * 101, "é" * 60]
 )
@@ -257,6 +281,17 @@ def test_remembered_chunks_read_as_the_library_reads(tokenizer, texts, capacity)
                 word = encoding.token_to_word(token)
                 if word is not None:
                     assert tuple(origin[token, 2:]) == encoding.word_to_chars(word)
+
+
+@given(st.lists(st.sampled_from([*WORDS, "\0", "bri\0dge", "\0the", "a\0 \0"]), min_size=1))
+def test_null_characters_change_nothing_but_the_offsets(tokenizer, words):
+    text = " ".join(words)
+    without = text.replace("\0", "")
+    for reader in (RememberedChunks(tokenizer), WholeTexts(tokenizer)):
+        assert rows(reader.ids([text, without])) == rows(reader.ids([without, without]))
+        (_, _), (found, plain) = reader.located([text, without])
+        for (begin, end), (first, last) in zip(found[:, 2:], plain[:, 2:], strict=True):
+            assert text[begin:end].replace("\0", "") == without[first:last]
 
 
 def test_chunks_without_room_in_their_bucket_are_read_right(tokenizer, monkeypatch):

@@ -1,58 +1,32 @@
 """What TorchServe hands over, as requests: one dict each, holding a body or the fields of a form.
 
 `{"body": ...}` is any body, `{"data": ...}` one of gRPC or of a form's field of that name; other
-keys are form fields, and the query of `/invocations`. Values are bytes, text or parsed JSON.
-
-What a request is for stands in its headers: explanations and descriptions reach the same handler.
+keys are form fields, and the query of `/invocations`. Values are bytes, text or parsed JSON. HTTP
+requests have headers, gRPC requests none; what a request is for stands there too, since explanations
+and descriptions reach the same handler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ft_handler.errors import MalformedRequest, NotOffered, RequestError, UnusableRequest
 from ft_handler.types import Incoming
 
 _BODIES = ("body", "data")
-#: Headers by which TorchServe marks what is no prediction; gRPC requests carry none.
+#: `/invocations?model_name=` hands over what chose the model.
+_ROUTING = frozenset({"model_name", "model_version"})
+_NO_HEADERS: Mapping[str, str] = {}
+#: Headers by which TorchServe marks what is no prediction.
 EXPLAIN, DESCRIBE = "explain", "describe"
 
 
-def purpose(ctx: Any, index: int) -> str | None:
+def purpose(headers: Mapping[str, str]) -> str | None:
     """What a request is for: EXPLAIN, DESCRIBE, or None for a prediction."""
-    headers = ctx.get_all_request_header(index)
     for header in (EXPLAIN, DESCRIBE):
         if headers.get(header) == "True":
             return header
     return None
-
-
-def incoming(item: Mapping[str, object], why: str | None = None) -> Incoming | RequestError:
-    """One element of TorchServe's `data` as a request, or why it is none.
-
-    why  what the request is for, as `purpose` says
-    """
-    if why is EXPLAIN:
-        return NotOffered("explanations are not offered; /predictions answers")
-    if len(item) == 1:  # nearly always
-        body = item.get("body")
-        if body is not None:
-            return Incoming(body)
-    bodies = [name for name in _BODIES if name in item]
-    if len(bodies) > 1:
-        return MalformedRequest("send either 'body' or 'data', not both")
-    if not item:
-        return MalformedRequest(
-            "the form has no field; send plain text with Content-Type: text/plain"
-        )
-    fields = {name: value for name, value in item.items() if name not in _BODIES}
-    if not bodies:
-        return Incoming(None, fields)
-    body = item[bodies[0]]
-    if body is None:  # what a parser makes of `null`
-        return UnusableRequest("the body must be text, an object or a list of inputs")
-    return Incoming(body, fields)
 
 
 def over_grpc(headers: Mapping[str, object]) -> bool:
@@ -61,3 +35,49 @@ def over_grpc(headers: Mapping[str, object]) -> bool:
     A header is a text. Beside them TorchServe keeps a dict for every input, under the input's name.
     """
     return not any(isinstance(value, str) for value in headers.values())
+
+
+def incoming(
+    item: Mapping[str, object], headers: Mapping[str, str] = _NO_HEADERS, why: str | None = None
+) -> Incoming | RequestError:
+    """One element of TorchServe's `data` as a request, or why it is none.
+
+    why  what the request is for, as `purpose` says
+    """
+    if why is EXPLAIN:
+        return NotOffered("explanations are not offered; /predictions answers")
+    bodies = [name for name in _BODIES if name in item]
+    if len(bodies) > 1:
+        return MalformedRequest("send either 'body' or 'data', not both")
+    fields = {
+        name: value for name, value in item.items() if name not in _BODIES and name not in _ROUTING
+    }
+    if bodies:
+        body = item[bodies[0]]
+        if isinstance(body, (str, bytes, bytearray)):
+            return _declared(body, fields, headers)
+        if body is None:  # what a parser makes of `null`
+            return UnusableRequest("the body must be text, an object or a list of inputs")
+        return Incoming(body, fields)
+    if not fields:
+        return MalformedRequest(
+            "the form has no field; send plain text with Content-Type: text/plain"
+        )
+    return Incoming(None, fields)
+
+
+def _declared(
+    body: str | bytes | bytearray, fields: Mapping[str, object], headers: Mapping[str, str]
+) -> Incoming:
+    """A body with what its headers say of it; their names have no case."""
+    if isinstance(body, str) and "Content-Type" in headers:  # the usual spelling: no search
+        return Incoming(body, fields, headers["Content-Type"])
+    named = {name.lower(): value for name, value in headers.items()}
+    size = named.get("inference-header-content-length", "").strip()
+    return Incoming(
+        body,
+        fields,
+        named.get("content-type"),
+        named.get("content-encoding"),
+        int(size) if size.isascii() and size.isdigit() and len(size) < 10 else None,
+    )

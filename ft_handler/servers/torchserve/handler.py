@@ -30,12 +30,13 @@ class Worker:
 
     def handle(self, data: Sequence[Mapping[str, object]], ctx: Any) -> list[bytes]:
         """One body a request; status and content type go through `ctx`."""
-        asked = [purpose(ctx, index) for index in range(len(data))]
+        headers = [ctx.get_all_request_header(index) for index in range(len(data))]
+        asked = [purpose(own) for own in headers]
         try:
             replies, stats = self._pipeline.run(
                 [
-                    incoming(item, why)
-                    for item, why in zip(data, asked, strict=True)
+                    incoming(item, own, why)
+                    for item, own, why in zip(data, headers, asked, strict=True)
                     if why is not DESCRIBE
                 ]
             )
@@ -47,7 +48,7 @@ class Worker:
             if why is DESCRIBE:
                 replies.insert(index, self._description)
         for index, reply in enumerate(replies):
-            _answer(ctx, index, reply)
+            _answer(ctx, index, reply, over_grpc(headers[index]))
         stats.undecodable = receive.undecodable.take()
         if self._metrics:
             metrics.emit(ctx.metrics, stats)
@@ -104,11 +105,11 @@ def _load(ctx: Any) -> Worker:
     return Worker(ready, settings)
 
 
-def _answer(ctx: Any, index: int, reply: Reply) -> None:
+def _answer(ctx: Any, index: int, reply: Reply, grpc: bool) -> None:
     ctx.set_response_content_type(index, reply.content_type)
     if reply.status != 200:
         ctx.set_response_status(reply.status, reply.reason, index)
-    if over_grpc(ctx.get_all_request_header(index)):
+    if grpc:
         # Ends a StreamPredictions call; without it TorchServe's front throws and the worker dies.
         # Predictions ignores it, and over HTTP it would keep the client waiting.
         ctx.set_response_header(index, "ts_stream_next", "false")
