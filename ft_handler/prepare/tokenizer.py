@@ -129,7 +129,7 @@ def write_tokenizer(options: TraceOptions, output: Path, vocab_size: int) -> Wri
     vocabulary = served.get_vocab(with_added_tokens=True)
     doubts += _fits(vocabulary, vocab_size, wanted)
     try:
-        Template(served)
+        Template(served, token_types=2)
     except ConfigError as error:
         raise ModelError(f"tokenizer {wanted}: {error}") from None
     _write_words(served, output, lower_case)

@@ -204,10 +204,6 @@ class FakeContext:
         self.response_headers: dict[int, dict[str, str]] = {}
         self.emitted: list[tuple[str, float, str, str]] = []
         self.metrics = self
-        self.request_headers: dict[int, dict[str, str]] = {}
-
-    def get_all_request_header(self, idx: int) -> dict[str, str]:
-        return self.request_headers.get(idx, {})
 
     def get_all_request_header(self, idx: int) -> dict[str, Any]:
         return self.request_headers.get(idx, {"Host": "x", "body": {"content-type": ""}})

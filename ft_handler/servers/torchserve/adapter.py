@@ -2,8 +2,8 @@
 
 `{"body": ...}` is any body, `{"data": ...}` one of gRPC or of a form's field of that name; other
 keys are form fields, and the query of `/invocations`. Values are bytes, text or parsed JSON. HTTP
-requests have headers, gRPC requests none; what a request is for stands there too, since explanations
-and descriptions reach the same handler.
+requests have headers, gRPC requests none. What a request is for stands there too: explanations and
+descriptions reach the same handler.
 """
 
 from __future__ import annotations
