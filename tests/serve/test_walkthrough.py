@@ -62,7 +62,8 @@ class Walk:
         sample = self.folder / "sample_text.txt"
         sample.write_text(body if isinstance(body, str) else json.dumps(body))
         done = subprocess.run(
-            ["curl", "-s", "-X", "POST", self.address + path, "-T", str(sample), "-w", "\n%{http_code}"],
+            ["curl", "-s", "-X", "POST", self.address + path, "-T", str(sample),
+             "-w", "\n%{http_code}"],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
         answer, _, status = done.stdout.rpartition("\n")
