@@ -445,6 +445,18 @@ def test_what_a_tokenizer_says_of_truncation(tiny_classification: Path, tmp_path
     assert served_length(endless, "128") == 128
     left = with_tokenizer(tiny_classification, tmp_path / "l", unchanged, truncation_side="left")
     also = with_tokenizer(tiny_classification, tmp_path / "a", cuts)
+    said: list[str] = []
+    right = with_tokenizer(
+        tiny_classification, tmp_path / "r", lambda tokenizer: tokenizer.enable_truncation(8)
+    )
+    options = TraceOptions(
+        mode=SEQUENCE_CLASSIFICATION,
+        model_name_or_path=str(right),
+        output=tmp_path / "right",
+        strict=True,
+    )
+    trace(options, said.append)
+    assert any("cuts texts at 8 tokens" in line for line in said)
     for source in (left, also):
         with pytest.raises(ModelError, match="truncation_side 'left'"):
             traced(source, tmp_path / "left")
