@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from ft_handler.errors import ModelError
 from ft_handler.prepare.adapters import UNSAFE_PICKLE, Adapter, merge_adapter, read_adapter
 from ft_handler.prepare.hf import first_line, import_transformers, quiet_transformers
 from ft_handler.prepare.hub import Source, resolve
-from ft_handler.prepare.wrapped import state_dict, unwrapped, wrapping_of
+from ft_handler.prepare.wrapped import SAFE_FILE, state_dict, unwrapped, wrapping_of
 from ft_handler.tasks.base import AnyTask, Head
 
 
@@ -58,6 +59,7 @@ def load_checkpoint(
     task = tasks.get(mode)
     transformers = import_transformers()
     from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     source = resolve(model_name_or_path, cache_dir)
     origin = model_name_or_path
@@ -81,7 +83,10 @@ def load_checkpoint(
             model, report = _read(task, config, source, cache_dir)
             if wrapping := wrapping_of(report):
                 state = unwrapped(state_dict(source, cache_dir), architecture)
-                model, report = _build(task, config, None, state_dict=state)
+                with tempfile.TemporaryDirectory() as scratch:
+                    # transformers takes old spellings of names from files alone.
+                    save_file(state, str(Path(scratch) / SAFE_FILE), metadata={"format": "pt"})
+                    model, report = _read(task, config, Source(scratch, local_only=True), None)
                 doubts.append(f"{origin}: its tensors are wrapped ({wrapping}), which was undone")
         except pickle.UnpicklingError as error:
             raise ModelError(UNSAFE_PICKLE) from error
@@ -115,21 +120,16 @@ def load_checkpoint(
 
 def _read(task: AnyTask, config: Any, source: Source, cache_dir: str | None) -> tuple[Any, Any]:
     """transformers' model of a checkpoint, and its report of the load."""
-    return _build(
-        task, config, source.name, cache_dir=cache_dir, local_files_only=source.local_only
-    )
-
-
-def _build(task: AnyTask, config: Any, name: str | None, **more: Any) -> tuple[Any, Any]:
     model, report = getattr(import_transformers(), task.auto_class).from_pretrained(
-        name,
+        source.name,
         config=config,
+        cache_dir=cache_dir,
+        local_files_only=source.local_only,
         dtype=torch.float32,
         weights_only=True,
         output_loading_info=True,
         # The report has both shapes of what does not fit, an error would have none.
         ignore_mismatched_sizes=True,
-        **more,
     )
     return model, report
 

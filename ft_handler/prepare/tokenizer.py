@@ -48,12 +48,14 @@ class WrittenTokenizer:
     text        of its tokenizer.json, to be carried inside
     lower_case  whether it lower-cases
     longest     most tokens that its configuration lets a text have; None where it says nothing
+    notes       what it says that has no effect here
     doubts      what should be known before it is trusted
     """
 
     text: str
     lower_case: bool
     longest: int | None
+    notes: tuple[str, ...]
     doubts: tuple[str, ...]
 
 
@@ -94,7 +96,7 @@ def write_tokenizer(options: TraceOptions, output: Path, vocab_size: int) -> Wri
             raise ModelError(_LEFT.format(wanted, TOKENIZER_SETTINGS_FILES[0]))
         longest = int(tokenizer.model_max_length)
         tokenizer.save_pretrained(str(output))
-    doubts = []
+    notes, doubts = [], []
     made = Tokenizer.from_str(backend.to_str())
     served = made
     if (own := files[TOKENIZER_FILE]) is not None:
@@ -102,7 +104,7 @@ def write_tokenizer(options: TraceOptions, output: Path, vocab_size: int) -> Wri
         if served.truncation and served.truncation.get("direction", "right").lower() != "right":
             raise ModelError(_LEFT.format(wanted, TOKENIZER_FILE))
         if served.truncation:
-            doubts.append(
+            notes.append(
                 f"tokenizer {wanted}: its {TOKENIZER_FILE} cuts texts at "
                 f"{served.truncation['max_length']} tokens, which transformers does not obey; "
                 "max_length in model-config.yaml decides"
@@ -133,7 +135,9 @@ def write_tokenizer(options: TraceOptions, output: Path, vocab_size: int) -> Wri
     except ConfigError as error:
         raise ModelError(f"tokenizer {wanted}: {error}") from None
     _write_words(served, output, lower_case)
-    return WrittenTokenizer(text, lower_case, longest if longest < 10**9 else None, tuple(doubts))
+    return WrittenTokenizer(
+        text, lower_case, longest if longest < 10**9 else None, tuple(notes), tuple(doubts)
+    )
 
 
 _LEFT = (

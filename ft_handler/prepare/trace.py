@@ -67,6 +67,8 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
             )
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = write_tokenizer(options, output, config.vocab_size)
+    for note in tokenizer.notes:
+        say(f"note: {note}")
     _weigh(tokenizer.doubts, options.strict, say)
     longest = options.max_seq_length or max(4, min(positions, tokenizer.longest or positions))
     if options.model_type == "ori":

@@ -18,7 +18,8 @@ from ft_handler.prepare.hub import Source
 _KEYS = ("state_dict", "model_state_dict", "model")
 #: What wrappers of modules put before every name.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-_FILES = ("model.safetensors", "pytorch_model.bin")
+SAFE_FILE = "model.safetensors"
+_FILES = (SAFE_FILE, "pytorch_model.bin")
 
 
 def wrapping_of(report: Mapping[str, Any]) -> str | None:
@@ -33,12 +34,16 @@ def wrapping_of(report: Mapping[str, Any]) -> str | None:
 
 
 def unwrapped(found: Mapping[str, Any], architecture: Architecture) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint's content, names without wrappers' prefixes."""
+    """The state dict inside a checkpoint's content, names without wrappers' prefixes, copied."""
     for key in _KEYS:
         inner = found.get(key)
         if isinstance(inner, Mapping):
             found = inner
-    state = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    state = {
+        str(name): value.clone(memory_format=torch.contiguous_format)
+        for name, value in found.items()
+        if isinstance(value, Tensor)
+    }
     while True:
         wrapped = [n for n in state if not architecture.trains(n)]
         prefix = next((p for p in _PREFIXES if wrapped and wrapped[0].startswith(p)), None)

@@ -208,6 +208,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
         ({"manifest": '{"model": "x"}'}, ModelError, "names no traced file"),
         ({"manifest": manifest(serializedFile="no.pt")}, ModelError, r"names no\.pt, which is not"),
         ({"manifest": manifest(configFile="no.yaml")}, ModelError, r"names no\.yaml, which is not"),
+        ({"settings": "handler: {model_file: no.pt}"}, ModelError, r"names no\.pt, which is not"),
         ({"model": b"cut short"}, ModelError, r"a\.mar: traced_model\.pt: not a TorchScript file"),
         ({"model": packed({})}, ModelError, r"a\.mar: traced_model\.pt: carries no"),
         ({"settings": "a: b: c"}, ConfigError, r"model-config\.yaml is not YAML"),

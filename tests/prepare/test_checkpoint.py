@@ -388,3 +388,180 @@ def test_a_hub_that_is_not_there() -> None:
 def test_an_unknown_mode_is_refused(tiny_classification: Path) -> None:
     with pytest.raises(ModelError, match="mode 'fill_mask'"):
         load(tiny_classification, "fill_mask")
+
+
+# -- what a checkpoint says it is ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "refused"),
+    [
+        (["BertForTokenClassification"], True),
+        (["BertForMultipleChoice"], True),
+        (["BertForQuestionAnswering"], True),
+        (["SomebodysForRanking", "BertForMaskedLM"], True),
+        (["BertForSequenceClassification"], False),
+        (["SomebodysForMultiLabelSequenceClassification"], False),
+        (["BertForMaskedLM", "BertForSequenceClassification"], False),
+        (["BertModel"], False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_heads_of_other_tasks_are_refused(
+    named: list[str] | None, refused: bool, tiny_classification: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "named"
+    shutil.copytree(tiny_classification, folder)
+    edit_config(folder, architectures=named)
+    if not refused:
+        assert load(folder).labels[0] == "negative"
+        return
+    with pytest.raises(ModelError, match=rf"architectures say {named[0] if named else ''}"):
+        load(folder)
+
+
+def test_a_multiple_choice_model_is_no_classifier_of_one_label(
+    tiny_classification: Path, tmp_path: Path
+) -> None:
+    from transformers import BertConfig, BertForMultipleChoice
+
+    config = BertConfig.from_pretrained(tiny_classification, **ONE_LABEL)
+    BertForMultipleChoice(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="BertForMultipleChoice"):
+        load(tmp_path)
+
+
+ONE_LABEL = {"num_labels": 1, "id2label": {0: "score"}, "label2id": {"score": 0}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "function"),
+    [
+        ({}, None),
+        ({"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}, "none"),
+        ({"sbert_ce_default_activation_function": None}, None),
+        (
+            {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}},
+            "sigmoid",
+        ),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.Identity"}}, "none"),
+        ({"sentence_transformers": {"version": "4.0"}}, None),
+    ],
+)
+def test_the_configured_activation_of_one_label(
+    settings: dict[str, Any], function: str | None, make_tiny_bert: Make, tmp_path: Path
+) -> None:
+    one = make_tiny_bert(SEQUENCE_CLASSIFICATION, **ONE_LABEL)
+    edit_config(one, **settings)
+    assert load(one).function_to_apply == function
+
+
+def test_activations_are_for_one_label_and_known(
+    tiny_classification: Path, make_tiny_bert: Make, tmp_path: Path
+) -> None:
+    tanh = {"sbert_ce_default_activation_function": "torch.nn.modules.activation.Tanh"}
+    three = tmp_path / "three"
+    shutil.copytree(tiny_classification, three)
+    edit_config(three, **tanh)
+    assert load(three).function_to_apply is None
+    one = make_tiny_bert(SEQUENCE_CLASSIFICATION, **ONE_LABEL)
+    edit_config(one, **tanh)
+    with pytest.raises(ModelError, match=r"activation torch\.nn\.modules\.activation\.Tanh"):
+        load(one)
+
+
+def test_labels_with_gaps_are_named(tiny_classification: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gaps"
+    shutil.copytree(tiny_classification, folder)
+    edit_config(folder, id2label={"0": "a", "2": "b", "7": "c"}, label2id={"a": 0, "b": 2, "c": 7})
+    with pytest.raises(ModelError, match=r"gaps: its id2label .*\[0, 2, 7\].* --labels"):
+        load(folder)
+    assert load(folder, labels=["a", "b", "c"]).labels == {0: "a", 1: "b", 2: "c"}
+
+
+def test_labels_are_held_against_the_head(tiny_classification: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "five"
+    shutil.copytree(tiny_classification, folder)
+    edit_config(folder, id2label={str(i): f"L{i}" for i in range(5)}, label2id=None)
+    with pytest.raises(ModelError, match=r"head has 3 outputs, but 5 labels .*--labels"):
+        load(folder)
+    assert load(folder, labels=["x", "y", "z"]).labels == {0: "x", 1: "y", 2: "z"}
+
+
+def test_shapes_are_said(tiny_classification: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "wide"
+    shutil.copytree(tiny_classification, folder)
+    edit_config(folder, intermediate_size=96)
+    with pytest.raises(ModelError, match=r"intermediate\.dense\.bias is \[128\], not \[96\]"):
+        load(folder)
+
+
+# -- what scripts of training leave --------------------------------------------------------------
+
+TRAINING = {
+    "fit_denses.0.weight": (4, 4),
+    "fit_dense.bias": (4,),
+    "class_weights": (3,),
+    "loss_fct.weight": (3,),
+    "criterion.pos_weight": (3,),
+}
+
+
+def test_tensors_of_training_are_a_doubt(tiny_classification: Path, tmp_path: Path) -> None:
+    more = {name: torch.ones(shape) for name, shape in TRAINING.items()}
+    state = {**state_of(tiny_classification), **more}
+    found = load(copy_with(tiny_classification, tmp_path / "more", state))
+    (doubt,) = found.doubts
+    assert all(name in doubt for name in TRAINING)
+    assert same(found, load(tiny_classification))
+    assert load(tiny_classification).doubts == ()
+    for name in ("pre_classifier.weight", "crf.transitions", "bert.loss_fct.weight"):
+        odd = {**state_of(tiny_classification), name: torch.ones(3)}
+        with pytest.raises(ModelError, match="no place for"):
+            load(copy_with(tiny_classification, tmp_path / name, odd))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "key"),
+    [
+        ("module.", None),
+        ("", "state_dict"),
+        ("module.", "model_state_dict"),
+        ("model.", "state_dict"),
+        ("_orig_mod.module.", None),
+    ],
+)
+def test_wrapped_checkpoints_are_unwrapped(
+    prefix: str, key: str | None, tiny_classification: Path, tmp_path: Path
+) -> None:
+    state = {prefix + name: value for name, value in state_of(tiny_classification).items()}
+    state["loss_fct.weight"] = torch.ones(3)
+    plain = load(tiny_classification)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_classification, pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save(state if key is None else {key: state, "epoch": 3}, pickled / "pytorch_model.bin")
+    found = load(pickled)
+    assert same(found, plain)
+    assert "wrapped" in found.doubts[0]
+    assert "loss_fct" in found.doubts[1]
+    if key is None:
+        assert same(load(copy_with(tiny_classification, tmp_path / "safe", state)), plain)
+        names = sorted(state)
+        sharded = tmp_path / "sharded"
+        shutil.copytree(pickled, sharded)
+        (sharded / "pytorch_model.bin").unlink()
+        where = {n: f"pytorch_model-{i % 2}.bin" for i, n in enumerate(names)}
+        for file in set(where.values()):
+            torch.save({n: state[n] for n in names if where[n] == file}, sharded / file)
+        index = {"metadata": {}, "weight_map": where}
+        (sharded / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        assert same(load(sharded), plain)
+
+
+def test_what_is_wrapped_is_still_checked(tiny_classification: Path, tmp_path: Path) -> None:
+    state = {"module." + name: value for name, value in state_of(tiny_classification).items()}
+    del state["module.bert.pooler.dense.bias"]
+    with pytest.raises(ModelError, match=r"unset: bert\.pooler\.dense\.bias|no trained head"):
+        load(copy_with(tiny_classification, tmp_path / "fewer", state))

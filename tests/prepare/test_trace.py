@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from model_support import hf_logits
-from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
+from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, tiny_vocabulary
 
 from ft_handler import load_model, precisions
 from ft_handler.cli.main import main
@@ -24,6 +24,7 @@ from ft_handler.model.bundle import read_info, read_tokenizer
 from ft_handler.model.info import FORMAT_VERSION
 from ft_handler.prepare import checkpoint
 from ft_handler.prepare.options import TraceOptions
+from ft_handler.prepare.tokenizer import HARD_TEXTS
 from ft_handler.prepare.trace import trace
 
 transformers = pytest.importorskip("transformers")
@@ -248,6 +249,217 @@ def test_a_file_that_is_off_is_not_written(
     with pytest.raises(ModelError, match="differ from transformers' by"):
         traced(tiny_classification, tmp_path)
     assert not list(tmp_path.rglob("traced_model*"))
+
+
+def scaled(source: Path, target: Path, name: str, factor: float) -> Path:
+    """A copy of a checkpoint in which one tensor is multiplied."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    state = load_file(str(target / "model.safetensors"))
+    state[name] = state[name] * factor
+    save_file(state, str(target / "model.safetensors"), metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "words"),
+    [
+        # A residual beyond fp16's largest number, of weights within it.
+        ("bert.encoder.layer.0.output.dense.weight", 2e4, "overflow in fp16"),
+        ("bert.embeddings.word_embeddings.weight", 1e7, "not finite in fp16: embeddings.word"),
+    ],
+)
+def test_what_overflows_is_refused(
+    name: str, factor: float, words: str, tiny_classification: Path, tmp_path: Path
+) -> None:
+    source = scaled(tiny_classification, tmp_path / "source", name, factor)
+    with pytest.raises(ModelError, match=words):
+        traced(source, tmp_path / "out", data_type="fp16")
+    assert not list(tmp_path.rglob("traced_model*"))
+    traced(source, tmp_path / "out", data_type="bf16")
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(
+    tiny_classification: Path, tmp_path: Path
+) -> None:
+    source = scaled(tiny_classification, tmp_path / "nan", "classifier.bias", float("nan"))
+    with pytest.raises(ModelError, match="not finite in fp32: classifier_bias"):
+        traced(source, tmp_path / "out")
+
+
+def test_messages_name_no_scratch_folder(
+    tiny_classification: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object) -> tuple[float, float]:
+        raise ModelError(f"{path}: is not liked")
+
+    monkeypatch.setattr("ft_handler.prepare.trace.compare", refuse)
+    with pytest.raises(ModelError, match="is not liked") as error:
+        traced(tiny_classification, tmp_path)
+    assert ".checking-" not in str(error.value)
+    assert str(tiny_classification) in str(error.value)
+
+
+def test_the_checkpoints_own_folder_is_not_written_to(
+    tiny_classification: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_classification, tmp_path / "source"))
+    before = {p.name: p.read_bytes() for p in source.iterdir()}
+    with pytest.raises(ModelError, match="give --output another folder"):
+        traced(source, source)
+    with pytest.raises(ModelError, match="give --output another folder"):
+        traced(tiny_classification, source, tokenizer_name=str(source))
+    assert {p.name: p.read_bytes() for p in source.iterdir()} == before
+
+
+# -- tokenizers ----------------------------------------------------------------------------------
+
+
+def with_tokenizer(
+    source: Path, target: Path, change: Callable[[Any], None], **settings: Any
+) -> Path:
+    """A copy of a checkpoint whose tokenizer.json is changed, and the settings beside it."""
+    from tokenizers import Tokenizer
+
+    shutil.copytree(source, target)
+    tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
+    change(tokenizer)
+    tokenizer.save(str(target / "tokenizer.json"))
+    path = target / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return target
+
+
+def compatibility(tokenizer: Any) -> None:
+    from tokenizers import normalizers
+
+    parts = [normalizers.NFKC(), normalizers.Lowercase(), normalizers.StripAccents()]
+    tokenizer.normalizer = normalizers.Sequence(parts)
+
+
+def by_blanks(tokenizer: Any) -> None:
+    from tokenizers import pre_tokenizers
+
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+
+
+def accents_kept(tokenizer: Any) -> None:
+    from tokenizers import normalizers
+
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
+
+
+@pytest.mark.parametrize("change", [compatibility, by_blanks, accents_kept])
+def test_a_checkpoints_own_tokenizer_is_served(
+    change: Callable[[Any], None], tiny_classification: Path, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer
+
+    source = with_tokenizer(tiny_classification, tmp_path / "source", change)
+    said: list[str] = []
+    options = TraceOptions(
+        mode=SEQUENCE_CLASSIFICATION, model_name_or_path=str(source), output=tmp_path / "out"
+    )
+    trace(options, said.append)
+    own = Tokenizer.from_file(str(source / "tokenizer.json"))
+    served = read_tokenizer(tmp_path / "out" / "traced_model.pt")
+    assert served is not None
+    for text in HARD_TEXTS:
+        assert Tokenizer.from_str(served).encode(text).ids == own.encode(text).ids
+    # A vocab.txt would be read as BERT's own tokenizer where no tokenizer.json is beside it.
+    assert not (tmp_path / "out" / "vocab.txt").exists()
+    made = transformers.AutoTokenizer.from_pretrained(str(source)).backend_tokenizer
+    differs = any(made.encode(text).ids != own.encode(text).ids for text in HARD_TEXTS)
+    assert any("reads texts otherwise" in line for line in said) is differs
+    if differs:
+        with pytest.raises(ModelError, match=r"reads texts otherwise .*\(--strict\)"):
+            trace(dataclasses.replace(options, strict=True))
+
+
+def test_settings_beside_a_tokenizer_are_honoured(
+    tiny_classification: Path, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer
+
+    source = with_tokenizer(
+        tiny_classification, tmp_path / "source", lambda _: None, do_lower_case=False
+    )
+    traced(source, tmp_path / "out", model_type="ori")
+    cased = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert cased.encode("Film").ids != cased.encode("film").ids
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    size = Tokenizer.from_file(str(source / "tokenizer.json")).get_vocab_size()
+    more = {str(size): {"content": "[ENTITY]", "special": True}}
+    config["added_tokens_decoder"] = more
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"has token {size}"):
+        traced(source, tmp_path / "more", model_type="ori")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_short_vocabulary_belongs_to_another_model(
+    strict: bool, make_tiny_bert: Callable[..., Path], tmp_path: Path
+) -> None:
+    size = len(tiny_vocabulary())
+    for vocab_size, refused in ((size + 8, False), (size + 130, strict), (2 * size + 1, True)):
+        source = make_tiny_bert(SEQUENCE_CLASSIFICATION, vocab_size=vocab_size)
+        output = tmp_path / str(vocab_size)
+        if refused:
+            with pytest.raises(ModelError, match=r"belongs? to another model"):
+                traced(source, output, strict=strict)
+        else:
+            traced(source, output, strict=strict)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(
+    tiny_classification: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_classification, tmp_path / "source"))
+    for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
+        (source / name).unlink()
+        if name != "tokenizer.json":
+            with pytest.raises(ModelError, match=r"none of its files .*--tokenizer_name"):
+                traced(source, tmp_path / "out")
+    traced(source, tmp_path / "out", tokenizer_name=str(tiny_classification))
+
+
+def test_what_a_tokenizer_says_of_truncation(tiny_classification: Path, tmp_path: Path) -> None:
+    def served_length(source: Path, name: str, **options: Any) -> int:
+        traced(source, tmp_path / name, **options)
+        settings = yaml.safe_load((tmp_path / name / "model-config.yaml").read_text())
+        return int(settings["handler"]["max_length"])
+
+    def cuts(tokenizer: Any) -> None:
+        tokenizer.enable_truncation(8, direction="left")
+
+    def unchanged(tokenizer: Any) -> None:
+        pass
+
+    short = with_tokenizer(tiny_classification, tmp_path / "s", unchanged, model_max_length=40)
+    assert served_length(short, "40") == 40
+    assert served_length(short, "64", max_seq_length=64) == 64
+    endless = with_tokenizer(
+        tiny_classification, tmp_path / "e", unchanged, model_max_length=10**30
+    )
+    assert served_length(endless, "128") == 128
+    left = with_tokenizer(tiny_classification, tmp_path / "l", unchanged, truncation_side="left")
+    also = with_tokenizer(tiny_classification, tmp_path / "a", cuts)
+    said: list[str] = []
+    right = with_tokenizer(
+        tiny_classification, tmp_path / "r", lambda tokenizer: tokenizer.enable_truncation(8)
+    )
+    options = TraceOptions(
+        mode=SEQUENCE_CLASSIFICATION,
+        model_name_or_path=str(right),
+        output=tmp_path / "right",
+        strict=True,
+    )
+    trace(options, said.append)
+    assert any("cuts texts at 8 tokens" in line for line in said)
+    for source in (left, also):
+        with pytest.raises(ModelError, match="truncation_side 'left'"):
+            traced(source, tmp_path / "left")
 
 
 # -- the command line ----------------------------------------------------------------------------

@@ -30,9 +30,10 @@ def fake_java(folder: Path, version: str) -> Path:
     return folder
 
 
-def make_archive(path: Path, name: str) -> None:
+def make_archive(path: Path, name: str, version: str = "1.0") -> None:
+    model = {"modelName": name, "modelVersion": version}
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": {"modelName": name}}))
+        archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": model}))
 
 
 @pytest.fixture
@@ -206,6 +207,16 @@ class TestWantedModels:
         options = ServeOptions(models=("a.mar", "renamed=a.mar"))
         assert wanted_models(options, properties) == {"first": "a.mar", "renamed": "renamed=a.mar"}
         assert wanted_models(ServeOptions(models=("none",)), properties) == {}
+
+    def test_versions_are_loaded_newest_first(self, tmp_path: Path) -> None:
+        for version in ("1.0", "2.0", "10.0", "10.0-rc1", "9.1"):
+            make_archive(tmp_path / f"m-{version}.mar", "m", version)
+        make_archive(tmp_path / "other.mar", "other")
+        (tmp_path / "m-1.0.mar").rename(tmp_path / "m.mar")
+        assert wanted_models(ServeOptions(), {"model_store": str(tmp_path)}) == {
+            "m": "m-10.0.mar,m-10.0-rc1.mar,m-9.1.mar,m-2.0.mar,m.mar",
+            "other": "other.mar",
+        }
 
     def test_the_file_may_decide(self, tmp_path: Path) -> None:
         properties = {"model_store": str(tmp_path), "load_models": "all"}

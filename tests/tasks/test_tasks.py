@@ -29,14 +29,26 @@ LOGITS = np.array([[0.0, 1.0, 2.0], [3.0, -1.0, 0.5]], np.float32)
 def classify(tiny_tokenizer):
     tokenizer = load_tokenizer(tiny_tokenizer)
 
-    def answers(params, logits=LOGITS, labels=LABELS, problem_type=None):
-        info = model_info(labels=labels, num_labels=len(labels), problem_type=problem_type)
+    def answers(params, logits=LOGITS, labels=LABELS, problem_type=None, **more):
+        info = model_info(labels=labels, num_labels=len(labels), problem_type=problem_type, **more)
         runner = runner_of("sequence_classification", tokenizer, info=info)
         items = items_of([TextInput("a", None, p) for p in params])
         encodings = [Encoding(item, [np.array([1])], [1], False) for item in items]
         return runner.predict(encodings, Outputs(logits, np.ones(len(logits), np.int64)))
 
     return answers
+
+
+@pytest.mark.parametrize("configured", ["none", "sigmoid", None])
+def test_a_configured_activation_wins_over_the_tasks_own(classify, configured):
+    logits = np.array([[4.0], [-2.0]], np.float32)
+    one = {"logits": logits, "labels": {0: "score"}, "function_to_apply": configured}
+    found = [a["score"] for a in classify([Parameters()] * 2, **one)]
+    wanted = logits if configured == "none" else sigmoid(logits)
+    assert found == pytest.approx(wanted[:, 0].tolist())
+    # A request still has the last word.
+    (raw, _) = classify([Parameters(function_to_apply="none")] * 2, **one)
+    assert raw["score"] == 4.0
 
 
 def test_the_best_label_as_an_object(classify):

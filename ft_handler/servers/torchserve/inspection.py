@@ -125,13 +125,16 @@ def _archive(path: Path, opened: zipfile.ZipFile) -> Inspection:
     settings = None
     if settings_name is not None:
         settings = parse_yaml(opened.read(settings_name), f"{path}: {settings_name}")
+        name = _model_file(settings, name)
+        if name not in files:
+            raise ModelError(f"{path}: {settings_name} names {name}, which is not in the archive")
     with opened.open(name) as file:
         traced = _traced(file, name, files[name], f"{path}: {name}")
     return Inspection("archive", path, path.stat().st_size, traced, files, settings, manifest)
 
 
-def _model_file(settings: Mapping[str, Any]) -> str:
+def _model_file(settings: Mapping[str, Any], unset: str = TRACED_FILE) -> str:
     """The traced file's name, which the handler's settings may choose."""
     section = settings.get("handler")
     named = section.get("model_file") if isinstance(section, Mapping) else None
-    return named if isinstance(named, str) else TRACED_FILE
+    return named if isinstance(named, str) else unset

@@ -99,10 +99,16 @@ def port_number(key: str, value: str) -> int:
 
 def archive_name(archive: Path) -> str:
     """The model's name in a `.mar` file's manifest."""
+    return archive_model(archive)[0]
+
+
+def archive_model(archive: Path) -> tuple[str, str]:
+    """The model's name and version in a `.mar` file's manifest."""
     try:
         with zipfile.ZipFile(archive) as opened:
             manifest = json.loads(opened.read("MAR-INF/MANIFEST.json"))
-        return str(manifest["model"]["modelName"])
+        model = manifest["model"]
+        return str(model["modelName"]), str(model.get("modelVersion", ""))
     except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{archive} is not a model archive: {error}") from None
 
@@ -180,7 +186,10 @@ def _moved(key: str, found: Address, port: int) -> Address:
 
 
 def wanted_models(options: ServeOptions, properties: Mapping[str, str]) -> dict[str, str]:
-    """Name -> what TorchServe's `-m` takes, for the models to load at the start."""
+    """Name -> what TorchServe's `-m` takes, for the models to load at the start.
+
+    Of several versions of a model all are loaded, the newest first, which makes it the default.
+    """
     store = Path(properties["model_store"])
     if not store.is_dir():
         raise ConfigError(f"there is no model store at {store}; `ft-handler archive` makes one")
@@ -205,7 +214,7 @@ def wanted_models(options: ServeOptions, properties: Mapping[str, str]) -> dict[
             )
     if [name.lower() for name in listed] == ["none"]:
         return {}
-    wanted = {}
+    wanted: dict[str, list[tuple[list[tuple[int, str]], str]]] = {}
     for item in listed:
         name, _, file = item.rpartition("=")
         if item.lower() in ("all", "none"):
@@ -213,8 +222,19 @@ def wanted_models(options: ServeOptions, properties: Mapping[str, str]) -> dict[
         path = store / file
         if not path.exists():
             raise ConfigError(f"no archive {file} in {store}")
-        wanted[name or archive_name(path)] = item
-    return wanted
+        own, version = archive_model(path)
+        wanted.setdefault(name or own, []).append((_rank(version), item))
+    return {
+        name: ",".join(item for _, item in sorted(items, reverse=True))
+        for name, items in wanted.items()
+    }
+
+
+def _rank(version: str) -> list[tuple[int, str]]:
+    """What versions are sorted by: 10.0 comes after 9.1, and 10.0-rc1 before 10.0."""
+    parts = re.split(r"[.+-]", version)
+    ranks = [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+    return [*ranks, (0, "")]
 
 
 def sequence(models: Sequence[str]) -> tuple[str, ...]:
