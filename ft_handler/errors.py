@@ -13,7 +13,8 @@ FtHandlerError
     ├── RequestTooLarge       413
     ├── UnusableRequest       422
     ├── InternalError         500
-    └── OutOfMemory           503
+    ├── OutOfMemory           503
+    └── Overloaded            503
 """
 
 from __future__ import annotations
@@ -103,3 +104,13 @@ class OutOfMemory(RequestError):
 
     def __init__(self) -> None:
         super().__init__("not enough memory for this input")
+
+
+class Overloaded(RequestError):
+    """What came together was more than can be computed in time (503)."""
+
+    status = 503
+    reason = "Service Unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("too much work at once: try again, or with less in one request")
