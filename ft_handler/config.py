@@ -224,6 +224,19 @@ class CoreSettings(Settings):
     max_inputs_per_request: Whole = setting(
         128, "Most inputs in one request's list; more answers 413.", 1
     )
+    max_request_tokens: Whole | None = setting(
+        None,
+        "Most tokens of one request, all its inputs and windows together; more answers 413. Null "
+        "is `max_work_tokens`.",
+        1,
+    )
+    max_work_tokens: Whole | None = setting(
+        None,
+        "Most tokens of all requests that the server hands over at once; beyond it the largest of "
+        "them answer 503. Null is what the device computes in half of the archive's "
+        "responseTimeout, as timed at warm-up; without warm-up there is no bound.",
+        1,
+    )
     max_text_chars: Whole = setting(250_000, "Most characters of one text; more answers 413.", 1)
     remember_chunks: Flag = setting(
         True,

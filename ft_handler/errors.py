@@ -15,7 +15,8 @@ FtHandlerError
     ├── UnusableRequest       422
     ├── InternalError         500
     ├── NotOffered            501
-    └── OutOfMemory           503
+    ├── OutOfMemory           503
+    └── Overloaded            503
 """
 
 from __future__ import annotations
@@ -119,3 +120,13 @@ class OutOfMemory(RequestError):
 
     def __init__(self) -> None:
         super().__init__("not enough memory for this input")
+
+
+class Overloaded(RequestError):
+    """What came together was more than can be computed in time (503)."""
+
+    status = 503
+    reason = "Service Unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("too much work at once: try again, or with less in one request")

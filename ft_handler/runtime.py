@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ft_handler.files import GEMM_TABLE, LABELS_FILE, OLDER_CONFIG_FILE
 from ft_handler.model.bundle import load_model, read_info, read_tokenizer
 from ft_handler.model.info import ModelInfo
 from ft_handler.request.pipeline import Pipeline
+from ft_handler.request.work import bounds_of, tokens_in
 from ft_handler.tasks.base import AnyTask, Loaded, Runner
 from ft_handler.text.chunks import reader_of
 from ft_handler.text.template import Template
@@ -90,12 +92,14 @@ def open_model(
     version: str | None = None,
     max_sequences: int = 128,
     model_file: str | None = None,
+    answer_within: float | None = None,
 ) -> Ready:
     """Load settings, library, model and tokenizer, and warm up.
 
     source, groups, model_file  as in `settle`
     gpu                         the GPU that this process was given, None is a CPU worker
     max_sequences               sequences that a captured batch may have
+    answer_within               seconds after which whoever asks gives a batch up; None is never
 
     Raises FtHandlerError naming what is missing, unknown or contradictory, and EngineError for a
     model that cannot answer its own sample.
@@ -121,9 +125,20 @@ def open_model(
         graph_memory=core.cuda_graph_memory_mb << 20,
     )
     names = {"model_name": name} | ({} if version is None else {"model_version": version})
-    pipeline = Pipeline(task, runner, engine, core, max_positions=info.max_positions, model=names)
     if core.warmup:
         logger.info("warm-up: %s", json.dumps(engine.warm_up()))
+
+    def measure(seconds: float) -> int:
+        return tokens_in(seconds, engine, runner.longest, info.vocab_size, time.perf_counter)
+
+    bounds = bounds_of(core, answer_within, measure)
+    logger.info(
+        "tokens at most: %s of a request, %s of what comes together", bounds.request, bounds.batch
+    )
+    pipeline = Pipeline(
+        task, runner, engine, core, max_positions=info.max_positions, model=names, bounds=bounds
+    )
+    if core.warmup:
         for _ in range(3):
             replies, _ = pipeline.run([Incoming(dict(task.sample))] * 4)
             _hold_sample(replies)

@@ -34,6 +34,7 @@ from ft_handler.request.flight import Flight
 from ft_handler.request.forms import TRUNCATED, Form
 from ft_handler.request.overlap import overlapped, parts_of
 from ft_handler.request.replies import assemble, outcome
+from ft_handler.request.work import NO_BOUNDS, Bounds, Work
 from ft_handler.stats import BatchStats, Stopwatch
 from ft_handler.tasks.base import EncodingT, ParamsT, Runner, Task
 from ft_handler.types import Floats, Incoming, InputT, Item, Outputs, Reply
@@ -59,7 +60,8 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
     engine        encoder and head
     max_positions positions of the model
     model         its name and version, for Open Inference answers
-    clock         seconds, for the figures
+    bounds        how much a request, and what comes together, may ask for
+    clock         seconds, for the figures and the bounds
     """
 
     def __init__(
@@ -71,12 +73,13 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         *,
         max_positions: int,
         model: Mapping[str, str],
+        bounds: Bounds = NO_BOUNDS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runner = runner
         self._engine = engine
         self._per_token = task.per_token
-        self._clock = clock
+        self._clock, self._bounds = clock, bounds
         self._max_batch_tokens = settings.max_batch_tokens
         edges = settings.length_buckets
         self._edges = default_buckets(max_positions) if edges is None else edges
@@ -94,7 +97,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         watch = Stopwatch(self._clock, stats.seconds)
         requests, items = self._decode(incoming)
         watch.lap("decode")
-        self._answer(items, stats, watch)
+        self._answer(requests, items, stats, watch)
         replies = assemble(requests, items)
         for reply in replies:
             stats.failed += reply.status >= 500
@@ -106,7 +109,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         """The answer to one request, as JSON would have it; raises RequestError and EngineLost."""
         stats = BatchStats(requests=1)
         requests, items = self._decode([incoming])
-        self._answer(items, stats, Stopwatch(self._clock, stats.seconds))
+        self._answer(requests, items, stats, Stopwatch(self._clock, stats.seconds))
         (form,) = requests
         if isinstance(form, RequestError):
             raise form
@@ -138,13 +141,20 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
                 requests.append(InternalError())
         return requests, items
 
-    def _answer(self, items: Sequence[Item[InputT]], stats: BatchStats, watch: Stopwatch) -> None:
-        """Give every item its result."""
+    def _answer(
+        self,
+        requests: list[Form | RequestError],
+        items: Sequence[Item[InputT]],
+        stats: BatchStats,
+        watch: Stopwatch,
+    ) -> None:
+        """Give every item its result, or its request the error that refuses it as a whole."""
         parts = parts_of(items) if self._engine.overlaps else [list(items)]
+        work: Work[EncodingT] = Work(self._bounds, self._clock)
         lengths: list[int] = []
 
         def start(part: list[Item[InputT]]) -> _Part[EncodingT]:
-            begun = self._start(part, watch)
+            begun = self._start(part, work, watch)
             lengths.extend(begun.flight.sequences.lengths.tolist())
             return begun
 
@@ -152,15 +162,21 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
             stats.buckets += self._finish(part, watch)
 
         overlapped(parts, start, finish)
+        for request, error in work.refused.items():
+            requests[request] = error
         stats.sequences = len(lengths)
         stats.tokens = sum(lengths)
         stats.padded = stats.sequences * max(lengths, default=0) - stats.tokens
         # A request may ask for longer sequences than the default.
         stats.padded_fixed = max(0, stats.sequences * self._runner.longest - stats.tokens)
 
-    def _start(self, items: list[Item[InputT]], watch: Stopwatch) -> _Part[EncodingT]:
+    def _start(
+        self, items: list[Item[InputT]], work: Work[EncodingT], watch: Stopwatch
+    ) -> _Part[EncodingT]:
         """Tokenize, pack and launch."""
-        encodings = self._tokenize(items)
+        for part in work.slices(items):
+            work.admit(self._tokenize(part))
+        encodings = _wanted(work.start(), items)
         watch.lap("tokenize")
         try:
             sequences = flatten(encodings)
@@ -188,11 +204,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
                     encodings += self._runner.encode([item])
                 except Exception:
                     item.result = InternalError()
-        # Where one input refuses its request, nobody will see the others' answers.
-        refused = {item.request for item in items if item.result is not None}
-        if not refused:
-            return encodings
-        return [e for e in encodings if e.item.request not in refused]
+        return _wanted(encodings, items)
 
     def _finish(self, part: _Part[EncodingT], watch: Stopwatch) -> int:
         """Wait for a part and answer its items; how many buckets it had."""
@@ -235,3 +247,11 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         for encoding in encodings:
             if encoding.item.result is None:
                 encoding.item.result = InternalError()
+
+
+def _wanted(encodings: list[EncodingT], items: Sequence[Item[InputT]]) -> list[EncodingT]:
+    """Where one input refuses its request, nobody will see the others' answers."""
+    refused = {item.request for item in items if item.result is not None}
+    if not refused:
+        return encodings
+    return [e for e in encodings if e.item.request not in refused]

@@ -105,6 +105,27 @@ def test_every_sequence_keeps_the_error_of_its_own(tokenizer):
     assert engine.open == 0
 
 
+FATES = {"fine": 200, "memory": 503, "broken": 500}
+
+
+@given(st.lists(st.sampled_from([*FATES]), min_size=1, max_size=12), st.booleans())
+def test_each_request_gets_the_status_of_its_own_sequence(tokenizer, fates, later):
+    """Every sequence has a length and so a bucket of its own; all of them may fail."""
+    by_length = {3 + at: fate for at, fate in enumerate(fates)}
+
+    def fail(batch):
+        (fate,) = {by_length[n] for n in np.diff(batch.cu_seqlens).tolist()}
+        if fate == "memory":
+            raise OutOfDeviceMemory("no room")
+        if fate == "broken":
+            raise RuntimeError("broken")
+
+    engine = (AsyncEngine if later else FakeEngine)(fail=fail)
+    pipeline = pipeline_of(tokenizer, engine, length_buckets=[*by_length])
+    replies, _ = pipeline.run([Incoming("film " * (n - 2)) for n in by_length])
+    assert [reply.status for reply in replies] == [FATES[fate] for fate in fates]
+
+
 @pytest.mark.parametrize("where", ["flatten", "plan_buckets"])
 def test_a_failure_before_the_launch_stays_in_its_part(tokenizer, monkeypatch, where):
     from ft_handler.request import pipeline as module

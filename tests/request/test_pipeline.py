@@ -9,8 +9,11 @@ import random
 import numpy as np
 import pytest
 from fakes import AsyncEngine, FakeEngine, pipeline_of, sequence_logits
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from malformed import CASES, as_request
 
+from ft_handler.engine.base import Done
 from ft_handler.errors import EngineLost, OutOfDeviceMemory
 from ft_handler.servers.torchserve.adapter import incoming
 from ft_handler.stats import STAGES
@@ -210,19 +213,37 @@ def test_a_failing_bucket_answers_500_and_the_other_buckets_go_on(make, tokenize
 
 
 @pytest.mark.parametrize("mode", ["sequence_classification", "question_answering"])
-def test_logits_that_are_not_finite_are_our_failure_for_that_input_alone(make, mode):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("spread", ["one", "row"])
+@settings(max_examples=15)
+@given(sick=st.sets(st.integers(0, 6)), at=st.integers(0, 2**16))
+def test_logits_that_are_not_finite_are_our_failure_for_that_input_alone(
+    tokenizer, mode, value, spread, sick, at
+):
+    """One number of a sequence, or all of them, whichever of its neighbours have them too."""
+    asks = mode == "question_answering"
+
     class Broken(FakeEngine):
         def launch(self, batch):
-            done = super().launch(batch)
-            done.result()[..., -1:][-1:] = np.nan
-            return done
+            values = super().launch(batch).result()
+            for sequence in sick:
+                begin, end = batch.cu_seqlens[sequence : sequence + 2]
+                own = values[:, begin:end] if asks else values[sequence : sequence + 1]
+                if spread == "row":
+                    own[:] = value
+                else:
+                    own[at % own.shape[0], at % own.shape[1]] = value
+            return Done(values)
 
-    pipeline, _ = make(mode, engine=Broken(mode))
-    item = {"question": "who", "context": "an engineer"}
-    if mode == "sequence_classification":
-        item = "a good film"
-    first, second = run(pipeline, [{"body": item}, {"body": item}])
-    assert (first.status, second.status) == (200, 500)
+    bodies = [{"question": "who", "context": s} if asks else s for s in SENTENCES]
+    wanted = run(pipeline_of(tokenizer, FakeEngine(mode), mode), [{"body": b} for b in bodies])
+    replies = run(pipeline_of(tokenizer, Broken(mode), mode), [{"body": b} for b in bodies])
+    for number, (reply, want) in enumerate(zip(replies, wanted, strict=True)):
+        if number in sick:
+            assert reply.status == 500
+        else:
+            assert body(reply).keys() == body(want).keys()
+            assert body(reply)["score"] == pytest.approx(body(want)["score"])
 
 
 def test_a_lost_device_reaches_the_caller(make):
@@ -239,15 +260,19 @@ def test_a_tokenizer_failure_takes_out_only_its_request(make, tokenizer, monkeyp
     encode = pipeline._runner.encode
 
     def fragile(items):
-        if any(item.input.text == "awful" for item in items):
-            raise TypeError("sec" + "ret")
+        for item in items:
+            if item.input.text.startswith("awful"):
+                raise TypeError(f"cannot read {item.input.text}")
         return encode(items)
 
     monkeypatch.setattr(pipeline._runner, "encode", fragile)
-    good, bad = run(pipeline, [{"body": "a good film"}, {"body": "awful"}])
+    with caplog.at_level(logging.DEBUG):
+        good, bad = run(pipeline, [{"body": "a good film"}, {"body": "awful secretword"}])
     assert body(good) == expected(tokenizer, "a good film")
     assert bad.status == 500
-    assert "secret" not in caplog.text
+    assert "tokenize failed" in caplog.text
+    assert "secretword" not in caplog.text
+    assert "secretword" not in bad.body.decode()
 
 
 def test_an_empty_batch_and_a_batch_of_refusals_compute_nothing(make):
@@ -257,12 +282,30 @@ def test_an_empty_batch_and_a_batch_of_refusals_compute_nothing(make):
     assert engine.batches == []
 
 
-def test_client_text_never_reaches_the_log(make, caplog):
-    pipeline, _ = make()
-    secret = "a \ud800 secretword"
+def test_client_text_never_reaches_the_log(make, caplog, monkeypatch):
+    """Whatever stage refuses or fails: decoding, tokenizing, computing, answering."""
+
+    def fail(batch):
+        raise RuntimeError("broken")
+
+    good, bad = "a secretword", [{"body": "a \ud800 secretword"}, {"body": {"secretword": 1}}]
     with caplog.at_level(logging.DEBUG):
-        run(pipeline, [{"body": secret}, {"body": {"text": "secretword", "secretword": 1}}])
+        replies = run(
+            make()[0], [*bad, {"body": {"text": "secretword " * 99, "truncation": False}}]
+        )
+        replies += run(make(fail=fail)[0], [{"body": good}])
+        pipeline, _ = make()
+
+        def predict(encodings, outputs):
+            raise KeyError(encodings[0].item.input.text)
+
+        monkeypatch.setattr(pipeline._runner, "predict", predict)
+        replies += run(pipeline, [{"body": good}])
+    assert [reply.status for reply in replies] == [400, 400, 422, 500, 500]
+    assert "compute failed" in caplog.text
+    assert "postprocess failed" in caplog.text
     assert "secretword" not in caplog.text
+    assert not any(b"secretword" in reply.body for reply in replies)
 
 
 def large_batch(mode):

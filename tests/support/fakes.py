@@ -13,6 +13,7 @@ from ft_handler.config import CoreSettings, RawSettings
 from ft_handler.engine.base import Engine
 from ft_handler.model.info import ModelInfo
 from ft_handler.request.pipeline import Pipeline
+from ft_handler.request.work import Bounds
 from ft_handler.tasks.base import AnyTask, Loaded, Runner
 from ft_handler.text.chunks import reader_of
 from ft_handler.text.template import Template
@@ -87,6 +88,7 @@ def pipeline_of(
     mode: str = "sequence_classification",
     info: ModelInfo | None = None,
     clock: Callable[[], float] | None = None,
+    bounds: Bounds | None = None,
     **settings: object,
 ) -> Pipeline[Any, Any, Any]:
     """A pipeline over an engine, with settings as a configuration file has them."""
@@ -105,6 +107,7 @@ def pipeline_of(
         max_positions=info.max_positions,
         model={"model_name": "model"},
         **({} if clock is None else {"clock": clock}),
+        **({} if bounds is None else {"bounds": bounds}),
     )
 
 
@@ -149,6 +152,10 @@ class FakeEngine:
     def launch(self, batch: PackedBatch) -> _Done:
         if self.fail is not None:
             self.fail(batch)
+        if not ((batch.token_type_ids >= 0) & (batch.token_type_ids < 2)).all():
+            raise ValueError("token_type_ids must lie in [0, 2)")
+        if (batch.input_ids < 0).any():
+            raise ValueError("input_ids must not be negative")
         self.batches.append(batch)
         assert batch.max_seqlen == np.diff(batch.cu_seqlens).max(initial=0)
         assert batch.cu_seqlens[0] == 0

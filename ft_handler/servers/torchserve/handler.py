@@ -19,6 +19,9 @@ from ft_handler.types import Reply
 
 logger = logging.getLogger(__name__)
 
+#: Seconds that TorchServe waits for a worker where the archive does not say.
+_RESPONSE_TIMEOUT = 120.0
+
 
 class Worker:
     """One worker's model, asked batch by batch."""
@@ -89,6 +92,7 @@ def _load(ctx: Any) -> Worker:
         # Windows make more sequences than requests.
         max_sequences=2 * max(64, properties.get("batch_size") or 1),
         model_file=model.get("serializedFile"),
+        answer_within=_response_timeout(ctx.model_yaml_config),
     )
     keep_out_of_collections()
     info = ready.info
@@ -103,6 +107,14 @@ def _load(ctx: Any) -> Worker:
         ready.device,
     )
     return Worker(ready, settings)
+
+
+def _response_timeout(model_yaml: Mapping[str, object] | None) -> float:
+    """Seconds after which TorchServe gives a worker up: the archive's, else its own default."""
+    seconds = (model_yaml or {}).get("responseTimeout")
+    if isinstance(seconds, (int, float)) and seconds > 0:
+        return float(seconds)
+    return _RESPONSE_TIMEOUT
 
 
 def _answer(ctx: Any, index: int, reply: Reply, grpc: bool) -> None:
