@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-OLDER = " **older than the kernels, measured before their last change.**"
+OLDER = " **Older than the kernels: measured before their last change.**"
 
 
 def newest(kind: str, gpu: bool) -> tuple[Path, dict[str, Any]] | None:
