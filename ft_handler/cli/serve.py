@@ -71,6 +71,7 @@ def run(options: ServeOptions, timeout: float) -> int:
     from rich.console import Console
 
     from ft_handler.servers.torchserve.process import Server
+    from ft_handler.servers.torchserve.properties import shown as address_of
 
     # highlight=False: addresses must survive copy and paste from a narrow terminal.
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -96,9 +97,12 @@ def run(options: ServeOptions, timeout: float) -> int:
         names = server.registered()
         console.print(f"ready after {seconds:.1f} s: {', '.join(names) or 'no model registered'}")
         for name in names:
-            console.print(f"  predict     {server.inference}/predictions/{name}")
+            path = f"/predictions/{name}"
+            console.print(
+                f"  predict     {address_of('inference_address', server.inference, path)}"
+            )
         console.print(f"  management  {server.management}/models")
-        console.print(f"  metrics     {server.metrics}/metrics")
+        console.print(f"  metrics     {address_of('metrics_address', server.metrics, '/metrics')}")
         console.print(
             f"  token       keys are in {server.key_file}: -H 'Authorization: Bearer KEY'"
             if server.token_auth

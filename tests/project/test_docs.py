@@ -6,23 +6,20 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from ft_handler import __version__, tasks
 from ft_handler.cli.bench import BENCHMARKS
 from ft_handler.cli.main import COMMANDS, build
 from ft_handler.config import ENVIRONMENT, settings_table
-from ft_handler.errors import (
-    MalformedRequest,
-    RequestTooLarge,
-    UnsupportedMedia,
-    UnusableRequest,
-)
+from ft_handler.errors import MalformedRequest, RequestError
 from ft_handler.request.documents import Decoder, Limits
 from ft_handler.request.replies import encode_error
 from ft_handler.servers.torchserve.metrics import METRICS
@@ -30,7 +27,9 @@ from ft_handler.types import Incoming
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
-    p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
+    p
+    for folder in ("", "docs/**/", "examples/**/", "benchmarks/**/", ".github/**/")
+    for p in ROOT.glob(f"{folder}*.md")
 )
 
 
@@ -141,13 +140,61 @@ def test_make_targets_in_the_documentation_exist() -> None:
 
 
 def test_changelog_has_this_version() -> None:
-    versions = re.findall(r"^## (\S+)", page("CHANGELOG.md"), re.M)
-    assert versions[0] == __version__
+    """What is not released yet stands first; every version has its date."""
+    headings = re.findall(r"^## (.*)$", page("CHANGELOG.md"), re.M)
+    if headings[0] == "Unreleased":
+        del headings[0]
+    found = [re.fullmatch(r"(\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)", title) for title in headings]
+    assert all(found), headings
+    assert next(f[1] for f in found if f) == __version__
+    assert [f[2] for f in found if f] == sorted((f[2] for f in found if f), reverse=True)
 
 
 def test_ci_calls_the_readme_test_command() -> None:
     assert "make test" in page(".ci/run")
     assert "make test" in page("README.md")
+    workflow = yaml.safe_load(page(".github/workflows/ci.yml"))
+    runs = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert ".ci/run" in runs
+
+
+def test_hooks_run_what_the_check_runs() -> None:
+    """Every tool of scripts/check.sh is a hook, from the same environment."""
+    hooks = yaml.safe_load(page(".pre-commit-config.yaml"))["repos"]
+    assert [repository["repo"] for repository in hooks] == ["local"]
+    entries = [hook["entry"] for hook in hooks[0]["hooks"]]
+    assert all(hook["language"] == "system" for hook in hooks[0]["hooks"])
+    for tool in ("ruff check", "ruff format", "mypy", "clang-format", "bash -n"):
+        assert tool in page("scripts/check.sh"), tool
+        assert any(entry.startswith(tool) for entry in entries), tool
+
+
+def test_nothing_waits_on_ping() -> None:
+    """It says Healthy while workers load or crash: no command that is shown or run asks it."""
+    for path in [*PAGES, *ROOT.glob("scripts/*"), *ROOT.glob("examples/**/*.sh")]:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".md":
+            text = "".join(re.findall(r"^```.*?^```", text, re.M | re.S))
+        assert "/ping" not in text, path
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_figures_are_those_of_the_results(name: str) -> None:
+    """But for the mark of age, which a change of the kernels sets and a clone may lack."""
+    with_script()
+    import figures
+
+    def unmarked(text: str) -> str:
+        return re.sub(r"\s*(Rows of the [^\n]*:)?" + re.escape(figures.OLDER), "", text)
+
+    text = page(name)
+    found = figures.updated(text, figures.PAGES[name])
+    assert unmarked(found) == unmarked(text), "run scripts/figures.py"
+
+
+def test_the_readme_is_short() -> None:
+    """Two minutes: what is longer belongs under docs/ or benchmarks/."""
+    assert len(page("README.md").split()) < 1100
 
 
 def decoder_for(mode: str) -> Decoder[Any, Any]:
@@ -187,7 +234,14 @@ def test_documented_requests_are_understood(title: str, mode: str, count: int) -
 
 def test_documented_errors_are_the_errors() -> None:
     text = page("docs/http.md")
-    for error in (MalformedRequest, RequestTooLarge, UnsupportedMedia, UnusableRequest):
+
+    def below(error: type[RequestError]) -> Iterator[type[RequestError]]:
+        for one in error.__subclasses__():
+            if one.__module__.startswith("ft_handler."):
+                yield one
+                yield from below(one)
+
+    for error in below(RequestError):
         assert f"| {error.status} | `{error.__name__}` |" in text
     decoder = decoder_for("sequence_classification")
     with pytest.raises(MalformedRequest) as refused:

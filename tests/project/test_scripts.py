@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import importlib.util
 import json
+import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from itertools import cycle
@@ -100,27 +102,91 @@ def test_load_generator_counts(answering: http.server.ThreadingHTTPServer, tmp_p
 def test_figures_come_from_the_newest_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures = load_script("scripts/figures.py")
-    monkeypatch.setattr(figures, "RESULTS", tmp_path)
-    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    figures = figures_in(tmp_path, monkeypatch)
     assert figures.figures() == ""
-    for day, ms in (("2026-01-01", 9.0), ("2026-01-02", 2.0)):
-        provenance = {
-            "date": f"{day}T00:00:00+00:00", "cpu": "a cpu", "gpu": "a gpu", "threads": 2,
-            "versions": {"torch": "2.13.0"},
-        }  # fmt: skip
-        row = {
-            "workload": "base fixed b1 s32", "tokens": 32, "padded": 32,
-            "ms": {"hf_sdpa": 8.0, "packed_compile_graph": 4.0, "gemms_graph": 2.5, "ours": ms},
-        }  # fmt: skip
-        path = tmp_path / f"gpu-encoder-{day}.json"
-        path.write_text(json.dumps({"provenance": provenance, "rows": [row]}))
+    assert figures.summary() == ""
+    write_result(figures, "2026-01-01", ours=9.0)
+    write_result(figures, "2026-01-02", ours=2.0)
     text = figures.figures()
-    assert "| base fixed b1 s32 | 32 | 8.000 | 4.000 | 2.500 | **2.000** | 0.50 | 0.80 |" in text
-    assert "gpu-encoder-2026-01-02.json" in text
+    assert "| base ragged b16 s128 | 32 | 8.000 | 4.000 | 2.500 | **2.000** | 0.50 | 0.80 |" in text
+    assert "(results/gpu-encoder-2026-01-02.json)" in text
+    assert "| 8.00 ms | 4.00 ms | **2.00 ms** |" in figures.summary()
     page = "a\n<!-- figures: x -->\nold\n<!-- end of figures -->\nb\n"
     assert "old" not in figures.updated(page)
     assert figures.updated(figures.updated(page)) == figures.updated(page)
+
+
+def figures_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """scripts/figures.py over a repository of its own, without results."""
+    figures = load_script("scripts/figures.py")
+    results = folder / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    monkeypatch.setattr(figures, "RESULTS", results)
+    monkeypatch.setattr(figures, "ROOT", folder)
+    return figures
+
+
+def write_result(figures: Any, day: str, ours: float = 2.0, commit: str = "0" * 40) -> None:
+    """One encoder result of a GPU."""
+    provenance = {
+        "date": f"{day}T00:00:00+00:00", "cpu": "a cpu", "gpu": "a gpu", "threads": 2,
+        "commit": commit, "versions": {"torch": "2.13.0"},
+    }  # fmt: skip
+    row = {
+        "workload": "base ragged b16 s128", "tokens": 32, "padded": 32,
+        "ms": {"hf_sdpa": 8.0, "packed_compile_graph": 4.0, "gemms_graph": 2.5, "ours": ours},
+    }  # fmt: skip
+    path = figures.RESULTS / f"gpu-encoder-{day}.json"
+    path.write_text(json.dumps({"provenance": provenance, "rows": [row]}))
+
+
+@pytest.mark.parametrize("commit", ["0" * 40 + "+changes", "unknown", "None"])
+def test_figures_of_an_uncommitted_tree_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: str
+) -> None:
+    figures = figures_in(tmp_path, monkeypatch)
+    write_result(figures, "2026-01-02")
+    write_result(figures, "2026-01-01", commit=commit)
+    for write in (figures.figures, figures.summary):
+        with pytest.raises(SystemExit, match=r"gpu-encoder-2026-01-01\.json .*not on a commit"):
+            write()
+
+
+def test_figures_older_than_the_kernels_are_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By history where the clone has the commit, else by date; other folders do not age them."""
+    figures = figures_in(tmp_path, monkeypatch)
+    kernels = tmp_path / "csrc/kernels/cuda"
+    kernels.mkdir(parents=True)
+
+    def commit(path: Path, day: str) -> str:
+        path.write_text(f"// {day}\n")
+        when = {"GIT_AUTHOR_DATE": f"{day}T12:00:00Z", "GIT_COMMITTER_DATE": f"{day}T12:00:00Z"}
+        name = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        for command in (("add", "-A"), (*name, "commit", "-qm", day)):
+            subprocess.run(["git", *command], cwd=tmp_path, check=True, env={**os.environ, **when})
+        return str(figures.git("rev-parse", "HEAD")[1])
+
+    write_result(figures, "2026-01-05")
+    assert figures.OLDER not in figures.figures()  # no history at all
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    before = commit(kernels / "a.cu", "2026-01-01")
+    after = commit(tmp_path / "README.md", "2026-01-02")
+    for known in (before, after):
+        write_result(figures, "2026-01-05", commit=known)
+        assert figures.OLDER not in figures.figures() + figures.summary()
+    changed = commit(kernels / "a.cu", "2026-01-04")
+    write_result(figures, "2026-01-05", commit=after)  # measured later, of an older tree
+    assert figures.OLDER in figures.figures()
+    assert figures.OLDER in figures.summary()
+    write_result(figures, "2026-01-05", commit=changed)
+    assert figures.OLDER not in figures.figures()
+    write_result(figures, "2026-01-05")  # a commit that this clone lacks
+    assert figures.OLDER not in figures.figures()
+    (figures.RESULTS / "gpu-encoder-2026-01-05.json").unlink()
+    write_result(figures, "2026-01-03")
+    assert figures.OLDER in figures.figures()
 
 
 def test_lengths_of_the_mixes() -> None:

@@ -157,6 +157,7 @@ def test_a_snapshot_with_a_port(tmp_path: Path) -> None:
         ("inference_address=http://127.0.0.1:99999", "inference_address: '99999' is no port"),
         ("grpc_inference_port=many", "grpc_inference_port: 'many' is no port"),
         ("inference_address=unix:/run/x\nuse_native_io=false", "use_native_io=true"),
+        ("management_address=unix:/run/x", "management_address is a Unix socket.*needs a port"),
         ("service_envelope=json", "service_envelope .*'json'.* leave it out"),
     ],
 )
@@ -336,11 +337,15 @@ def test_a_host_that_does_not_resolve_is_named(
 
 def test_port_moves_what_has_a_port(tmp_path: Path) -> None:
     path = tmp_path / "config.properties"
-    path.write_text("management_address=unix:/run/m\n")
+    path.write_text("metrics_address=unix:/run/m\n")
     found = effective_properties(ServeOptions(config=path, port=9000))
     assert [found[key] for key in properties.ADDRESSES] == [
-        "http://127.0.0.1:9000", "unix:/run/m", "http://127.0.0.1:9002",
+        "http://127.0.0.1:9000", "http://127.0.0.1:9001", "unix:/run/m",
     ]  # fmt: skip
+    asked = properties.shown("metrics_address", found["metrics_address"], "/metrics")
+    assert asked == "--unix-socket /run/m http://localhost/metrics"
+    asked = properties.shown("inference_address", found["inference_address"], "/x")
+    assert asked == "http://127.0.0.1:9000/x"
     path.write_text("inference_address=unix:/run/i\n")
     with pytest.raises(ConfigError, match="--port cannot move inference_address"):
         effective_properties(ServeOptions(config=path, port=9000))

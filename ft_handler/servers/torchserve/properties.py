@@ -158,15 +158,20 @@ def effective_properties(
         if options.port is not None:
             found = _moved(key, found, options.port + offset)
             properties[key] = str(found)
-        if found.path and properties.get("use_native_io", "true").lower() != "true":
-            raise ConfigError(f"{key} is a Unix socket, and those need use_native_io=true")
     for offset, (key, default) in enumerate(GRPC_PORTS.items()):
         properties.setdefault(key, default)
         if options.grpc_port is not None:
             properties[key] = str(options.grpc_port + offset)
     properties.update(options.overrides)
     for key in ADDRESSES:
-        address(key, properties[key])
+        found = address(key, properties[key])
+        if found.path and key == "management_address":
+            raise ConfigError(
+                f"{key} is a Unix socket, but `ft-handler serve` asks there whether workers are "
+                "ready and needs a port; plain torchserve takes it"
+            )
+        if found.path and properties.get("use_native_io", "true").lower() != "true":
+            raise ConfigError(f"{key} is a Unix socket, and those need use_native_io=true")
     for key in GRPC_PORTS:
         port_number(key, properties[key])
     chosen = properties.get("service_envelope")
@@ -174,6 +179,12 @@ def effective_properties(
         chosen = environment.get("TS_SERVICE_ENVELOPE") or chosen
     envelope.refuse(chosen)
     return properties
+
+
+def shown(key: str, value: str, path: str) -> str:
+    """What a user types after `curl` to ask for a path of one of TorchServe's interfaces."""
+    found = address(key, value)
+    return f"--unix-socket {found.path} http://localhost{path}" if found.path else f"{found}{path}"
 
 
 def _moved(key: str, found: Address, port: int) -> Address:
