@@ -256,7 +256,7 @@ def test_odd_requests_harm_no_neighbour(running: Any, expected: Expected) -> Non
         min_size=8, max_size=24,
     )  # fmt: skip
 
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(10) as pool:
 
         @settings(max_examples=ODD_BATCHES, deadline=None, suppress_health_check=list(HealthCheck))
         @given(batch)
