@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Environments of their own for other servers' clients, under build/clients/, which
-# tests/serve/test_clients.py asks a running server with. What is there already is kept.
+# tests/serve/test_clients.py asks a running server with. What is there already is kept. With CI set
+# it fails when one cannot be installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +13,11 @@ make() {
     [ -e "$folder/$2" ] && return
     rm -rf "$folder"
     "$python" -m venv "$folder"
-    "$folder/bin/python" -m pip --disable-pip-version-check install --quiet "$2"
+    if ! "$folder/bin/python" -m pip --disable-pip-version-check install --quiet "$2"; then
+        echo "$1 does not install here; its tests will be skipped"
+        rm -rf "$folder"
+        return 1
+    fi
     touch "$folder/$2"
 }
 
@@ -24,4 +29,5 @@ failed=0
 for job in "${running[@]}"; do
     wait "$job" || failed=1
 done
-exit "$failed"
+# Elsewhere a client that has no release for this Python is no failure.
+[ -z "${CI:-}" ] || exit "$failed"

@@ -26,7 +26,7 @@ _DOCUMENT_START = re.compile(r"\s*[\[{][\s\[{]*(?:[\"']|$)")
 #: Charsets that may be declared -> Python's name. Codecs that are no charset are left out, and the
 #: codec registry, which remembers every name it is asked for, never sees a client's.
 _CHARSETS = {
-    **dict.fromkeys(("utf-8", "utf8", "us-ascii", "ascii"), "utf-8-sig"),
+    **dict.fromkeys(("utf-8", "utf8", "us-ascii", "ascii"), "utf-8"),
     **{name: name for name in ("utf-16", "utf-16le", "utf-16be", "utf-32", "utf-32le", "utf-32be")},
     **{f"iso-8859-{part}": f"iso8859-{part}" for part in (*range(1, 12), *range(13, 17))},
     **{f"windows-{page}": f"cp{page}" for page in (874, *range(1250, 1259))},
@@ -81,7 +81,7 @@ def read_body(incoming: Incoming) -> object:
         return body
     kind, charset = declared(incoming.content_type)
     if isinstance(body, str):
-        if kind is Kind.TEXT and charset is not None and _codec(charset) != "utf-8-sig":
+        if kind is Kind.TEXT and charset is not None and _codec(charset) != "utf-8":
             body = _decoded(body.encode(), charset)  # the server took it for UTF-8
         # What a parser found in declared JSON is a string now, and no longer JSON.
         return read_text(body, Kind.TEXT if kind is Kind.JSON else kind)
@@ -146,7 +146,7 @@ def _codec(charset: str) -> str:
 
 def _decoded(body: bytes | bytearray, charset: str) -> str:
     codec = _codec(charset)
-    if codec == "utf-8-sig":
+    if codec == "utf-8":
         return utf8(body)
     try:
         return body.decode(codec).removeprefix("\ufeff")

@@ -14,7 +14,7 @@ _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 def utf8(value: bytes | bytearray) -> str:
     """Bytes as text, without a byte-order mark; raises MalformedRequest."""
     try:
-        return value.decode("utf-8-sig")
+        return value.decode().removeprefix("\ufeff")  # quicker than the codec for both
     except UnicodeDecodeError:
         raise MalformedRequest("the text is not valid UTF-8") from None
 

@@ -12,6 +12,7 @@ from fakes import AsyncEngine, FakeEngine, pipeline_of, sequence_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from malformed import CASES, as_request
+from odd_requests import odd_requests
 
 from ft_handler.engine.base import Done
 from ft_handler.errors import EngineLost, OutOfDeviceMemory
@@ -122,6 +123,33 @@ def test_malformed_requests_are_refused_alone(make, mode):
                 assert got["code"] == status
                 assert got["message"]
                 assert "CUDA" not in got["message"]
+
+
+@pytest.mark.parametrize("mode", ["sequence_classification", "question_answering"])
+def test_whatever_is_asked_harms_no_neighbour(make, mode, caplog):
+    """Good requests between odd ones: no 5xx, nothing logged, and answers as they are alone."""
+    pipeline, _ = make(mode)
+    good = [
+        {"body": s if mode == "sequence_classification" else {"question": "who", "context": s}}
+        for s in SENTENCES
+    ]
+    alone = [run(pipeline, [g])[0] for g in good]
+
+    @given(st.lists(odd_requests(mode), min_size=1, max_size=len(good)))
+    def mixed(odd):
+        batch = []
+        for one, neighbour in zip(odd, good, strict=False):
+            batch += [as_request(one.headers.get("Content-Type"), one.body, one.headers), neighbour]
+        replies = run(pipeline, batch)
+        for reply in replies[::2]:
+            assert reply.status < 500
+            assert json.loads(reply.body)
+        for reply, own in zip(replies[1::2], alone, strict=False):
+            found, wanted = body(reply), body(own)
+            assert found == {**wanted, "score": pytest.approx(wanted["score"])}
+
+    mixed()
+    assert caplog.text == ""
 
 
 def test_a_bad_element_refuses_its_request_and_names_the_index(make, tokenizer):

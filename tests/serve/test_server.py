@@ -21,12 +21,17 @@ from typing import Any
 import pytest
 import requests
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from malformed import CASES
+from odd_requests import Odd, odd_requests
 from tiny import WORD_LIST
 
 from ft_handler.servers.torchserve.metrics import METRICS
 
 Expected = Callable[[str], dict[str, float]]
+
+ODD_BATCHES = 40  # of 8 to 24 odd requests
 
 SENTENCE = "the film was great"
 CONTEXT = "the old bridge was built in the harbour and opened that year"
@@ -296,6 +301,44 @@ def test_bad_requests_in_good_traffic(running: Any, expected: Expected) -> None:
     with ThreadPoolExecutor(24) as pool:
         list(pool.map(send, jobs))
     assert not wrong, "\n".join(wrong)
+    assert (running.pids("cls"), running.pids("qa")) == before
+
+
+def test_odd_requests_harm_no_neighbour(running: Any, expected: Expected) -> None:
+    """Requests of every kind between tagged good ones: no 5xx, right answers, the same workers."""
+    before = running.pids("cls"), running.pids("qa")
+    good = {text: expected(text) for text in map(sentence, range(8))}
+    counts: dict[int, int] = {}
+
+    def send(job: tuple[str, Odd | str]) -> str | None:
+        model, odd = job
+        if isinstance(odd, str):
+            answer = running.predict(model, odd)
+            if answer.status_code != 200 or not right(answer.json(), odd, good.__getitem__):
+                return f"good request: {answer.status_code} {answer.text[:200]}"
+            return None
+        url = f"{running.server.inference}/predictions/{model}"
+        answer = running.session.post(url, data=odd.body, headers=odd.headers, timeout=60)
+        counts[answer.status_code] = counts.get(answer.status_code, 0) + 1
+        return f"{odd}: {answer.status_code}" if answer.status_code >= 500 else None
+
+    batch = st.lists(
+        st.tuples(st.just("cls"), odd_requests("sequence_classification"))
+        | st.tuples(st.just("qa"), odd_requests("question_answering")),
+        min_size=8, max_size=24,
+    )  # fmt: skip
+
+    with ThreadPoolExecutor(10) as pool:
+
+        @settings(max_examples=ODD_BATCHES, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(batch)
+        def mixed(odd: list[tuple[str, Odd | str]]) -> None:
+            jobs = [*odd, *(("cls", text) for text in good)]
+            random.Random(len(odd)).shuffle(jobs)
+            assert [fault for fault in pool.map(send, jobs) if fault] == []
+
+        mixed()
+    assert {200, 400, 415, 422} <= set(counts)
     assert (running.pids("cls"), running.pids("qa")) == before
 
 

@@ -7,6 +7,7 @@ TorchServe adapter makes of it, so that the same corpus drives the pipeline alon
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,8 @@ class Case:
 def as_item(content_type: str | None, body: bytes) -> dict[str, Any]:
     """What TorchServe 0.12 makes of a body."""
     value: Any = bytearray(body)
-    if content_type is not None and content_type.partition(";")[0] == "application/json":
+    content_type = content_type.partition(";")[0].strip() if content_type else None
+    if content_type == "application/json":
         try:
             value = json.loads(body.decode("utf-8"))
         except Exception:
@@ -47,10 +49,12 @@ def as_item(content_type: str | None, body: bytes) -> dict[str, Any]:
     return {"body": value}
 
 
-def as_request(content_type: str | None, body: bytes) -> Incoming | RequestError:
-    """What the adapter makes of a body and its header."""
-    headers = {} if content_type is None else {"Content-Type": content_type}
-    return incoming(as_item(content_type, body), headers)
+def as_request(
+    content_type: str | None, body: bytes, headers: Mapping[str, str] | None = None
+) -> Incoming | RequestError:
+    """What the adapter makes of a body and its headers."""
+    own = {} if content_type is None else {"Content-Type": content_type}
+    return incoming(as_item(content_type, body), {**own, **(headers or {})})
 
 
 JSON = "application/json"

@@ -15,8 +15,11 @@ from ft_handler.types import Incoming
 
 _BODIES = ("body", "data")
 #: `/invocations?model_name=` hands over what chose the model.
-_ROUTING = frozenset({"model_name", "model_version"})
+_NO_FIELD = frozenset({*_BODIES, "model_name", "model_version"})
+_NO_FIELDS: Mapping[str, object] = {}
 _NO_HEADERS: Mapping[str, str] = {}
+_HEADERS = frozenset({"content-type", "content-encoding", "inference-header-content-length"})
+_LENGTHS = frozenset(map(len, _HEADERS))
 #: Headers by which TorchServe marks what is no prediction.
 EXPLAIN, DESCRIBE = "explain", "describe"
 
@@ -49,9 +52,9 @@ def incoming(
     bodies = [name for name in _BODIES if name in item]
     if len(bodies) > 1:
         return MalformedRequest("send either 'body' or 'data', not both")
-    fields = {
-        name: value for name, value in item.items() if name not in _BODIES and name not in _ROUTING
-    }
+    fields: Mapping[str, object] = _NO_FIELDS
+    if len(item) > len(bodies):
+        fields = {name: value for name, value in item.items() if name not in _NO_FIELD}
     if bodies:
         body = item[bodies[0]]
         if isinstance(body, (str, bytes, bytearray)):
@@ -72,7 +75,12 @@ def _declared(
     """A body with what its headers say of it; their names have no case."""
     if isinstance(body, str) and "Content-Type" in headers:  # the usual spelling: no search
         return Incoming(body, fields, headers["Content-Type"])
-    named = {name.lower(): value for name, value in headers.items()}
+    named = {
+        lower: headers[name]
+        for name in headers
+        # Most headers have another length, which is quicker to see.
+        if len(name) in _LENGTHS and (lower := name.lower()) in _HEADERS
+    }
     size = named.get("inference-header-content-length", "").strip()
     return Incoming(
         body,
