@@ -72,6 +72,7 @@ GemmParams gemm_params(const SmallShape& s, Kind kind, const SmallGemmPlan& plan
   p.held_rows = std::min(kTileTable[plan.tile].rows, round_up(s.tokens, 16));
   if (kind == kAttention) {
     p.key_capacity = key_capacity(s, kTileTable[plan.tile].rows);
+    p.longest = s.max_seqlen;
     p.head_dim = s.hidden / s.heads;
     p.scale_log2 = static_cast<float>(1.4426950408889634 / std::sqrt(double(p.head_dim)));
   }
@@ -399,6 +400,7 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
       a.hidden = h;
       a.batch = s.batch;
       a.key_capacity = attention_keys(s);
+      a.longest = s.max_seqlen;
       a.head_dim = h / s.heads;
       a.scale_log2 = static_cast<float>(1.4426950408889634 / std::sqrt(double(a.head_dim)));
       error = chain.attention(a, attention_shared(s));
