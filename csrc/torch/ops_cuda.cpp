@@ -182,7 +182,8 @@ Tensor prepare_weight(Tensor weight, std::optional<Tensor> scale) {
   FT_CHECK(weight.dim() == 2 || weight.dim() == 3, "weight must be [n, k] or [layers, n, k], is ",
            shape_of(weight));
   // The schema says that the result is no part of the argument.
-  return torch::stable::clone(torch::stable::contiguous(weight));
+  const Tensor whole = packed(weight);
+  return pointer(whole) == pointer(weight) ? torch::stable::clone(whole) : whole;
 }
 
 bool is_prepared(Tensor prepared, Tensor weight) {

@@ -18,7 +18,7 @@ bool packs(AttentionKernel kernel) {
 }
 
 int64_t tile_bound(const AttentionShape& shape, AttentionKernel kernel, int tile_rows) {
-  const int64_t batch = shape.batch, tokens = shape.tokens;
+  const int64_t batch = shape.batch, tokens = shape.tokens, longest = shape.max_seqlen;
   // One tile more is for the rows past the last sequence.
   if (packs(kernel)) {
     // Two neighbouring tiles hold more than tile_rows rows, else they would be one; only a round of
@@ -26,7 +26,7 @@ int64_t tile_bound(const AttentionShape& shape, AttentionKernel kernel, int tile
     const int64_t by_tokens = 2 * tokens / tile_rows + 1 + batch / kPlanThreads;
     return (batch < by_tokens ? batch : by_tokens) + 1;
   }
-  const int64_t by_length = batch * ((shape.max_seqlen + tile_rows - 1) / tile_rows);
+  const int64_t by_length = batch * ((longest + tile_rows - 1) / tile_rows);
   const int64_t by_tokens = tokens / tile_rows + batch;
   return (by_length < by_tokens ? by_length : by_tokens) + 1;
 }

@@ -54,7 +54,8 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // Keys that a tile of `rows` queries can need: its own rows and the rest of the sequences at its
 // ends.
 int key_capacity(const SmallShape& s, int rows) {
-  return round_up(std::min(s.tokens, rows + 2 * (std::max(s.max_seqlen, 1) - 1)), 32);
+  const int longest = std::clamp(s.max_seqlen, 1, std::max(s.tokens, 1));
+  return round_up(std::min(s.tokens, rows + 2 * (longest - 1)), 32);
 }
 
 // What does not depend on where tensors lie.
