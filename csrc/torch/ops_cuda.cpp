@@ -494,7 +494,9 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
   check_device(op, word, "token_type_ids", token_type_ids);
   check_positions(op, word, position_ids, input_ids.size(0));
   const OnDeviceOf device(word);
-  for (Tensor& tensor : tensors) tensor = packed(tensor);  // `w` and `word` see it
+  for (Tensor& tensor : tensors) {
+    if (!aligned(tensor)) tensor = torch::stable::clone(tensor);  // `w` and `word` see it
+  }
   const Tensor ids = packed(input_ids), types = packed(token_type_ids), cu = packed(cu_seqlens);
   const std::optional<Tensor> positions = packed(position_ids);
   cuda::EncoderShape shape;
@@ -557,8 +559,8 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
 Tensor encode(Tensor input_ids, Tensor token_type_ids, std::optional<Tensor> position_ids,
               Tensor cu_seqlens, int64_t max_seqlen, std::vector<Tensor> weights, std::string spec,
               std::string options) {
-  return run_encoder(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen, weights,
-                     parse_encoder_spec(spec), parse_encoder_options(options));
+  return run_encoder(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen,
+                     std::move(weights), parse_encoder_spec(spec), parse_encoder_options(options));
 }
 
 Tensor encoder(Tensor input_ids, Tensor token_type_ids, std::optional<Tensor> position_ids,

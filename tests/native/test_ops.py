@@ -220,10 +220,11 @@ def test_what_is_not_finite_reaches_its_sequence_and_no_other(
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
-def test_rows_of_infinite_scores_are_nan(dtype: torch.dtype, value: float) -> None:
-    qkv = torch.rand(40, 96).to(dtype) + 1
+@pytest.mark.parametrize("length", [1, 13, 40, 41, 67])
+def test_rows_of_infinite_scores_are_nan(dtype: torch.dtype, value: float, length: int) -> None:
+    qkv = torch.rand(length, 96).to(dtype) + 1
     qkv[:, 32:64] = value
-    assert ops.varlen_attention(qkv, bounds_of([40]), 40, 1).isnan().all()
+    assert ops.varlen_attention(qkv, bounds_of([length]), length, 1).isnan().all()
 
 
 def test_attention_refuses() -> None:

@@ -245,7 +245,7 @@ inline Vec exp2_negative(Vec x) {
 // torch's course: the positive one stays, the negative one becomes NaN.
 template <typename Target>
 inline Vec gelu(Vec x) {
-  const Vec y = select(x > 0.0f, x, -x);
+  const Vec y = reinterpret_cast<Vec>(reinterpret_cast<IVec>(x) & 0x7fffffff);
   // As its second operand NaN survives a minimum; beyond 16 all powers vanish.
   const Vec near = vmin(splat(16.0f), y);
   const auto& coefficients = Target::Gelu::kCoefficients;
@@ -460,10 +460,8 @@ void pack_keys_values(const Attention& t, float* keys, float* values) {
 // between and the next whole vector is overwritten. Returns the sum: NaN, whatever the row then
 // holds, where a score is NaN or the largest is infinite, of either sign.
 inline float softmax_row(float* row, int64_t length, float scale) {
-  if (const int64_t left = length % kLanes) {
-    float* last = row + length - left;
-    for (int64_t e = left; e < kLanes; ++e) last[e] = -1e30f;  // exp2 makes it vanish
-  }
+  const int64_t end = ceil_div(length, kLanes) * kLanes;
+  for (int64_t j = length; j < end; ++j) row[j] = row[0];
   // The largest passes over NaN, whose bits the exponential would make a number of; the sum of all
   // scores does not.
   Vec highest = load(row), all = highest;
@@ -480,6 +478,7 @@ inline float softmax_row(float* row, int64_t length, float scale) {
       if (row[j] != row[j]) return nan;
     }
   }
+  for (int64_t j = length; j < end; ++j) row[j] = -1e30f;  // exp2 makes it vanish
   Vec total = {};
   for (int64_t j = 0; j < length; j += kLanes) {
     const Vec e = exp2_negative((load(row + j) - top) * scale);
