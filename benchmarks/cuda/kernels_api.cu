@@ -61,6 +61,6 @@ FT_API int ft_embedding_layer_norm(const void* ids, const void* types, int id_ty
 
 FT_API int ft_bias_gelu(const void* input, const void* bias, int rows, int width, int dtype,
                         void* output, void* stream, int pdl) {
-  return bias_activation(input, bias, Activation::kGelu, rows, width, static_cast<DType>(dtype),
-                         output, nullptr, launch_on(stream, pdl));
+  return bias_activation(input, bias, nullptr, Activation::kGelu, rows, width,
+                         static_cast<DType>(dtype), output, nullptr, launch_on(stream, pdl));
 }

@@ -166,8 +166,8 @@ void check_rows(int rows, int hidden) {
                            kType<T>, out.get(), nullptr, {nullptr, true}),
        "residual_layer_norm");
   compare("layer norm", out.host(), norm);
-  must(bias_activation(dx.get(), db.get(), Activation::kGelu, rows, hidden, kType<T>, out.get(),
-                       nullptr, {}),
+  must(bias_activation(dx.get(), db.get(), nullptr, Activation::kGelu, rows, hidden, kType<T>,
+                       out.get(), nullptr, {}),
        "bias_activation");
   compare("gelu", out.host(), gelu);
   std::vector<float> partials(2 * size);

@@ -118,7 +118,31 @@ const char* name_of(DType type) {
   return type == DType::kFloat32 ? "float32" : type == DType::kFloat16 ? "float16" : "bfloat16";
 }
 
-double gelu(double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); }
+double gelu(double x) { return 0.5 * x * std::erfc(-x / std::sqrt(2.0)); }
+
+// The bound of kernels/gelu.h, relative to the result.
+void test_gelu(DType type) {
+  const auto t = threads_of(1);
+  const int64_t n = 5000;
+  Values x(n, type, 4);
+  const Buffer out(n * ft::size_of(type)), space(ft::cpu::bias_activation_workspace(n, t));
+  ft::cpu::bias_activation(x.operand(), {}, Activation::kGelu, 1, n, type, out.get(), space.get(),
+                           t);
+  const double least = type == DType::kFloat16 ? 0x1p-14 : 0x1p-120;
+  const double half_unit = type == DType::kFloat32   ? 0x1p-24
+                           : type == DType::kFloat16 ? 0x1p-11
+                                                     : 0x1p-8;
+  for (int64_t i = 0; i < n; ++i) {
+    const double want = gelu(x.f[i]), got = read(out, type, i);
+    const double bound = std::abs(want) * (0x1p-10 + half_unit);
+    if (std::abs(want) >= least ? !(std::abs(got - want) <= bound)
+                                : !(std::abs(got - want) <= 2 * least)) {
+      std::printf("FAILED gelu %s of %.9g: %.9g, should be %.9g\n", name_of(type), x.f[i], got,
+                  want);
+      std::exit(1);
+    }
+  }
+}
 
 std::vector<double> norm(const std::vector<double>& x, int64_t h, const float* gamma,
                          const float* beta, double eps) {
@@ -230,6 +254,41 @@ void test_attention(DType type, std::vector<int32_t> lengths, int64_t heads, int
                             heads, d, type, out.get(), space.get(), t);
   check("attention " + std::string(name_of(type)) + " head size " + std::to_string(d), out, type,
         attend(wide(qkv.f), cu, heads, d), tolerance_of(type));
+}
+
+// A row of scores that are all infinite, or that hold a NaN, is NaN; other sequences keep theirs.
+void test_attention_not_finite(DType type, int64_t d) {
+  const auto t = threads_of(2);
+  const std::vector<int32_t> cu{0, 9, 50, 61};
+  for (const float value : {INFINITY, -INFINITY, NAN}) {
+    Values qkv(61 * 3 * d, type, 0.1f, 1);  // positive: scores take the sign of the infinity
+    for (int64_t row = 9; row < 50; ++row) {
+      for (int64_t i = 0; i < d; ++i) {
+        const int64_t at = row * 3 * d + d + i;
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        uint16_t half = static_cast<uint16_t>(bits >> 16);
+        if (type == DType::kFloat16)
+          half = std::isnan(value) ? 0x7e00 : value > 0 ? 0x7c00 : 0xfc00;
+        if (type == DType::kFloat32) {
+          std::memcpy(static_cast<char*>(qkv.raw.get()) + 4 * at, &value, 4);
+        } else {
+          std::memcpy(static_cast<char*>(qkv.raw.get()) + 2 * at, &half, 2);
+        }
+      }
+    }
+    const Buffer out(61 * d * ft::size_of(type));
+    const Buffer space(ft::cpu::attention_workspace(41, d, t));
+    ft::cpu::varlen_attention(qkv.operand(), cu.data(), 3, 41, 1, d, type, out.get(), space.get(),
+                              t);
+    for (int64_t i = 0; i < 61 * d; ++i) {
+      const bool spoilt = i >= 9 * d && i < 50 * d;
+      if (std::isnan(read(out, type, i)) == spoilt) continue;
+      std::printf("FAILED attention %s of %g: element %ld\n", name_of(type), value,
+                  static_cast<long>(i));
+      std::exit(1);
+    }
+  }
 }
 
 void test_encoder(DType type, std::vector<int32_t> lengths, int64_t heads, int64_t d, int64_t inner,
@@ -359,6 +418,8 @@ int main() {
     test_linear(type, type, 300, 130, 400, 2);
     for (int64_t d : {2, 6, 32, 48, 64, 80, 128}) test_attention(type, {1, 7, 0, 40, 113}, 2, d, 2);
     test_attention(type, {511, 3}, 1, 32, 2);
+    for (int64_t d : {6, 32, 80}) test_attention_not_finite(type, d);
+    test_gelu(type);
     test_encoder(type, {1, 7, 61, 17}, 3, 32, 130, 2, 2);
     test_encoder(type, {5, 40}, 11, 6, 70, 1, 1);
     test_encoder(type, {5}, 2, 64, 200, 1, 3);

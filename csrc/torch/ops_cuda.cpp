@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <limits>
 #include <optional>
 #include <string>
@@ -31,11 +32,14 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 // only there is looked up when the first CUDA tensor arrives.
 cudaStream_t current_stream(int device) {
   using Getter = AOTITorchError (*)(int32_t, void**);
-  static const Getter getter = [] {
+  static std::atomic<Getter> known{nullptr};
+  Getter getter = known.load(std::memory_order_relaxed);
+  if (getter == nullptr) {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<Getter>(
+    getter = reinterpret_cast<Getter>(
         dlsym(library == nullptr ? RTLD_DEFAULT : library, "aoti_torch_get_current_cuda_stream"));
-  }();
+    known.store(getter, std::memory_order_relaxed);
+  }
   FT_CHECK(getter != nullptr, "this torch has no aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
   FT_CHECK(getter(device, &stream) == 0, "torch has no current stream for GPU ", device);
@@ -153,12 +157,33 @@ void check_cu_seqlens(const char* op, const Tensor& like, const Tensor& cu_seqle
   FT_CHECK(cu_seqlens.size(0) >= 1, op, ": cu_seqlens must have at least one entry");
 }
 
+// What the host knows of cu_seqlens: where there are tokens there is a sequence, as long as one of
+// them at least. The numbers themselves are checked on the device, which makes all rows NaN.
+void check_lengths(const char* op, const Tensor& cu_seqlens, int64_t tokens, int64_t max_seqlen) {
+  FT_CHECK(tokens == 0 || cu_seqlens.size(0) > 1, op, ": cu_seqlens must end with the number of ",
+           "tokens, ", tokens, ", holds no sequence");
+  FT_CHECK(max_seqlen >= (tokens == 0 ? 0 : 1), op,
+           ": max_seqlen must be at least the longest sequence, is ", max_seqlen);
+}
+
+void check_positions(const char* op, const Tensor& like, const std::optional<Tensor>& position_ids,
+                     int64_t tokens) {
+  if (!position_ids) return;
+  check_device(op, like, "position_ids", *position_ids);
+  FT_CHECK(position_ids->scalar_type() == ScalarType::Int,
+           "position_ids must have dtype int32, has ", dtype_name(position_ids->scalar_type()));
+  FT_CHECK(position_ids->dim() == 1 && position_ids->size(0) == tokens,
+           "position_ids must have shape [", tokens, "], has ", shape_of(*position_ids));
+}
+
 Tensor prepare_weight(Tensor weight, std::optional<Tensor> scale) {
   FT_CHECK_FLOAT(weight);
   check_no_scale(weight, scale);
   FT_CHECK(weight.dim() == 2 || weight.dim() == 3, "weight must be [n, k] or [layers, n, k], is ",
            shape_of(weight));
-  return packed(weight);
+  // The schema says that the result is no part of the argument.
+  const Tensor whole = packed(weight);
+  return pointer(whole) == pointer(weight) ? torch::stable::clone(whole) : whole;
 }
 
 bool is_prepared(Tensor prepared, Tensor weight) {
@@ -188,6 +213,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> remove_padding(Tenso
     FT_CHECK(shape_of(*other) == shape_of(input_ids),
              "remove_padding: shapes differ: ", shape_of(input_ids), " and ", shape_of(*other));
   }
+  FT_CHECK(input_ids.numel() < (int64_t{1} << 31),
+           "input_ids must hold fewer than 2^31 tokens, has shape ", shape_of(input_ids));
   const OnDeviceOf device(input_ids);
   const Launch launch = device.launch();
   const int batch = narrow_int(input_ids.size(0), "batch");
@@ -233,6 +260,8 @@ Tensor restore_padding(Tensor packed_rows, Tensor token_indices, int64_t batch, 
                        double fill) {
   FT_CHECK_FLOAT(packed_rows);
   FT_CHECK(packed_rows.dim() >= 1, "packed must have at least one dimension");
+  FT_CHECK(batch >= 0 && seqlen >= 0, "batch and seqlen must not be negative, are ", batch, " and ",
+           seqlen);
   FT_CHECK_DIM(token_indices, 1);
   FT_CHECK_DTYPE(token_indices, ScalarType::Long);
   FT_CHECK_SIZE(token_indices, 0, packed_rows.size(0));
@@ -281,11 +310,7 @@ Tensor embedding_layer_norm(Tensor input_ids, Tensor token_type_ids,
   }
   check_vector(op, "gamma", word, gamma, hidden);
   check_vector(op, "beta", word, beta, hidden);
-  if (position_ids) {
-    check_device(op, word, "position_ids", *position_ids);
-    FT_CHECK_DTYPE(*position_ids, ScalarType::Int);
-    FT_CHECK_SIZE(*position_ids, 0, tokens);
-  }
+  check_positions(op, word, position_ids, tokens);
   const OnDeviceOf device(word);
   const Tensor ids = packed(input_ids), types = packed(token_type_ids), cu = packed(cu_seqlens);
   const Tensor w = packed(word), p = packed(position), t = packed(token_type), g = packed(gamma),
@@ -328,8 +353,6 @@ Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias,
              "residual must be [", input.size(0), ", ", n, "], is ", shape_of(*residual));
   }
   const Activation follows = activation_named(activation);
-  FT_CHECK(follows == Activation::kNone || !residual,
-           "linear: an activation and a residual exclude each other");
   const OnDeviceOf device(input);
   const Tensor x = packed(input), w = packed(weight);
   const std::optional<Tensor> b = packed(bias), r = packed(residual);
@@ -356,6 +379,7 @@ Tensor varlen_attention(Tensor qkv, Tensor cu_seqlens, int64_t max_seqlen, int64
   FT_CHECK_FLOAT(qkv);
   FT_CHECK_DIM(qkv, 2);
   check_cu_seqlens("varlen_attention", qkv, cu_seqlens);
+  check_lengths("varlen_attention", cu_seqlens, qkv.size(0), max_seqlen);
   FT_CHECK(num_heads > 0 && qkv.size(1) % (3 * num_heads) == 0, "qkv ", shape_of(qkv),
            " does not hold q, k and v of ", num_heads, " heads");
   const OnDeviceOf device(qkv);
@@ -420,16 +444,16 @@ Tensor bias_activation(Tensor input, std::optional<Tensor> bias, std::string act
   Tensor out = empty_like_rows(x, {x.size(0), x.size(1)});
   if (out.numel() > 0)
     check_status(
-        cuda::bias_activation(pointer(x), pointer(b), follows, narrow_int(x.size(0), "rows"),
-                              narrow_int(x.size(1), "width"), dtype_of(x), out.data_ptr(), nullptr,
-                              device.launch()),
+        cuda::bias_activation(pointer(x), pointer(b), nullptr, follows,
+                              narrow_int(x.size(0), "rows"), narrow_int(x.size(1), "width"),
+                              dtype_of(x), out.data_ptr(), nullptr, device.launch()),
         "bias_activation", "input ", shape_of(x), ", ", dtype_name(x.scalar_type()));
   return out;
 }
 
 Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
                    const std::optional<Tensor>& position_ids, const Tensor& cu_seqlens,
-                   int64_t max_seqlen, const std::vector<Tensor>& tensors, const EncoderSpec& spec,
+                   int64_t max_seqlen, std::vector<Tensor> tensors, const EncoderSpec& spec,
                    const EncoderOptions& options) {
   const char* op = "encode";
   const EncoderWeights w(spec, tensors);
@@ -443,6 +467,7 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
                token_type_ids.size(0) == input_ids.size(0),
            "token_type_ids must have input_ids' dtype and shape");
   check_cu_seqlens(op, word, cu_seqlens);
+  check_lengths(op, cu_seqlens, input_ids.size(0), max_seqlen);
   bool one_per_layer = true;
   for (int i = 0; i < kEncoderWeightCount; ++i) {
     const auto weight = static_cast<EncoderWeight>(i);
@@ -467,12 +492,11 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
   }
   check_device(op, word, "input_ids", input_ids);
   check_device(op, word, "token_type_ids", token_type_ids);
-  if (position_ids) {
-    check_device(op, word, "position_ids", *position_ids);
-    FT_CHECK_DTYPE(*position_ids, ScalarType::Int);
-    FT_CHECK_SIZE(*position_ids, 0, input_ids.size(0));
-  }
+  check_positions(op, word, position_ids, input_ids.size(0));
   const OnDeviceOf device(word);
+  for (Tensor& tensor : tensors) {
+    if (!aligned(tensor)) tensor = torch::stable::clone(tensor);  // `w` and `word` see it
+  }
   const Tensor ids = packed(input_ids), types = packed(token_type_ids), cu = packed(cu_seqlens);
   const std::optional<Tensor> positions = packed(position_ids);
   cuda::EncoderShape shape;
@@ -535,8 +559,8 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
 Tensor encode(Tensor input_ids, Tensor token_type_ids, std::optional<Tensor> position_ids,
               Tensor cu_seqlens, int64_t max_seqlen, std::vector<Tensor> weights, std::string spec,
               std::string options) {
-  return run_encoder(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen, weights,
-                     parse_encoder_spec(spec), parse_encoder_options(options));
+  return run_encoder(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen,
+                     std::move(weights), parse_encoder_spec(spec), parse_encoder_options(options));
 }
 
 Tensor encoder(Tensor input_ids, Tensor token_type_ids, std::optional<Tensor> position_ids,

@@ -3,7 +3,8 @@
 Importing this module loads the library. Shapes: T tokens, B sequences, S padded length, H hidden,
 I intermediate, L layers, N outputs, K inputs, V vocabulary, P positions. Float tensors are fp32,
 fp16 or bf16 and agree with each other; ids are int64 or int32; `cu_seqlens` is int32. On the CPU
-wrong values raise RuntimeError in words; on CUDA ids are clamped, since checking them would wait.
+wrong values raise RuntimeError in words; on CUDA, where checking them would wait, ids outside their
+tables make their rows NaN, and a `cu_seqlens` that is none makes all rows NaN.
 """
 
 from __future__ import annotations

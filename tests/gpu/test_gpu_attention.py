@@ -143,6 +143,26 @@ def test_neighbours_do_not_leak(
     assert not spoilt[begin:end].isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [6, 32, 48, 64, 80, 128])
+@pytest.mark.parametrize("spoiler", [math.inf, -math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("lengths", [[40, 20, 3], [100, 128, 30], [500, 130, 64]], ids=str)
+def test_rows_of_infinite_scores_are_nan(
+    lengths: list[int], spoiler: float, head_dim: int, dtype: torch.dtype
+) -> None:
+    """Keys alone are spoilt and queries positive: each score of the sequence is the spoiler."""
+    heads = 2
+    qkv, cu = draw(sum(lengths), heads, head_dim, dtype), offsets(lengths)
+    begin, end, hidden = lengths[0], lengths[0] + lengths[1], heads * head_dim
+    qkv[begin:end, :hidden] = 1
+    clean = attend(qkv, cu, max(lengths), heads)
+    qkv[begin:end, hidden : 2 * hidden] = spoiler
+    spoilt = attend(qkv, cu, max(lengths), heads)
+    assert torch.equal(spoilt[:begin], clean[:begin])
+    assert torch.equal(spoilt[end:], clean[end:])
+    assert spoilt[begin:end].isnan().all()
+
+
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 128])
 def test_one_infinity_stays_in_its_sequence(head_dim: int) -> None:
     """A single value: the smallest spoilt thing that a tile can hold, at each of its places."""

@@ -84,6 +84,16 @@ def test_what_is_not_finite_stays_in_its_sequence(size: tuple[int, int, int], va
     assert torch.equal(beside[23:], healthy[23:])
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sequence_of_infinite_scores_is_nan(size: tuple[int, int, int]) -> None:
+    """Keys of minus infinity by their bias, queries of one: all rows, and none becomes zero."""
+    parameters, (ids, ends) = random_stack(size, torch.float16), inputs([9, 14, 23])
+    hidden = size[0]
+    parameters[5][0], parameters[6][0] = 0, 1  # the first layer's qkv
+    parameters[6][0, hidden : 2 * hidden] = float("-inf")
+    assert encode(parameters, ids, ends, size).isnan().all()
+
+
 def test_a_graph_follows_new_lengths() -> None:
     size = SIZES[0]
     parameters = random_stack(size, torch.float16)

@@ -80,6 +80,46 @@ def test_every_plan(size: tuple[int, int], dtype: torch.dtype, kind: str) -> Non
             assert within_twice(ours, plain, exact), f"{rows} rows, plan {plan}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(768, 64), (2304, 768), (30, 50)], ids=str)
+def test_every_plan_holds_the_bound_of_gelu(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """2^-10 of the result (fp32: 2^-13) and its rounding, where it is a normal number.
+
+    A product of zeros leaves the bias, which is exact. A plan that activates in a pass of its own
+    rounds nothing on the way.
+    """
+    ops = torch.ops.fastertransformer
+    n, k = size
+    x = torch.zeros(511, k, device="cuda", dtype=dtype)
+    w = torch.zeros(n, k, device="cuda", dtype=dtype)
+    bias = torch.linspace(-13.5, 9, n, device="cuda").to(dtype)
+    wide = bias.double()
+    want = 0.5 * wide * torch.special.erfc(-wide * math.sqrt(0.5))
+    normal_numbers = want.abs() >= max(torch.finfo(dtype).tiny, 2.0**-120)
+    share = 2.0**-13 if dtype == torch.float32 else 2.0**-10
+    bound = want.abs() * (share + torch.finfo(dtype).eps / 2)
+    name = str(dtype).removeprefix("torch.")
+    for rows in (1, 129, 511):
+        for plan in (*ops.gemm_candidates(w, rows, True, False, False).split("\n"), "cublaslt"):
+            ops.load_gemm_plan(0, name, rows, n, k, True, False, False, plan)
+            off = (ops.linear(x[:rows], w, bias, None, "gelu").double() - want).abs()
+            assert (off <= bound)[:, normal_numbers].all(), f"{rows} rows, plan {plan}"
+            assert (off <= bound + torch.finfo(dtype).tiny + 2.0**-120).all()
+    alone = ops.bias_activation(bias[None], None, "gelu")[0]
+    assert ((alone.double() - want).abs() <= bound)[normal_numbers].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_activation_before_a_residual(dtype: torch.dtype) -> None:
+    ops = torch.ops.fastertransformer
+    for n, k in ((768, 768), (30, 50)):
+        x, w = normal(77, k, dtype=dtype), normal(n, k, dtype=dtype, scale=k**-0.5)
+        bias, residual = normal(n, dtype=dtype), normal(77, n, dtype=dtype)
+        plain = F.gelu(F.linear(x, w, bias)) + residual
+        exact = twins.linear(x, w, bias, residual, "gelu")
+        assert within_twice(ops.linear(x, w, bias, residual, "gelu"), plain, exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_blocks_that_split_k_add_in_order(dtype: torch.dtype) -> None:
     ops = torch.ops.fastertransformer

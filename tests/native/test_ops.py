@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -193,6 +194,39 @@ def test_attention_keeps_sequences_apart(dtype: torch.dtype) -> None:
     assert torch.equal(among[20:33], alone)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("head_dim", [6, 32, 80])
+@pytest.mark.parametrize("part", ["queries", "keys", "values"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_reaches_its_sequence_and_no_other(
+    dtype: torch.dtype, head_dim: int, part: str, value: float
+) -> None:
+    """One number, at the first, a middle and the last token: what torch's softmax makes of it."""
+    lengths, heads = [20, 45, 27], 2
+    clean = torch.randn(sum(lengths), 3 * heads * head_dim).to(dtype)
+    before = ops.varlen_attention(clean, bounds_of(lengths), 45, heads)
+    place = ("queries", "keys", "values").index(part) * heads * head_dim
+    for row in (20, 37, 64):
+        qkv = clean.clone()
+        qkv[row, place + head_dim + 1] = value  # of the second head
+        got = ops.varlen_attention(qkv, bounds_of(lengths), 45, heads)
+        want = twins.varlen_attention(qkv, bounds_of(lengths), 45, heads)
+        assert not want.isfinite().all()
+        assert torch.equal(got.isfinite(), want.isfinite())
+        assert torch.equal(got[:20], before[:20])
+        assert torch.equal(got[65:], before[65:])
+        close(got[want.isfinite()], want[want.isfinite()], dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("length", [1, 13, 40, 41, 67])
+def test_rows_of_infinite_scores_are_nan(dtype: torch.dtype, value: float, length: int) -> None:
+    qkv = torch.rand(length, 96).to(dtype) + 1
+    qkv[:, 32:64] = value
+    assert ops.varlen_attention(qkv, bounds_of([length]), length, 1).isnan().all()
+
+
 def test_attention_refuses() -> None:
     qkv = torch.randn(10, 96)
     for cu, message in (
@@ -235,6 +269,43 @@ def test_bias_activation(dtype: torch.dtype) -> None:
         close(ops.bias_activation(x, b, "gelu"), twins.bias_activation(x, b, "gelu"), dtype)
     with pytest.raises(RuntimeError, match="activation must be one, is none"):
         ops.bias_activation(x, bias, "")
+
+
+def gelu_in_double(x: Tensor) -> Tensor:
+    """x Phi(x) without a difference of nearly equal numbers."""
+    x = x.double()
+    return 0.5 * x * torch.special.erfc(-x * math.sqrt(0.5))
+
+
+def gelu_bound(want: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a result may be off by: 2^-10 of itself (fp32: 2^-13) and its rounding."""
+    share = 2.0**-13 if dtype == torch.float32 else 2.0**-10
+    return want.abs() * (share + torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_bound_of_gelu(dtype: torch.dtype) -> None:
+    """Relative to the result, in an epilogue and alone, wherever the result is a normal number."""
+    x = torch.cat([torch.linspace(-13.5, 9, 40009), torch.logspace(-6, 4, 997)]).to(dtype)
+    want = gelu_in_double(x)
+    normal = want.abs() >= max(torch.finfo(dtype).tiny, 2.0**-120)
+    assert normal.sum() > 20000
+    alone = ops.bias_activation(x[None], None, "gelu")[0]
+    weight = ops.prepare_weight(torch.ones(1, 1, dtype=dtype))
+    epilogue = ops.linear(x[:, None], weight, None, None, "gelu")[:, 0]
+    for got in (alone, epilogue):
+        off = (got.double() - want).abs()
+        assert (off[normal] <= gelu_bound(want, dtype)[normal]).all()
+        # Smaller results: at most the least normal number away.
+        assert (off[~normal] <= torch.finfo(dtype).tiny + 2.0**-120).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gelu_of_what_is_not_finite(dtype: torch.dtype) -> None:
+    x = torch.tensor([[math.nan, -math.inf, math.inf]], dtype=dtype)
+    got = ops.bias_activation(x, None, "gelu")[0]
+    assert got.isnan().tolist() == [True, True, False]
+    assert got[2] == math.inf
 
 
 def test_gelu_is_exact_to_fp32_rounding() -> None:

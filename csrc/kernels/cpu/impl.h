@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "kernels/cpu/isa.h"
+#include "kernels/gelu.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -162,16 +163,19 @@ inline void store_f16(uint16_t* p, Vec v) {
 // Vectors at element `i` of an array of one type; the partial forms touch only `count` elements and
 // read zeros beyond them.
 struct F32 {
+  using Gelu = GeluFloat32;
   using Element = float;
   static Vec at(const void* p, int64_t i) { return load(static_cast<const float*>(p) + i); }
   static void put(void* p, int64_t i, Vec v) { store(static_cast<float*>(p) + i, v); }
 };
 struct F16 {
+  using Gelu = GeluFloat16;
   using Element = uint16_t;
   static Vec at(const void* p, int64_t i) { return load_f16(static_cast<const uint16_t*>(p) + i); }
   static void put(void* p, int64_t i, Vec v) { store_f16(static_cast<uint16_t*>(p) + i, v); }
 };
 struct BF16 {
+  using Gelu = GeluBFloat16;
   using Element = uint16_t;
   static Vec at(const void* p, int64_t i) { return load_bf16(static_cast<const uint16_t*>(p) + i); }
   static void put(void* p, int64_t i, Vec v) { store_bf16(static_cast<uint16_t*>(p) + i, v); }
@@ -217,7 +221,7 @@ void convert(const void* input, DType from, void* out, DType to, int64_t count) 
   });
 }
 
-// ---- exp and erf -------------------------------------------------------------------------------
+// ---- exp and GELU ------------------------------------------------------------------------------
 
 // 2^x for x <= 0, relative error 2e-7; below -126 it stays at 2^-126, which no sum notices.
 inline Vec exp2_negative(Vec x) {
@@ -237,47 +241,29 @@ inline Vec exp2_negative(Vec x) {
   return reinterpret_cast<Vec>(reinterpret_cast<IVec>(p) + exponent);
 }
 
-// 1 / x, to within 2 units in the last place.
-inline Vec reciprocal(Vec x) {
-#if defined(__AVX512F__) && FT_LANES == 16
-  // A full division keeps AVX-512 busy for 16 cycles; 14 bits and one of Newton's steps do for 3.
-  const Vec guess = reinterpret_cast<Vec>(_mm512_maskz_rcp14_ps(0xffff, x));
-  return guess * (2.0f - x * guess);
-#else
-  return 1.0f / x;
-#endif
-}
-
-// x Phi(x) = x / 2 (1 + erf(x / sqrt 2)); absolute error below 4e-7 max(1, |x|).
+// x Phi(x), with the polynomial of the type it is stored in (kernels/gelu.h). Infinities take
+// torch's course: the positive one stays, the negative one becomes NaN.
+template <typename Target>
 inline Vec gelu(Vec x) {
-  const Vec u = x * 0.70710678f;
-  const Vec z = vmin(vmax(u, splat(-4.0f)), splat(4.0f));
-  const Vec t = z * z;
-  // Rational approximation of erf on [-4, 4], fitted for the least largest absolute error (2e-8
-  // before rounding); beyond it erf is 1 to within 1.6e-8.
-  Vec p = splat(1.97482895e-06f);
-  p = p * t + 0.000288039355f;
-  p = p * t + 0.00400359161f;
-  p = p * t + 0.0534673161f;
-  p = p * t + 0.196247824f;
-  p = p * t + 1.12837898f;
-  Vec q = splat(3.74807402e-05f);
-  q = q * t + 0.00121634499f;
-  q = q * t + 0.015444317f;
-  q = q * t + 0.11647594f;
-  q = q * t + 0.507251266f;
-  q = q * t + 1.0f;
-  Vec e = z * p * reciprocal(q);
-  e = select(u >= 4.0f, splat(1.0f), select(u <= -4.0f, splat(-1.0f), e));
-  return 0.5f * x * (1.0f + e);
+  const Vec y = reinterpret_cast<Vec>(reinterpret_cast<IVec>(x) & 0x7fffffff);
+  // As its second operand NaN survives a minimum; beyond 16 all powers vanish.
+  const Vec near = vmin(splat(16.0f), y);
+  const auto& coefficients = Target::Gelu::kCoefficients;
+  constexpr int kLast = sizeof(coefficients) / sizeof(coefficients[0]) - 1;
+  Vec p = splat(coefficients[kLast]);
+  for (int i = kLast - 1; i >= 0; --i) p = p * near + coefficients[i];
+  // NaN is not below, and what the exponential makes of it is multiplied by x.
+  const Vec q = select(p < -126.0f, Vec{}, exp2_negative(p));
+  return x * select(x > 0.0f, 1.0f - q, q);
 }
 
+template <typename Target>
 inline Vec activated(Vec x, Activation activation) {
   switch (activation) {
     case Activation::kNone:
       break;
     case Activation::kGelu:
-      return gelu(x);
+      return gelu<Target>(x);
   }
   return x;
 }
@@ -368,7 +354,7 @@ inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m,
     for (; j + kLanes <= columns; j += kLanes) {
       Vec v = load(row + j);
       if (g.bias) v += load(g.bias + n0 + j);
-      v = activated(v, g.activation);
+      v = activated<Target>(v, g.activation);
       if (residual) v += load(residual + j);
       Target::put(out, j, v);
     }
@@ -376,7 +362,7 @@ inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m,
       const int64_t left = columns - j;
       Vec v = partial_at<F32>(row, j, left);
       if (g.bias) v += partial_at<F32>(g.bias + n0, j, left);
-      v = activated(v, g.activation);
+      v = activated<Target>(v, g.activation);
       if (residual) v += partial_at<F32>(residual, j, left);
       partial_put<Target>(out, j, v, left);
     }
@@ -471,15 +457,28 @@ void pack_keys_values(const Attention& t, float* keys, float* values) {
 }
 
 // row = exp2(scale (row - its largest)), the largest and the sum over `length` elements; what lies
-// between and the next whole vector is overwritten. Returns the sum.
+// between and the next whole vector is overwritten. Returns the sum: NaN, whatever the row then
+// holds, where a score is NaN or the largest is infinite, of either sign.
 inline float softmax_row(float* row, int64_t length, float scale) {
-  if (const int64_t left = length % kLanes) {
-    float* last = row + length - left;
-    for (int64_t e = left; e < kLanes; ++e) last[e] = -1e30f;  // exp2 makes it vanish
+  const int64_t end = ceil_div(length, kLanes) * kLanes;
+  for (int64_t j = length; j < end; ++j) row[j] = row[0];
+  // The largest passes over NaN, whose bits the exponential would make a number of; the sum of all
+  // scores does not.
+  Vec highest = load(row), all = highest;
+  for (int64_t j = kLanes; j < length; j += kLanes) {
+    const Vec score = load(row + j);
+    highest = vmax(highest, score);
+    all += score;
   }
-  Vec highest = load(row);
-  for (int64_t j = kLanes; j < length; j += kLanes) highest = vmax(highest, load(row + j));
-  const float top = max_of(highest);
+  const float top = max_of(highest), probe = sum_of(all);
+  if (!(probe - probe == 0.0f)) {
+    const float nan = __builtin_nanf("");
+    if (!(top - top == 0.0f)) return nan;
+    for (int64_t j = 0; j < length; ++j) {
+      if (row[j] != row[j]) return nan;
+    }
+  }
+  for (int64_t j = length; j < end; ++j) row[j] = -1e30f;  // exp2 makes it vanish
   Vec total = {};
   for (int64_t j = 0; j < length; j += kLanes) {
     const Vec e = exp2_negative((load(row + j) - top) * scale);
@@ -669,11 +668,11 @@ void activate_rows(Operand input, const float* bias, Activation activation, int6
           if (left >= kLanes) {
             Vec x = Source::at(input.data, m * n + j);
             if (bias) x += load(bias + j);
-            Target::put(out, m * n + j, activated(x, activation));
+            Target::put(out, m * n + j, activated<Target>(x, activation));
           } else {
             Vec x = partial_at<Source>(input.data, m * n + j, left);
             if (bias) x += partial_at<F32>(bias, j, left);
-            partial_put<Target>(out, m * n + j, activated(x, activation), left);
+            partial_put<Target>(out, m * n + j, activated<Target>(x, activation), left);
           }
         }
       }

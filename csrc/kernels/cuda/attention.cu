@@ -18,16 +18,17 @@ bool packs(AttentionKernel kernel) {
 }
 
 int64_t tile_bound(const AttentionShape& shape, AttentionKernel kernel, int tile_rows) {
-  const int64_t batch = shape.batch, tokens = shape.tokens;
+  const int64_t batch = shape.batch, tokens = shape.tokens, longest = shape.max_seqlen;
+  // One tile more is for the rows past the last sequence.
   if (packs(kernel)) {
     // Two neighbouring tiles hold more than tile_rows rows, else they would be one; only a round of
     // planning ends a tile early.
     const int64_t by_tokens = 2 * tokens / tile_rows + 1 + batch / kPlanThreads;
-    return batch < by_tokens ? batch : by_tokens;
+    return (batch < by_tokens ? batch : by_tokens) + 1;
   }
-  const int64_t by_length = batch * ((shape.max_seqlen + tile_rows - 1) / tile_rows);
+  const int64_t by_length = batch * ((longest + tile_rows - 1) / tile_rows);
   const int64_t by_tokens = tokens / tile_rows + batch;
-  return by_length < by_tokens ? by_length : by_tokens;
+  return (by_length < by_tokens ? by_length : by_tokens) + 1;
 }
 
 // Inclusive sum over the block's threads; every thread gets the total too.
@@ -50,12 +51,38 @@ __device__ int plan_scan(int x, int* scratch, int* total) {
   return x + before;
 }
 
+// Whether cu_seqlens says where sequences of at most `longest` lie in `tokens` rows; asked by the
+// whole block. Where it does not, all rows are to become NaN, by the tiles that this then writes.
+__device__ bool plan_valid(const int32_t* cu_seqlens, int batch, int tokens, int longest, int bound,
+                           AttentionTile* tiles) {
+  int valid = 1;
+  for (int i = threadIdx.x; i < batch; i += kPlanThreads) {
+    valid &= step_valid(cu_seqlens, i, tokens, longest);
+  }
+  if (__syncthreads_and(valid)) return true;
+  const int rows = (tokens + bound - 1) / bound;
+  for (int i = threadIdx.x; i < bound; i += kPlanThreads) {
+    const int64_t begin = static_cast<int64_t>(i) * rows;
+    tiles[i] = begin < tokens
+                   ? AttentionTile{static_cast<int>(begin),
+                                   static_cast<int>(min(int64_t{rows}, tokens - begin)), -1, 0}
+                   : AttentionTile{};
+  }
+  return false;
+}
+
+// Ends the plan after `done` tiles: rows past the last sequence become zeros.
+__device__ void finish_plan(int end, int tokens, int done, int bound, AttentionTile* tiles) {
+  if (threadIdx.x == 0) tiles[done] = {end, tokens - end, 0, 0};
+  for (int i = done + 1 + threadIdx.x; i < bound; i += kPlanThreads) tiles[i] = {};
+}
+
 // Packs whole neighbouring sequences into tiles greedily. Which sequences begin a tile is a chain
 // (each tile's first sequence decides the next one's), followed by pointer doubling: after step k
 // every chain element less than 2^k links from the start is marked.
 __global__ void __launch_bounds__(kPlanThreads)
-    packed_plan_kernel(const int32_t* cu_seqlens, int batch, int tile_rows, int tokens, int bound,
-                       AttentionTile* tiles) {
+    packed_plan_kernel(const int32_t* cu_seqlens, int batch, int tile_rows, int tokens, int longest,
+                       int bound, AttentionTile* tiles) {
   __shared__ int begin[kPlanThreads + 1];  // first row of each sequence of this round, then the end
   __shared__ int jump[2][kPlanThreads + 1];
   __shared__ bool marked[kPlanThreads + 1];
@@ -63,6 +90,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   __shared__ int scratch[kPlanThreads / 32];
   pdl_launch_dependents();
   pdl_wait();
+  if (!plan_valid(cu_seqlens, batch, tokens, longest, bound, tiles)) return;
   auto* bounds = const_cast<uint32_t*>(plan_bounds(tiles, bound));
   const int thread = threadIdx.x;
   int done = 0;
@@ -70,7 +98,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     const int count = min(kPlanThreads, batch - base);
     __syncthreads();
     for (int i = thread; i <= count; i += kPlanThreads) {
-      begin[i] = min(max(cu_seqlens[base + i], 0), tokens);
+      begin[i] = cu_seqlens[base + i];
     }
     __syncthreads();
     int next = count;
@@ -104,9 +132,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     const bool first = thread < count && marked[thread] && rows > 0;
     int total = 0;
     const int slot = done + plan_scan(first ? 1 : 0, scratch, &total) - 1;
-    if (first && slot < bound) {
-      tiles[slot] = {begin[thread], min(rows, tile_rows), begin[thread], min(rows, tile_rows)};
-    }
+    if (first) tiles[slot] = {begin[thread], rows, begin[thread], rows};
     if (thread < count && marked[thread]) {
       for (int i = thread; i < next; ++i) tile_begin[i] = begin[thread];
     }
@@ -115,17 +141,17 @@ __global__ void __launch_bounds__(kPlanThreads)
     for (int i = thread / 32; i < count; i += kPlanThreads / 32) {
       const uint32_t low = begin[i] - tile_begin[i], high = begin[i + 1] - tile_begin[i];
       for (int row = begin[i] + thread % 32; row < begin[i + 1]; row += 32) {
-        bounds[row] = low | min(high, static_cast<uint32_t>(tile_rows)) << 16;
+        bounds[row] = low | high << 16;
       }
     }
   }
-  for (int i = done + thread; i < bound; i += kPlanThreads) tiles[i] = {};
+  finish_plan(cu_seqlens[batch], tokens, done, bound, tiles);
 }
 
 // Cuts every sequence into tiles of query rows and sorts them by length, longest first (a counting
 // sort): the last blocks to start are then the short ones.
 __global__ void __launch_bounds__(kPlanThreads)
-    stream_plan_kernel(const int32_t* cu_seqlens, int batch, int tile_rows, int tokens,
+    stream_plan_kernel(const int32_t* cu_seqlens, int batch, int tile_rows, int tokens, int longest,
                        int bucket_width, int bound, AttentionTile* tiles) {
   __shared__ int slots[kBuckets];
   __shared__ int scratch[kPlanThreads / 32];
@@ -134,12 +160,11 @@ __global__ void __launch_bounds__(kPlanThreads)
   pdl_wait();
   const int thread = threadIdx.x;
   slots[thread] = 0;
-  __syncthreads();
-  auto first_row = [&](int i) { return min(max(cu_seqlens[i], 0), tokens); };
+  if (!plan_valid(cu_seqlens, batch, tokens, longest, bound, tiles)) return;
   // Bucket 0 is the longest.
   auto bucket = [&](int length) { return kBuckets - 1 - min(length / bucket_width, kBuckets - 1); };
   for (int i = thread; i < batch; i += kPlanThreads) {
-    const int length = first_row(i + 1) - first_row(i);
+    const int length = cu_seqlens[i + 1] - cu_seqlens[i];
     if (length > 0) atomicAdd(&slots[bucket(length)], (length + tile_rows - 1) / tile_rows);
   }
   __syncthreads();
@@ -149,16 +174,16 @@ __global__ void __launch_bounds__(kPlanThreads)
   slots[thread] = after - mine;
   __syncthreads();
   for (int i = thread; i < batch; i += kPlanThreads) {
-    const int begin = first_row(i), length = first_row(i + 1) - begin;
+    const int begin = cu_seqlens[i], length = cu_seqlens[i + 1] - begin;
     if (length <= 0) continue;
     const int count = (length + tile_rows - 1) / tile_rows;
     const int slot = atomicAdd(&slots[bucket(length)], count);
-    for (int t = 0; t < count && slot + t < bound; ++t) {
+    for (int t = 0; t < count; ++t) {
       tiles[slot + t] = {begin + t * tile_rows, min(tile_rows, length - t * tile_rows), begin,
                          length};
     }
   }
-  for (int i = total + thread; i < bound; i += kPlanThreads) tiles[i] = {};
+  finish_plan(cu_seqlens[batch], tokens, total, bound, tiles);
 }
 
 cudaError_t check_shape(const AttentionShape& shape) {
@@ -223,11 +248,12 @@ cudaError_t attention_plan(const AttentionShape& shape, const int32_t* cu_seqlen
   auto* tiles = static_cast<AttentionTile*>(plan);
   if (packs(choice.kernel)) {
     return launch_kernel(packed_plan_kernel, 1, kPlanThreads, 0, launch, cu_seqlens, shape.batch,
-                         choice.tile_rows, shape.tokens, choice.bound, tiles);
+                         choice.tile_rows, shape.tokens, shape.max_seqlen, choice.bound, tiles);
   }
   const int bucket_width = shape.max_seqlen / kBuckets + 1;
   return launch_kernel(stream_plan_kernel, 1, kPlanThreads, 0, launch, cu_seqlens, shape.batch,
-                       choice.tile_rows, shape.tokens, bucket_width, choice.bound, tiles);
+                       choice.tile_rows, shape.tokens, shape.max_seqlen, bucket_width, choice.bound,
+                       tiles);
 }
 
 cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv, const void* plan,

@@ -10,7 +10,8 @@ namespace ft::cuda {
 
 // One tile of work for one head. Packed: `rows` packed rows from `begin`, whole sequences, keys and
 // queries alike. Otherwise: query rows [begin, begin + rows) over the keys [kv_begin, kv_begin +
-// kv_len).
+// kv_len). A tile without keys, of any number of rows, is filled: with zeros or, where kv_begin is
+// negative, with NaN.
 struct alignas(16) AttentionTile {
   int begin, rows, kv_begin, kv_len;
 };
@@ -61,6 +62,30 @@ cudaError_t attention_sm90(const AttentionChoice& choice, const AttentionArgumen
 #endif
 
 #ifdef __CUDACC__
+
+// Fills a head's columns of a tile without keys.
+template <typename T>
+__device__ __forceinline__ void fill_tile(const AttentionTile& tile, void* output, int head,
+                                          int head_dim, int hidden) {
+  const T value = from_float<T>(tile.kv_begin < 0 ? NAN : 0.f);
+  T* const to = static_cast<T*>(output) + static_cast<int64_t>(tile.begin) * hidden +
+                static_cast<int64_t>(head) * head_dim;
+  for (int row = threadIdx.x / 16; row < tile.rows; row += blockDim.x / 16) {
+    for (int column = threadIdx.x % 16; column < head_dim; column += 16) {
+      to[static_cast<int64_t>(row) * hidden + column] = value;
+    }
+  }
+}
+
+// Whether cu_seqlens ascends from 0 to at most `tokens` in steps of at most `longest`, asked of one
+// of its steps: unsigned numbers leave out what is negative or overflows.
+__device__ __forceinline__ bool step_valid(const int32_t* cu_seqlens, int i, int tokens,
+                                           int longest) {
+  const auto from = static_cast<uint32_t>(cu_seqlens[i]);
+  const auto to = static_cast<uint32_t>(cu_seqlens[i + 1]);
+  return to <= static_cast<uint32_t>(tokens) && to - from <= static_cast<uint32_t>(longest) &&
+         (i > 0 || from == 0);
+}
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -78,7 +78,8 @@ __device__ __forceinline__ bool write_rows(const float (&output)[kDim / 8][4], f
                                            float sum1, T* stage, T* to, int64_t row_stride,
                                            int rows, int head_dim) {
   const int lane = threadIdx.x % 32;
-  const float scale0 = sum0 == 0.f ? 0.f : 1.f / sum0, scale1 = sum1 == 0.f ? 0.f : 1.f / sum1;
+  // A sum of zero, where all scores are minus infinity, makes the row NaN.
+  const float scale0 = 1.f / sum0, scale1 = 1.f / sum1;
   __syncwarp();
 #pragma unroll
   for (int d = 0; d < kDim / 8; ++d) {
@@ -145,7 +146,11 @@ __global__ void __launch_bounds__(2 * kRows)
   if (tile.rows == 0) return;
   const int head_dim = arguments.head_dim;
   const int64_t hidden = static_cast<int64_t>(arguments.num_heads) * head_dim;
-  const T* from = static_cast<const T*>(arguments.qkv) + tile.begin * 3 * hidden + head * head_dim;
+  if (tile.kv_len == 0) {
+    return fill_tile<T>(tile, arguments.output, head, head_dim, static_cast<int>(hidden));
+  }
+  const T* from =
+      static_cast<const T*>(arguments.qkv) + tile.begin * (3 * hidden) + head * head_dim;
   const int padded = (tile.rows + 15) / 16 * 16;
   copy_rows<T, kDim, kThreads>(queries, from, 3 * hidden, padded, tile.rows, head_dim);
   copy_rows<T, kDim, kThreads>(keys, from + hidden, 3 * hidden, padded, tile.rows, head_dim);
@@ -200,7 +205,7 @@ __global__ void __launch_bounds__(2 * kRows)
   max0 = quad_max(max0);
   max1 = quad_max(max1);
   const float scale = arguments.scale_log2;
-  // A row past the end has no key and no maximum.
+  // A row past the end has no key and no maximum, one of minus infinities neither.
   const float shift0 = max0 == -INFINITY ? 0.f : max0 * scale;
   const float shift1 = max1 == -INFINITY ? 0.f : max1 * scale;
   float sum0 = 0.f, sum1 = 0.f;
@@ -260,14 +265,17 @@ __global__ void __launch_bounds__(2 * kRows)
   if (tile.rows == 0) return;
   const int head_dim = arguments.head_dim;
   const int64_t hidden = static_cast<int64_t>(arguments.num_heads) * head_dim;
+  if (tile.kv_len == 0) {
+    return fill_tile<T>(tile, arguments.output, head, head_dim, static_cast<int>(hidden));
+  }
   const T* qkv = static_cast<const T*>(arguments.qkv) + head * head_dim;
-  const T* key_rows = qkv + tile.kv_begin * 3 * hidden + hidden;
-  copy_rows<T, kDim, kThreads>(queries, qkv + tile.begin * 3 * hidden, 3 * hidden, kRows, tile.rows,
-                               head_dim);
+  const T* key_rows = qkv + tile.kv_begin * (3 * hidden) + hidden;
+  copy_rows<T, kDim, kThreads>(queries, qkv + tile.begin * (3 * hidden), 3 * hidden, kRows,
+                               tile.rows, head_dim);
   auto load_block = [&](int block) {
     const int first = block * kKeys;
     if (first < tile.kv_len) {
-      const T* from = key_rows + first * 3 * hidden;
+      const T* from = key_rows + first * (3 * hidden);
       T* to = keys + block % 2 * kBuffer;
       copy_rows<T, kDim, kThreads>(to, from, 3 * hidden, kKeys, tile.kv_len - first, head_dim);
       copy_rows<T, kDim, kThreads>(to + 2 * kBuffer, from + hidden, 3 * hidden, kKeys,
@@ -312,11 +320,13 @@ __global__ void __launch_bounds__(2 * kRows)
           }
         }
       }
-      // Every block holds a key, so the maxima are finite from here on.
       new0 = quad_max(new0);
       new1 = quad_max(new1);
-      const float shrink0 = exp2_approx((max0 - new0) * scale);
-      const float shrink1 = exp2_approx((max1 - new1) * scale);
+      // As long as all scores are minus infinity nothing is to be shifted.
+      const float shift0 = new0 == -INFINITY ? 0.f : new0 * scale;
+      const float shift1 = new1 == -INFINITY ? 0.f : new1 * scale;
+      const float shrink0 = exp2_approx(max0 * scale - shift0);
+      const float shrink1 = exp2_approx(max1 * scale - shift1);
       max0 = new0, max1 = new1;
       sum0 *= shrink0, sum1 *= shrink1;
 #pragma unroll
@@ -331,8 +341,8 @@ __global__ void __launch_bounds__(2 * kRows)
           for (int n = 0; n < 2; ++n) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              scores[s][n][i] = exp2_approx(scores[s][n][i] * scale - max0 * scale);
-              scores[s][n][2 + i] = exp2_approx(scores[s][n][2 + i] * scale - max1 * scale);
+              scores[s][n][i] = exp2_approx(scores[s][n][i] * scale - shift0);
+              scores[s][n][2 + i] = exp2_approx(scores[s][n][2 + i] * scale - shift1);
               sum0 += scores[s][n][i];
               sum1 += scores[s][n][2 + i];
             }

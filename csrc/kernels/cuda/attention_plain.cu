@@ -25,15 +25,18 @@ __global__ void __launch_bounds__(kThreads)
   if (tile.rows == 0) return;
   const int head_dim = arguments.head_dim;
   const int64_t hidden = static_cast<int64_t>(arguments.num_heads) * head_dim;
+  if (tile.kv_len == 0) {
+    return fill_tile<T>(tile, arguments.output, head, head_dim, static_cast<int>(hidden));
+  }
   const T* qkv = static_cast<const T*>(arguments.qkv) + head * head_dim;
   auto load_rows = [&](float* to, const T* from, int count, int valid) {
     for (int i = threadIdx.x; i < count * kDim; i += kThreads) {
       const int row = i / kDim, column = i % kDim;
       to[row * kStride + column] =
-          row < valid && column < head_dim ? to_float(from[row * 3 * hidden + column]) : 0.f;
+          row < valid && column < head_dim ? to_float(from[row * (3 * hidden) + column]) : 0.f;
     }
   };
-  load_rows(queries, qkv + tile.begin * 3 * hidden, kRows, tile.rows);
+  load_rows(queries, qkv + tile.begin * (3 * hidden), kRows, tile.rows);
 
   const int column = threadIdx.x % 16, row = threadIdx.x / 16 * 4;
   float output[4][kDim / 16] = {};
@@ -41,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int r = 0; r < 4; ++r) maximum[r] = -INFINITY, sum[r] = 0.f;
   for (int first = 0; first < tile.kv_len; first += kKeys) {
-    const T* from = qkv + (tile.kv_begin + first) * 3 * hidden + hidden;
+    const T* from = qkv + (tile.kv_begin + first) * (3 * hidden) + hidden;
     const int left = tile.kv_len - first;
     __syncthreads();
     load_rows(block, from, kKeys, left);
@@ -75,14 +78,16 @@ __global__ void __launch_bounds__(kThreads)
       for (int mask = 8; mask > 0; mask >>= 1) {
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, mask));
       }
-      const float shrink = exp2f(maximum[r] - highest);
+      // As long as all scores are minus infinity nothing is to be shifted.
+      const float shift = highest == -INFINITY ? 0.f : highest;
+      const float shrink = exp2f(maximum[r] - shift);
       maximum[r] = highest;
       sum[r] *= shrink;
 #pragma unroll
       for (int d = 0; d < kDim / 16; ++d) output[r][d] *= shrink;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const float p = exp2f(score[r][c] - highest);
+        const float p = exp2f(score[r][c] - shift);
         sum[r] += p;
         scores[(row + r) * kScoreStride + column + 16 * c] = p;
       }

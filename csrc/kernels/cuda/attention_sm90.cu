@@ -366,9 +366,12 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResiden
   pdl_wait();
   const AttentionTile tile = arguments.plan[index];
   if (tile.rows == 0) return;
+  const int hidden = arguments.num_heads * kDim;
+  if (tile.kv_len == 0) {
+    return fill_tile<T>(tile, arguments.output, head, kDim, hidden);
+  }
   __syncthreads();
 
-  const int hidden = arguments.num_heads * kDim;
   const int blocks = (tile.kv_len + kKeys - 1) / kKeys;
   auto request = [&](int block, uint32_t barriers, uint32_t tiles, int column) {
     const int stage = block % L::kStages;
@@ -531,6 +534,9 @@ __global__ void __launch_bounds__(128, 6)
   pdl_wait();
   const AttentionTile tile = arguments.plan[index];
   if (tile.rows == 0) return;
+  if (tile.kv_len == 0) {
+    return fill_tile<T>(tile, arguments.output, head, kDim, hidden);
+  }
   if (threadIdx.x == 0) {
     barrier_expect(scores_ready, 2 * L::kTileBytes);
     copy_tile<kDim>(query_tile, &map, head * kDim, tile.begin, scores_ready);

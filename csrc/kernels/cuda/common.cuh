@@ -5,47 +5,24 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstdint>
 #include <utility>
 
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/runtime.h"
 
 namespace ft::cuda {
 
-constexpr int kMaxDevices = 64;
-
 // Compute capability as 10 * major + minor of the current device, or 0 when there is none.
 inline int device_arch() {
-  static std::atomic<int> known[kMaxDevices];
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
-  int arch = known[device].load(std::memory_order_relaxed);
-  if (arch == 0) {
-    int major = 0, minor = 0;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-      return 0;
-    }
-    arch = 10 * major + minor;
-    known[device].store(arch, std::memory_order_relaxed);
-  }
-  return arch;
+  const DeviceProperties* device = nullptr;
+  return current_device(&device) == cudaSuccess ? 10 * device->major + device->minor : 0;
 }
 
 // Multiprocessors of the current device.
 inline int device_sms() {
-  static std::atomic<int> known[kMaxDevices];
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 1;
-  int count = known[device].load(std::memory_order_relaxed);
-  if (count == 0) {
-    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-      return 1;
-    }
-    known[device].store(count, std::memory_order_relaxed);
-  }
-  return count;
+  const DeviceProperties* device = nullptr;
+  return current_device(&device) == cudaSuccess ? device->multiprocessors : 1;
 }
 
 // cudaErrorNotSupported for bf16 before sm_80, whose arithmetic is emulated or absent.
@@ -199,11 +176,6 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
     for (int i = 0; i < kWarps; ++i) x += scratch[i];
   }
   return x;
-}
-
-// x * Phi(x), the exact form.
-__device__ __forceinline__ float gelu(float x) {
-  return 0.5f * x * (1.f + erff(x * 0.70710678118654752f));
 }
 
 __device__ __forceinline__ int64_t load_int(const void* from, IntType type, int64_t index) {

@@ -2,10 +2,11 @@
 
 #include <dlfcn.h>
 
-#include <array>
+#include <atomic>
 #include <cstdlib>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/runtime.h"
@@ -29,7 +30,8 @@ Opened open_library() {
   std::vector<std::string> names;
   // The major version this was compiled against: its structures must match.
   const std::string soname = "libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR);
-  if (const char* named = std::getenv("FT_HANDLER_CUBLASLT")) names.emplace_back(named);
+  const char* named = std::getenv("FT_HANDLER_CUBLASLT");
+  if (named != nullptr && *named != '\0') names.emplace_back(named);
   names.push_back(soname);
   void* library = nullptr;
   std::string tried;
@@ -62,33 +64,40 @@ Opened open_library() {
 }  // namespace
 
 const CublasLt* cublaslt() {
-  static const Opened opened = open_library();
-  if (opened.failure.empty()) return &opened.table;
-  set_failure(opened.failure);
-  return nullptr;
+  static std::mutex mutex;
+  static std::atomic<const CublasLt*> known{nullptr};
+  if (const CublasLt* found = known.load(std::memory_order_acquire)) return found;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const CublasLt* found = known.load(std::memory_order_relaxed)) return found;
+  Opened opened = open_library();
+  if (!opened.failure.empty()) {
+    set_failure(std::move(opened.failure));
+    return nullptr;
+  }
+  // Never freed: threads may run on while the process exits.
+  const auto* table = new CublasLt(opened.table);
+  known.store(table, std::memory_order_release);
+  return table;
 }
 
 cublasLtHandle_t cublaslt_handle() {
-  static std::mutex mutex;
-  static std::array<cublasLtHandle_t, 64> handles{};
+  static PerDevice<cublasLtHandle_t> handles;
   const CublasLt* library = cublaslt();
   if (library == nullptr) return nullptr;
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device < 0 ||
-      device >= static_cast<int>(handles.size())) {
+  const cublasLtHandle_t* handle = nullptr;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) {
     set_failure("no current device for cuBLASLt");
     return nullptr;
   }
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (handles[device] == nullptr) {
-    if (const cublasStatus_t status = library->create(&handles[device]);
-        status != CUBLAS_STATUS_SUCCESS) {
-      handles[device] = nullptr;
-      set_failure("cublasLtCreate failed with status " + std::to_string(status));
-      return nullptr;
-    }
-  }
-  return handles[device];
+  status = handles.get(device, &handle, [&](cublasLtHandle_t& made) {
+    const cublasStatus_t created = library->create(&made);
+    if (created == CUBLAS_STATUS_SUCCESS) return cudaSuccess;
+    set_failure("cublasLtCreate failed with status " + std::to_string(created));
+    return cudaErrorUnknown;
+  });
+  return status == cudaSuccess ? *handle : nullptr;
 }
 
 }  // namespace ft::cuda

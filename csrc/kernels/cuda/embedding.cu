@@ -12,16 +12,18 @@ struct EmbeddingTables {
   int vocab, positions, types;
 };
 
-// Offsets in rows of one token in the three tables.
+// Offsets in rows of one token in the three tables; the first ones where not `valid`.
 struct TokenRows {
   int64_t word, position, token_type;
+  bool valid;
 };
 
-__device__ __forceinline__ int64_t clamp_row(int64_t row, int rows) {
-  return row < 0 ? 0 : (row < rows ? row : rows - 1);
+__device__ __forceinline__ int64_t row_in(int64_t row, int rows, bool& valid) {
+  const bool inside = row >= 0 && row < rows;
+  valid = valid && inside;
+  return inside ? row : 0;
 }
 
-// Ids are checked on the host before they are copied; clamping keeps a wild one from faulting.
 __device__ __forceinline__ TokenRows token_rows(const void* ids, const void* types, IntType id_type,
                                                 const int32_t* position_ids,
                                                 const int32_t* cu_seqlens, int batch, int token,
@@ -30,11 +32,19 @@ __device__ __forceinline__ TokenRows token_rows(const void* ids, const void* typ
   if (position_ids != nullptr) {
     position = position_ids[token];
   } else {
-    position = token - cu_seqlens[find_sequence(cu_seqlens, batch, token)];
+    const int sequence = find_sequence(cu_seqlens, batch, token);
+    // Of bounds that do not ascend the search may find any, and none where they do not start at 0.
+    const int begin = cu_seqlens[sequence];
+    position = begin >= 0 && begin <= token && token < cu_seqlens[min(sequence + 1, batch)]
+                   ? token - begin
+                   : -1;
   }
-  return {clamp_row(load_int(ids, id_type, token), tables.vocab),
-          clamp_row(position, tables.positions),
-          clamp_row(load_int(types, id_type, token), tables.types)};
+  TokenRows found{};
+  found.valid = true;
+  found.word = row_in(load_int(ids, id_type, token), tables.vocab, found.valid);
+  found.position = row_in(position, tables.positions, found.valid);
+  found.token_type = row_in(load_int(types, id_type, token), tables.types, found.valid);
+  return found;
 }
 
 template <typename T, int kThreads, int kVecs>
@@ -64,6 +74,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
   const T* word = static_cast<const T*>(tables.word) + rows.word * hidden;
   const T* position = static_cast<const T*>(tables.position) + rows.position * hidden;
   const T* token_type = static_cast<const T*>(tables.token_type) + rows.token_type * hidden;
+  if (!rows.valid) eps = NAN;  // and with it the row
   Vec8<T> pieces[kVecs][3];
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
@@ -107,6 +118,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const T* word = static_cast<const T*>(tables.word) + rows.word * hidden;
   const T* position = static_cast<const T*>(tables.position) + rows.position * hidden;
   const T* token_type = static_cast<const T*>(tables.token_type) + rows.token_type * hidden;
+  if (!rows.valid) eps = NAN;  // and with it the row
   auto element = [&](int column) {
     return to_float(word[column]) + to_float(position[column]) + to_float(token_type[column]);
   };

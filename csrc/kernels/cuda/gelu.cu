@@ -1,5 +1,6 @@
-// gelu(input + bias) where no GEMM epilogue took it: one read, one write.
+// gelu(input + bias) + residual where no GEMM epilogue took it: one read of each, one write.
 
+#include "kernels/cuda/gelu.cuh"
 #include "kernels/cuda/layer_norm.cuh"
 
 namespace ft::cuda {
@@ -9,8 +10,8 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    bias_gelu_kernel(const T* input, const T* bias, int64_t vectors, int width, T* output,
-                     const int32_t* live_rows) {
+    bias_gelu_kernel(const T* input, const T* bias, const T* residual, int64_t vectors, int width,
+                     T* output, const int32_t* live_rows) {
   pdl_launch_dependents();
   pdl_wait();
   const int per_row = width / 8;
@@ -26,15 +27,16 @@ __global__ void __launch_bounds__(kThreads)
     piece.add_to(x);
     if (bias != nullptr) piece.load(bias + 8 * (v % per_row)), piece.add_to(x);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = gelu(x[i]);
+    for (int i = 0; i < 8; ++i) x[i] = gelu<T>(x[i]);
+    if (residual != nullptr) piece.load(residual + 8 * v), piece.add_to(x);
     Vec8<T>::store(output + 8 * v, x);
   }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    bias_gelu_any_kernel(const T* input, const T* bias, int64_t elements, int width, T* output,
-                         const int32_t* live_rows) {
+    bias_gelu_any_kernel(const T* input, const T* bias, const T* residual, int64_t elements,
+                         int width, T* output, const int32_t* live_rows) {
   pdl_launch_dependents();
   pdl_wait();
   if (live_rows != nullptr) {
@@ -44,20 +46,22 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < elements;
        i += stride) {
     const float shift = bias == nullptr ? 0.f : to_float(bias[i % width]);
-    output[i] = from_float<T>(gelu(to_float(input[i]) + shift));
+    const float addend = residual == nullptr ? 0.f : to_float(residual[i]);
+    output[i] = from_float<T>(gelu<T>(to_float(input[i]) + shift) + addend);
   }
 }
 
 }  // namespace
 
-cudaError_t bias_activation(const void* input_, const void* bias_, Activation activation, int rows,
-                            int width, DType dtype, void* output_, const int32_t* live_rows,
-                            Launch launch) {
+cudaError_t bias_activation(const void* input_, const void* bias_, const void* residual_,
+                            Activation activation, int rows, int width, DType dtype, void* output_,
+                            const int32_t* live_rows, Launch launch) {
   if (rows < 0 || width <= 0 || activation != Activation::kGelu) return cudaErrorInvalidValue;
   return dispatch_dtype(dtype, [&]<typename T>() {
     if (rows == 0) return cudaSuccess;
     const auto* input = static_cast<const T*>(input_);
     const auto* bias = static_cast<const T*>(bias_);
+    const auto* residual = static_cast<const T*>(residual_);
     auto* output = static_cast<T*>(output_);
     const bool vector = width % 8 == 0;
     const int64_t work = static_cast<int64_t>(rows) * width / (vector ? 8 : 1);
@@ -66,7 +70,7 @@ cudaError_t bias_activation(const void* input_, const void* bias_, Activation ac
     const int64_t most = 64LL * device_sms();
     const auto grid = static_cast<unsigned>(wanted < most ? wanted : most);
     return launch_kernel(vector ? bias_gelu_kernel<T> : bias_gelu_any_kernel<T>, grid, kThreads, 0,
-                         launch, input, bias, work, width, output, live_rows);
+                         launch, input, bias, residual, work, width, output, live_rows);
   });
 }
 

@@ -1,8 +1,10 @@
 #include "kernels/cuda/gemm.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -48,10 +50,14 @@ struct PlanKeyHash {
   }
 };
 
-std::shared_mutex plans_mutex;
-std::unordered_map<PlanKey, Plan, PlanKeyHash>& plans() {
-  static std::unordered_map<PlanKey, Plan, PlanKeyHash> table;
-  return table;
+struct Plans {
+  std::shared_mutex mutex;
+  std::unordered_map<PlanKey, Plan, PlanKeyHash> table;
+};
+
+Plans& plans() {
+  static Plans& all = *new Plans;  // never freed: threads may run on while the process exits
+  return all;
 }
 
 cudaDataType_t data_type(DType dtype) {
@@ -171,8 +177,8 @@ cudaError_t find_plan(const Gemm& gemm, const GemmNorm* norm, Plan* plan) {
   const PlanKey key = key_of(gemm, norm, device);
   bool library = false;
   {
-    const std::shared_lock<std::shared_mutex> lock(plans_mutex);
-    if (const auto found = plans().find(key); found != plans().end()) {
+    const std::shared_lock<std::shared_mutex> lock(plans().mutex);
+    if (const auto found = plans().table.find(key); found != plans().table.end()) {
       *plan = found->second;
       library = plan->first_guess;
       // A tuned plan may demand more of the pointers' alignment than this call offers.
@@ -183,17 +189,19 @@ cudaError_t find_plan(const Gemm& gemm, const GemmNorm* norm, Plan* plan) {
   Plan made;
   Gemm top = gemm;  // the class's largest, so that the plan does not depend on who came first
   top.rows = key.key.rows_class;
-  if (!library) made.sm90 = gemm_sm90_choose(top, norm);
+  bool sure = true;
+  if (!library) made.sm90 = gemm_sm90_choose(top, norm, &sure);
   if (!made.ours()) {
     std::vector<cublasLtMatmulHeuristicResult_t> results;
     if (const cudaError_t status = heuristics(top, 1, &results); status != cudaSuccess)
       return status;
     made.algo = results.front().algo;
   }
-  const std::unique_lock<std::shared_mutex> lock(plans_mutex);
-  // Bounded by shapes x classes; a process serves few models, so nothing is ever dropped.
-  plans().insert_or_assign(key, made);
   *plan = made;
+  if (!sure) return cudaSuccess;  // a kernel could not be asked about: the next call asks again
+  const std::unique_lock<std::shared_mutex> lock(plans().mutex);
+  // Bounded by shapes x classes; a process serves few models, so nothing is ever dropped.
+  plans().table.insert_or_assign(key, made);
   return cudaSuccess;
 }
 
@@ -205,7 +213,7 @@ cudaError_t run_plan(const Plan& plan, const Gemm& gemm, const GemmNorm* norm, v
   if (norm != nullptr) product.output = scratch;
   cudaError_t status = cublaslt_linear(product, plan.algo, workspace, launch.stream);
   if (status == cudaSuccess && gemm.activation != Activation::kNone)
-    status = bias_activation(product.output, nullptr, gemm.activation, gemm.rows, gemm.n,
+    status = bias_activation(product.output, nullptr, nullptr, gemm.activation, gemm.rows, gemm.n,
                              gemm.dtype, product.output, nullptr, launch);
   if (status == cudaSuccess && norm != nullptr)
     status =
@@ -227,9 +235,9 @@ cudaError_t check(const Gemm& gemm) {
     const DeviceProperties* device = nullptr;
     if (const cudaError_t status = current_device(&device); status != cudaSuccess) return status;
     if (device->major < 8) {
-      set_failure("bfloat16 needs compute capability 8.0 or later, and " + device->name + " has " +
-                  std::to_string(device->major) + "." + std::to_string(device->minor) +
-                  "; trace the model in float16");
+      set_failure("bfloat16 needs compute capability 8.0 or later, and " +
+                  std::string(device->all.name) + " has " + std::to_string(device->major) + "." +
+                  std::to_string(device->minor) + "; trace the model in float16");
       return cudaErrorNotSupported;
     }
   }
@@ -308,13 +316,23 @@ size_t gemm_workspace_bytes() { return kWorkspaceBytes; }
 int gemm_row_class(int rows) {
   if (rows <= 32) return 32;
   // 32 classes an octave: tiles fit the rows, and what fits a class's largest must fit the rest.
-  int step = 16;
+  int64_t step = 16;
   while (step * 64 < rows) step *= 2;
-  return (rows + step - 1) / step * step;
+  const int64_t most = std::numeric_limits<int>::max();
+  return static_cast<int>(std::min((rows + step - 1) / step * step, most));
 }
 
 cudaError_t linear(const Gemm& gemm, void* workspace, Launch launch) {
-  return run(gemm, nullptr, nullptr, workspace, launch);
+  if (gemm.activation == Activation::kNone || gemm.residual == nullptr)
+    return run(gemm, nullptr, nullptr, workspace, launch);
+  // No epilogue adds after it activated.
+  Gemm product = gemm;
+  product.activation = Activation::kNone;
+  product.residual = nullptr;
+  const cudaError_t status = run(product, nullptr, nullptr, workspace, launch);
+  if (status != cudaSuccess || gemm.rows == 0) return status;
+  return bias_activation(gemm.output, nullptr, gemm.residual, gemm.activation, gemm.rows, gemm.n,
+                         gemm.dtype, gemm.output, nullptr, launch);
 }
 
 cudaError_t linear_layer_norm(const Gemm& gemm, const GemmNorm& norm, void* scratch,
@@ -348,8 +366,8 @@ cudaError_t load_gemm_plan(const GemmKey& key, const std::string& text) {
   if (!from_text(text, &plan)) return cudaErrorInvalidValue;
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
-  const std::unique_lock<std::shared_mutex> lock(plans_mutex);
-  plans().insert_or_assign(PlanKey{key, device, true, 16}, plan);
+  const std::unique_lock<std::shared_mutex> lock(plans().mutex);
+  plans().table.insert_or_assign(PlanKey{key, device, true, 16}, plan);
   return cudaSuccess;
 }
 

@@ -31,8 +31,7 @@ struct GemmNorm {
   const void* gamma = nullptr;  // [n]
   const void* beta = nullptr;   // [n]
   float eps = 0.f;
-  const int32_t* live_rows =
-      nullptr;  // device memory or null: rows from *live_rows on hold no promise
+  const int32_t* live_rows = nullptr;  // device memory or null: rows from *live_rows on are padding
 };
 
 // Bytes of scratch memory that any linear() call may use; 256-byte aligned.

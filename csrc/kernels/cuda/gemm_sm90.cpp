@@ -180,7 +180,6 @@ constexpr std::array kFamilies{
 constexpr int kFirstFamily = static_cast<int>(kVariants.size());
 
 constexpr int kMostSplits = 8;
-constexpr int kMaxDevices = 64;
 
 // A row-major [rows, columns] matrix and the box a copy moves.
 struct MapKey {
@@ -202,8 +201,12 @@ struct MapKeyHash {
 };
 
 cudaError_t tensor_map(const MapKey& key, CUtensorMap* map) {
-  static std::shared_mutex mutex;
-  static std::unordered_map<MapKey, CUtensorMap, MapKeyHash> maps;
+  struct Maps {
+    std::shared_mutex mutex;
+    std::unordered_map<MapKey, CUtensorMap, MapKeyHash> table;
+  };
+  static Maps& all = *new Maps;  // never freed: threads may run on while the process exits
+  auto& [mutex, maps] = all;
   constexpr size_t kMost = 8192;  // workspaces move; forget the lot rather than grow for ever
   {
     const std::shared_lock<std::shared_mutex> lock(mutex);
@@ -231,25 +234,23 @@ cudaError_t tensor_map(const MapKey& key, CUtensorMap* map) {
 
 struct Launchable {
   const void* kernel = nullptr;
-  int clusters = 0;  // that run at the same time
+  int clusters = 0;  // that run at the same time; none where status is a failure
   cudaError_t status = cudaSuccess;
+
+  // A kernel that does not fit the GPU never will; other failures pass.
+  bool sure() const { return status == cudaSuccess || status == cudaErrorNotSupported; }
 };
 
 // Raises the kernel's shared-memory limit and asks how many clusters fit, once a device.
-const Launchable& launchable(int v, bool bfloat16, int device) {
-  struct Slot {
-    std::once_flag once;
-    Launchable made;
-  };
-  static std::array<std::array<std::array<Slot, 2>, kVariants.size()>, kMaxDevices> slots;
-  Slot& slot = slots[device][v][bfloat16];
-  std::call_once(slot.once, [&] {
+Launchable launchable(int v, bool bfloat16, int device) {
+  static std::array<std::array<PerDevice<Launchable>, 2>, kVariants.size()> known;
+  const Launchable* found = nullptr;
+  const cudaError_t status = known[v][bfloat16].get(device, &found, [&](Launchable& made) {
     const Variant& variant = kVariants[v];
-    Launchable& made = slot.made;
     made.kernel = variant.kernel(variant.index, bfloat16);
-    made.status = cudaFuncSetAttribute(made.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       variant.shared_bytes);
-    if (made.status != cudaSuccess) return;
+    cudaError_t status = cudaFuncSetAttribute(
+        made.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes);
+    if (status != cudaSuccess) return status;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(variant.cluster);
@@ -260,10 +261,10 @@ const Launchable& launchable(int v, bool bfloat16, int device) {
     config.dynamicSmemBytes = static_cast<size_t>(variant.shared_bytes);
     config.attrs = &attribute;
     config.numAttrs = 1;
-    made.status = cudaOccupancyMaxActiveClusters(&made.clusters, made.kernel, &config);
-    if (made.status == cudaSuccess && made.clusters == 0) made.status = cudaErrorNotSupported;
+    status = cudaOccupancyMaxActiveClusters(&made.clusters, made.kernel, &config);
+    return status == cudaSuccess && made.clusters == 0 ? cudaErrorNotSupported : status;
   });
-  return slot.made;
+  return status == cudaSuccess ? *found : Launchable{nullptr, 0, status};
 }
 
 int tiles_of(int total, int tile) { return (total + tile - 1) / tile; }
@@ -310,7 +311,7 @@ int tile_of(Sm90Plan plan, const Gemm& gemm, int device) {
 float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, int device) {
   const int tile = tile_of(plan, gemm, device);
   const Variant& variant = kVariants[tile];
-  const Launchable& ready = launchable(tile, gemm.dtype == DType::kBFloat16, device);
+  const Launchable ready = launchable(tile, gemm.dtype == DType::kBFloat16, device);
   if (ready.status != cudaSuccess) return -1.f;
   const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
   const int tiles = cluster_tiles_of(variant, gemm) * plan.splits;
@@ -364,7 +365,7 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
   if (const cudaError_t status = current_device(&device); status != cudaSuccess) return status;
   const int tile = tile_of(plan, gemm, device->index);
   const Variant& variant = kVariants[tile];
-  const Launchable& ready = launchable(tile, gemm.dtype == DType::kBFloat16, device->index);
+  const Launchable ready = launchable(tile, gemm.dtype == DType::kBFloat16, device->index);
   if (ready.status != cudaSuccess) return ready.status;
 
   const int tiles = cluster_tiles_of(variant, gemm) * plan.splits;
@@ -471,27 +472,38 @@ bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
          aligned(gemm.bias);
 }
 
-std::vector<Sm90Plan> gemm_sm90_plans(const Gemm& gemm, const GemmNorm* norm) {
+namespace {
+
+// The plans worth timing, the best first; clears `sure` where a kernel could not be asked about.
+std::vector<Sm90Plan> plans_of(const Gemm& gemm, const GemmNorm* norm, bool* sure) {
   const DeviceProperties* device = nullptr;
-  if (current_device(&device) != cudaSuccess) return {};
+  if (current_device(&device) != cudaSuccess) {
+    *sure = false;
+    return {};
+  }
+  const auto ask = [&](int v) {
+    const Launchable asked = launchable(v, gemm.dtype == DType::kBFloat16, device->index);
+    *sure = *sure && asked.sure();
+    return asked;
+  };
   std::vector<std::pair<float, Sm90Plan>> timed;
   const auto consider = [&](Sm90Plan plan) {
     if (!gemm_sm90_supports(plan, gemm, norm)) return;
+    ask(tile_of(plan, gemm, device->index));
     if (const float time = estimate(plan, gemm, norm, device->index); time >= 0.f)
       timed.emplace_back(time, plan);
   };
   for (int v = 0; v < kTallBegin; ++v) {
     // Splitting what fills the chip already only costs.
-    if (kVariants[v].splits > 1 &&
-        cluster_tiles_of(kVariants[v], gemm) >
-            launchable(v, gemm.dtype == DType::kBFloat16, device->index).clusters)
+    if (kVariants[v].splits > 1 && gemm_sm90_supports({v}, gemm, norm) &&
+        cluster_tiles_of(kVariants[v], gemm) > ask(v).clusters)
       continue;
     consider({v});
   }
   for (int f = 0; f < static_cast<int>(kFamilies.size()); ++f) {
     const Family& family = kFamilies[f];
-    const int clusters =
-        launchable(family.begin, gemm.dtype == DType::kBFloat16, device->index).clusters;
+    if (!gemm_sm90_supports({kFirstFamily + f}, gemm, norm)) continue;
+    const int clusters = ask(family.begin).clusters;
     if (clusters == 0) continue;
     for (int splits = 1; splits <= kMostSplits; ++splits) {
       for (int v = family.begin; v < family.end; ++v) {
@@ -510,9 +522,17 @@ std::vector<Sm90Plan> gemm_sm90_plans(const Gemm& gemm, const GemmNorm* norm) {
   return plans;
 }
 
-Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm) {
+}  // namespace
+
+std::vector<Sm90Plan> gemm_sm90_plans(const Gemm& gemm, const GemmNorm* norm) {
+  bool sure = true;
+  return plans_of(gemm, norm, &sure);
+}
+
+Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm, bool* sure) {
+  *sure = true;
   const DeviceProperties* device = nullptr;
-  const std::vector<Sm90Plan> plans = gemm_sm90_plans(gemm, norm);
+  const std::vector<Sm90Plan> plans = plans_of(gemm, norm, sure);
   if (plans.empty() || current_device(&device) != cudaSuccess) return {};
   const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
   const LibraryCost library = activates(gemm)   ? LibraryCost{5.0f, 0.81f, 0.38f, 2.1f}
@@ -574,7 +594,10 @@ std::string gemm_sm90_name(Sm90Plan) { return {}; }
 Sm90Plan gemm_sm90_named(const std::string&) { return {}; }
 bool gemm_sm90_supports(Sm90Plan, const Gemm&, const GemmNorm*) { return false; }
 std::vector<Sm90Plan> gemm_sm90_plans(const Gemm&, const GemmNorm*) { return {}; }
-Sm90Plan gemm_sm90_choose(const Gemm&, const GemmNorm*) { return {}; }
+Sm90Plan gemm_sm90_choose(const Gemm&, const GemmNorm*, bool* sure) {
+  *sure = true;
+  return {};
+}
 Sm90Plan gemm_sm90_invariant(const Gemm&) { return {}; }
 cudaError_t gemm_sm90(Sm90Plan, const Gemm&, const GemmNorm*, void*, void*, Launch) {
   return cudaErrorNotSupported;

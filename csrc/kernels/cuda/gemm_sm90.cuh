@@ -21,6 +21,7 @@
 
 #include <cuda.h>
 
+#include "kernels/cuda/gelu.cuh"
 #include "kernels/cuda/gemm_elements.cuh"
 #include "kernels/cuda/gemm_sm90_variants.h"
 #include "kernels/cuda/gemm_wgmma.cuh"
@@ -284,7 +285,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             for (int part = 0; part < kParts; ++part)
 #pragma unroll
               for (int i = 0; i < 32; ++i)
-                acc[part][chunk * 32 + i] = gelu(acc[part][chunk * 32 + i]);
+                acc[part][chunk * 32 + i] = gelu<T>(acc[part][chunk * 32 + i]);
           }
           write_chunk(chunk, buffer);
           async_proxy_fence();

@@ -31,8 +31,9 @@ bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm);
 std::vector<Sm90Plan> gemm_sm90_plans(const Gemm& gemm, const GemmNorm* norm);
 
 // The plan expected to be fastest; variant -1 when none serves or cuBLASLt is expected to be
-// faster.
-Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm);
+// faster. `sure`: no kernel was left out because a question about it failed, as where memory is
+// full.
+Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm, bool* sure);
 
 // The plan expected to be fastest of those that sum in the same order, whatever the rows; variant
 // -1 when none serves.

@@ -6,6 +6,7 @@
 // columns alone. A tile a cluster, no persistence: the receive area is written once.
 #include <cuda.h>
 
+#include "kernels/cuda/gelu.cuh"
 #include "kernels/cuda/gemm_elements.cuh"
 #include "kernels/cuda/gemm_sm90_variants.h"
 #include "kernels/cuda/gemm_wgmma.cuh"
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
     if (p.gelu) {
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) sum[i] = gelu(sum[i]);
+      for (int i = 0; i < kOwn; ++i) sum[i] = gelu<T>(sum[i]);
     }
 #pragma unroll
     for (int pair = 0; pair < kColumns / 16; ++pair) {

@@ -16,6 +16,7 @@
 
 #include <cuda.h>
 
+#include "kernels/cuda/gelu.cuh"
 #include "kernels/cuda/gemm_elements.cuh"
 #include "kernels/cuda/gemm_sm90_variants.h"
 #include "kernels/cuda/gemm_wgmma.cuh"
@@ -343,7 +344,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
               x[i] += bias[i >> 1 & 1];
-              if (p.gelu) x[i] = gelu(x[i]);
+              if (p.gelu) x[i] = gelu<T>(x[i]);
             }
             store_matrices_turned(turned + pair * 16 * 128, pack<T>(x[0], x[1]),
                                   pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));

@@ -7,7 +7,10 @@
 // cudaErrorNotSupported for bf16 on a GPU before sm_80, else what the launch itself said.
 //
 // Rows of a packed tensor at or beyond cu_seqlens[batch] are padding of a CUDA graph's token class:
-// they are never a fault and hold no promise (the embedding writes zeros there, others leave them).
+// they are never a fault and depend on nothing but the parameters (the embedding, attention and
+// layer norms write zeros there). A cu_seqlens that does not ascend from 0 to at most the number of
+// tokens in steps of at most max_seqlen makes all rows of attention NaN; nothing is read or written
+// out of bounds.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -74,9 +77,9 @@ cudaError_t restore_padding(const void* packed,            // [tokens, width]
 
 // ---- layer norm family -------------------------------------------------------------------------
 
-// LayerNorm(word[id] + position[p] + token_type[t]) per token. Ids, types and positions are clamped
-// into their tables. position_ids absent: 0, 1, ... within each sequence, found from cu_seqlens.
-// Rows at or beyond cu_seqlens[batch] become zeros.
+// LayerNorm(word[id] + position[p] + token_type[t]) per token. position_ids absent: 0, 1, ...
+// within each sequence, found from cu_seqlens. Rows at or beyond cu_seqlens[batch] become zeros,
+// those whose id, type or position lies outside its table NaN.
 cudaError_t embedding_layer_norm(const void* input_ids,        // [tokens], id_type
                                  const void* token_type_ids,   // [tokens], id_type
                                  IntType id_type,              // kInt32 or kInt64
@@ -96,7 +99,7 @@ cudaError_t embedding_layer_norm(const void* input_ids,        // [tokens], id_t
                                  Launch launch);
 
 // LayerNorm(input + bias + residual) per row; bias and residual may be null. Output may be input or
-// residual. `live_rows`, device memory or null: rows at or beyond *live_rows are left alone.
+// residual. `live_rows`, device memory or null: rows at or beyond *live_rows become zeros.
 cudaError_t residual_layer_norm(const void* input,     // [rows, hidden]
                                 const void* bias,      // [hidden] or null
                                 const void* residual,  // [rows, hidden] or null
@@ -118,10 +121,11 @@ cudaError_t residual_layer_norm_partials(const float* partials,  // [splits, row
                                          void* output,  // [rows, hidden]
                                          const int32_t* live_rows, Launch launch);
 
-// activation(input + bias); bias may be null, output may be input. cudaErrorInvalidValue for
-// kNone, which needs no pass.
-cudaError_t bias_activation(const void* input,  // [rows, width]
-                            const void* bias,   // [width] or null
+// activation(input + bias) + residual; bias and residual may be null, output may be input or
+// residual. cudaErrorInvalidValue for kNone, which needs no pass.
+cudaError_t bias_activation(const void* input,     // [rows, width]
+                            const void* bias,      // [width] or null
+                            const void* residual,  // [rows, width] or null
                             Activation activation, int rows, int width, DType dtype,
                             void* output,  // [rows, width]
                             const int32_t* live_rows, Launch launch);

@@ -30,8 +30,17 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
   }
   pdl_wait();
   const int row = blockIdx.x * (blockDim.x / kThreads) + threadIdx.x / kThreads;
-  if (row >= rows || (live_rows != nullptr && row >= *live_rows)) return;
+  if (row >= rows) return;
   const int64_t begin = static_cast<int64_t>(row) * hidden;
+  if (live_rows != nullptr && row >= *live_rows) {
+    const float zeros[8] = {};
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      const int column = row_column<kThreads>(v);
+      if (column < hidden) Vec8<T>::store(output + begin + column, zeros);
+    }
+    return;
+  }
   const int64_t stride = static_cast<int64_t>(rows) * hidden;
   // All loads of a row are in flight before the first is used.
   Vec8<Input> first[kVecs];
@@ -80,7 +89,12 @@ __global__ void __launch_bounds__(kBlockThreads)
   pdl_wait();
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * hidden;
   const int64_t stride = static_cast<int64_t>(rows) * hidden;
-  if (live_rows != nullptr && static_cast<int>(blockIdx.x) >= *live_rows) return;
+  if (live_rows != nullptr && static_cast<int>(blockIdx.x) >= *live_rows) {
+    for (int column = threadIdx.x; column < hidden; column += kBlockThreads) {
+      output[begin + column] = from_float<T>(0.f);
+    }
+    return;
+  }
   auto element = [&](int column) {
     float x = bias == nullptr ? 0.f : to_float(bias[column]);
     for (int split = 0; split < splits; ++split) {

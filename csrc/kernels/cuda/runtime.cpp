@@ -1,43 +1,28 @@
 #include "kernels/cuda/runtime.h"
 
-#include <array>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <utility>
 
 namespace ft::cuda {
 namespace {
-
-constexpr int kMaxDevices = 64;
 
 thread_local std::string failure;
 
 }  // namespace
 
 cudaError_t current_device(const DeviceProperties** properties) {
-  static std::array<DeviceProperties, kMaxDevices> devices;
-  static std::array<std::once_flag, kMaxDevices> once;
+  static PerDevice<DeviceProperties> known;
   int index = 0;
   if (cudaError_t status = cudaGetDevice(&index); status != cudaSuccess) return status;
-  if (index < 0 || index >= kMaxDevices) return cudaErrorInvalidDevice;
-  cudaError_t status = cudaSuccess;
-  std::call_once(once[index], [&] {
-    cudaDeviceProp read{};
-    status = cudaGetDeviceProperties(&read, index);
-    if (status != cudaSuccess) return;
-    DeviceProperties& device = devices[index];
-    device.major = read.major;
-    device.minor = read.minor;
-    device.multiprocessors = read.multiProcessorCount;
-    device.name = read.name;
-    device.all = read;
+  return known.get(index, properties, [&](DeviceProperties& device) {
+    const cudaError_t status = cudaGetDeviceProperties(&device.all, index);
+    device.major = device.all.major;
+    device.minor = device.all.minor;
+    device.multiprocessors = device.all.multiProcessorCount;
     device.index = index;
+    return status;
   });
-  if (status != cudaSuccess) return status;
-  if (devices[index].index < 0) return cudaErrorInvalidDevice;
-  *properties = &devices[index];
-  return cudaSuccess;
 }
 
 std::optional<bool> environment_switch(const char* name) {

@@ -3,12 +3,55 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
+#include <atomic>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "kernels/cuda/kernels.h"
 
 namespace ft::cuda {
+
+constexpr int kMaxDevices = 64;
+
+// What a process learns of each device on its first use there. Success alone is remembered: what
+// failed, while memory was full for instance, is tried again by the next call. Nothing of it is
+// freed while threads may run on at exit, so a value owns no memory.
+template <typename Value>
+class PerDevice {
+ public:
+  // make(Value&) returns a cudaError_t; the caller's device is `device`.
+  template <typename Make>
+  cudaError_t get(int device, const Value** value, Make&& make) {
+    static_assert(std::is_trivially_destructible_v<Value>);
+    if (device < 0 || device >= kMaxDevices) return cudaErrorInvalidDevice;
+    Slot& slot = slots_[device];
+    if (!slot.ready.load(std::memory_order_acquire)) {
+      const std::lock_guard<std::mutex> lock(slot.mutex);
+      if (!slot.ready.load(std::memory_order_relaxed)) {
+        Value made{};
+        if (const cudaError_t status = make(made); status != cudaSuccess) {
+          cudaGetLastError();  // the next caller must not take it for its own
+          return status;
+        }
+        slot.value = made;
+        slot.ready.store(true, std::memory_order_release);
+      }
+    }
+    *value = &slot.value;
+    return cudaSuccess;
+  }
+
+ private:
+  struct Slot {
+    std::atomic<bool> ready{false};
+    std::mutex mutex;
+    Value value{};
+  };
+  std::array<Slot, kMaxDevices> slots_;
+};
 
 // Properties of one device; they never change while the process lives.
 struct DeviceProperties {
@@ -16,7 +59,6 @@ struct DeviceProperties {
   int major = 0;
   int minor = 0;
   int multiprocessors = 0;
-  std::string name;
   cudaDeviceProp all{};
 };
 

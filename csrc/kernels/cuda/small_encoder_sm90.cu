@@ -54,7 +54,8 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // Keys that a tile of `rows` queries can need: its own rows and the rest of the sequences at its
 // ends.
 int key_capacity(const SmallShape& s, int rows) {
-  return round_up(std::min(s.tokens, rows + 2 * (std::max(s.max_seqlen, 1) - 1)), 32);
+  const int longest = std::clamp(s.max_seqlen, 1, std::max(s.tokens, 1));
+  return round_up(std::min(s.tokens, rows + 2 * (longest - 1)), 32);
 }
 
 // What does not depend on where tensors lie.
@@ -72,6 +73,7 @@ GemmParams gemm_params(const SmallShape& s, Kind kind, const SmallGemmPlan& plan
   p.held_rows = std::min(kTileTable[plan.tile].rows, round_up(s.tokens, 16));
   if (kind == kAttention) {
     p.key_capacity = key_capacity(s, kTileTable[plan.tile].rows);
+    p.longest = s.max_seqlen;
     p.head_dim = s.hidden / s.heads;
     p.scale_log2 = static_cast<float>(1.4426950408889634 / std::sqrt(double(p.head_dim)));
   }
@@ -399,6 +401,7 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
       a.hidden = h;
       a.batch = s.batch;
       a.key_capacity = attention_keys(s);
+      a.longest = s.max_seqlen;
       a.head_dim = h / s.heads;
       a.scale_log2 = static_cast<float>(1.4426950408889634 / std::sqrt(double(a.head_dim)));
       error = chain.attention(a, attention_shared(s));

@@ -26,6 +26,7 @@
 #include "kernels/cuda/kernels.h"
 
 #ifdef __CUDACC__
+#include "kernels/cuda/gelu.cuh"
 #include "kernels/cuda/ptx_sm90.cuh"
 #endif
 
@@ -86,6 +87,7 @@ struct GemmParams {
   int split, stages;
   int held_rows;     // of a tile's rows, those that are copied; what follows is never used
   int key_capacity;  // rows of K and V held in shared memory, a multiple of 32
+  int longest;       // sequence that cu_seqlens may hold
   int head_dim;
   float eps, scale_log2;
   bool far_ahead;  // successors may start at once, else when this kernel has its inputs on the way
@@ -97,7 +99,7 @@ struct AttentionParams {
   const void* qkv;        // [tokens, 3 * hidden]
   void* output;           // [tokens, hidden]
   const int* cu_seqlens;  // [batch + 1]
-  int tokens, hidden, batch, key_capacity, head_dim;
+  int tokens, hidden, batch, key_capacity, longest, head_dim;
   float scale_log2;
 };
 
@@ -276,20 +278,6 @@ __device__ __forceinline__ float power_of_two(float x) {
   return y;
 }
 
-// x / 2 * (1 + erf(x / sqrt 2)) with Abramowitz and Stegun's 7.1.26: within 1.5e-7 of erf, half the
-// instructions of erff.
-__device__ __forceinline__ float gelu(float x) {
-  const float z = fabsf(x) * 0.70710678118654752f;
-  const float t = __fdividef(1.f, fmaf(0.3275911f, z, 1.f));
-  float poly = fmaf(1.061405429f, t, -1.453152027f);
-  poly = fmaf(poly, t, 1.421413741f);
-  poly = fmaf(poly, t, -0.284496736f);
-  poly = fmaf(poly, t, 0.254829592f);
-  const float tail = poly * t * power_of_two(z * z * -1.4426950408889634f);  // 1 - erf(z)
-  const float half = 0.5f * x;
-  return half + fabsf(half) * (1.f - tail);
-}
-
 template <typename T>
 struct Pair;
 template <>
@@ -374,14 +362,26 @@ struct Affine8 {
   }
 };
 
-// The sequence bounds of rows [token0, token0 + rows), as tokens; padding rows get (0, 0).
-__device__ __forceinline__ void find_bounds(const int* sequences, int batch, int token0, int rows,
-                                            int2* bounds) {
+// Brings cu_seqlens to shared memory and says whether it is valid, to the whole block.
+__device__ __forceinline__ bool load_sequences(int* sequences, const int* cu_seqlens, int batch,
+                                               int tokens, int longest) {
+  int valid = 1;
+  for (int i = threadIdx.x; i <= batch; i += blockDim.x) {
+    sequences[i] = cu_seqlens[i];
+    if (i < batch) valid &= step_valid(cu_seqlens, i, tokens, longest);
+  }
+  return __syncthreads_and(valid) != 0;
+}
+
+// The sequence bounds of rows [token0, token0 + rows), as tokens; padding rows get (0, 0), and all
+// rows (-1, -1) where cu_seqlens is not valid.
+__device__ __forceinline__ void find_bounds(const int* sequences, int batch, bool valid, int token0,
+                                            int rows, int2* bounds) {
   for (int row = threadIdx.x; row < rows; row += blockDim.x) {
     const int token = token0 + row;
     int low = 0, high = batch;  // sequences[low] <= token < sequences[high]
-    if (token >= sequences[batch]) {
-      bounds[row] = make_int2(0, 0);
+    if (!valid || token >= sequences[batch]) {
+      bounds[row] = valid ? make_int2(0, 0) : make_int2(-1, -1);
       continue;
     }
     while (high - low > 1) {
@@ -398,8 +398,8 @@ __device__ __forceinline__ void find_bounds(const int* sequences, int batch, int
 
 // First and one past the last token whose keys rows [0, rows) need.
 __device__ __forceinline__ int2 key_range(const int2* bounds, const int* sequences, int batch,
-                                          int token0, int rows, int capacity) {
-  const int used = min(rows, sequences[batch] - token0);
+                                          bool valid, int token0, int rows, int capacity) {
+  const int used = valid ? min(rows, sequences[batch] - token0) : 0;
   if (used <= 0) return make_int2(0, 0);
   const int first = bounds[0].x;
   return make_int2(first, min(bounds[used - 1].y, first + capacity));
@@ -537,7 +537,8 @@ __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], f
 }
 
 // Attention of 16 query rows and one head, by one warp; the context replaces the queries in shared
-// memory. Rows without a sequence become zeros.
+// memory. Rows without a sequence become zeros; where a sequence's scores are all minus infinity or
+// cu_seqlens is not valid, NaN.
 template <typename T, int kHeadDim, int kKeys>
 __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t values, int row0,
                                        int unit0,  // of the head in the 128-byte rows
@@ -573,12 +574,13 @@ __device__ __forceinline__ void attend(uint32_t queries, uint32_t keys, uint32_t
       [&](int block) { return block < low_all || block + kKeys > high_all; }, scale_log2);
   uint32_t words[2][kHeadDim / 8], probe = 0;
   const auto divide = [&](int i) {
+    // Padding has neither keys nor a sum.
+    const bool padding = limit[i].x == -key0 && limit[i].y == -key0;
     const float inverse = 1.f / sum[i];
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
-      words[i][j] = sum[i] == 0.f ? 0
-                                  : Pair<T>::pack(context[j][2 * i] * inverse,
-                                                  context[j][2 * i + 1] * inverse);
+      words[i][j] =
+          padding ? 0 : Pair<T>::pack(context[j][2 * i] * inverse, context[j][2 * i + 1] * inverse);
     }
   };
 #pragma unroll
@@ -740,11 +742,10 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
   int2 range = make_int2(0, 0);
   if constexpr (kKind == kAttention) {
     int* const sequences = reinterpret_cast<int*>(shared + at.sequences);
-    for (int i = tid; i <= p.batch; i += kThreads) sequences[i] = p.cu_seqlens[i];
+    const bool valid = load_sequences(sequences, p.cu_seqlens, p.batch, p.tokens, p.longest);
+    find_bounds(sequences, p.batch, valid, token0, kRows, bounds);
     __syncthreads();
-    find_bounds(sequences, p.batch, token0, kRows, bounds);
-    __syncthreads();
-    range = key_range(bounds, sequences, p.batch, token0, kRows, p.key_capacity);
+    range = key_range(bounds, sequences, p.batch, valid, token0, kRows, p.key_capacity);
   }
   float* const affine = reinterpret_cast<float*>(shared + at.affine);  // W gamma, W beta + bias
   if constexpr (kEndsBranch) {
@@ -990,7 +991,7 @@ __global__ void __launch_bounds__(128 * kGroupsM * kGroupsN)
       }
       if constexpr (kKind == kNormGelu) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] = gelu(x[e]);
+        for (int e = 0; e < 4; ++e) x[e] = gelu<T>(x[e]);
       }
       const uint2 packed = make_uint2(Pair<T>::pack(x[0], x[1]), Pair<T>::pack(x[2], x[3]));
       *reinterpret_cast<uint2*>(static_cast<T*>(p.output) + at_output) = packed;
@@ -1044,11 +1045,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const size_t stride = 3 * p.hidden;
 
   let_successor_start();
-  for (int i = threadIdx.x; i <= p.batch; i += blockDim.x) sequences[i] = p.cu_seqlens[i];
+  const bool valid = load_sequences(sequences, p.cu_seqlens, p.batch, p.tokens, p.longest);
+  find_bounds(sequences, p.batch, valid, token0, kRows, bounds);
   __syncthreads();
-  find_bounds(sequences, p.batch, token0, kRows, bounds);
-  __syncthreads();
-  const int2 range = key_range(bounds, sequences, p.batch, token0, kRows, p.key_capacity);
+  const int2 range = key_range(bounds, sequences, p.batch, valid, token0, kRows, p.key_capacity);
   const int count = range.y - range.x;
   const T* const qkv = static_cast<const T*>(p.qkv) + blockIdx.x * kChunk;
 

@@ -4,23 +4,31 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+
 #include "kernels/cuda/kernels.h"
 
 namespace ft::cuda {
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// Found at run time: the library must load where there is no libcuda. Null: the driver has none.
+// Found at run time: the library must load where there is no libcuda. Null: the driver has none, or
+// could not be asked, and the next call asks again.
 inline EncodeTiled tensor_map_encoder() {
-  static const EncodeTiled found = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
-                                                                12000, cudaEnableDefault, &result);
-    const bool good = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
-    return good ? reinterpret_cast<EncodeTiled>(entry) : nullptr;
-  }();
-  return found;
+  static std::atomic<EncodeTiled> known{nullptr};
+  EncodeTiled encode = known.load(std::memory_order_relaxed);
+  if (encode != nullptr) return encode;
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+  const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
+                                                              12000, cudaEnableDefault, &result);
+  if (status != cudaSuccess || result != cudaDriverEntryPointSuccess) {
+    cudaGetLastError();  // the next caller must not take it for its own
+    return nullptr;
+  }
+  encode = reinterpret_cast<EncodeTiled>(entry);
+  known.store(encode, std::memory_order_relaxed);
+  return encode;
 }
 
 // The map of a row-major matrix of 16-bit elements, in boxes of 32 or 64 columns that lie swizzled
