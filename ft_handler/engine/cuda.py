@@ -147,7 +147,7 @@ class CudaEngine:
         if batch.total == 0 or batch.batch == 0:
             none = (self.columns, 0) if self.per_token else (0, self.columns)
             return Done(np.zeros(none, np.float32))
-        # The kernels clamp what the host must not let through.
+        # What the kernels are given wrong they answer with NaN; the host must not let it through.
         if not 0 <= int(batch.input_ids.min()) <= int(batch.input_ids.max()) < self._vocab_size:
             raise ValueError(f"input_ids must lie in [0, {self._vocab_size})")
         types = batch.token_type_ids
@@ -200,8 +200,13 @@ class CudaEngine:
         return out.reshape(-1)
 
     def warm_up(self) -> dict[str, float]:
-        """Run a few batches, then capture a graph of every class that the budget has room for."""
+        """Pack the weights, run a few batches, then capture graphs within their budget."""
         start = time.perf_counter()
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            self._module.release()
+            # Batches run on another stream, and the raw weights' memory is for the graphs' pool.
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
         for lengths in ([1], [7, 3], [self._plan.lengths[-1]]):
             # TorchScript optimises in its first calls; three in flight, as of a large batch's
             # parts, make their pinned memory now.

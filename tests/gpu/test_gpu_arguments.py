@@ -11,14 +11,9 @@ import pytest
 import torch
 from op_arguments import NAMES, OLD_NAMES, UNTRACEABLE, arguments
 
-from ft_handler import load_library
+import ft_handler.native.ops  # noqa: F401 - loads the library, and what its ops make of fake tensors
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module", autouse=True)
-def library() -> None:
-    load_library()
 
 
 @pytest.mark.parametrize("case", ["attention", "encoders", "embeddings", "misaligned"])
