@@ -96,6 +96,7 @@ float read(const Buffer& buffer, DType type, int64_t i) {
   }
   const int exponent = (half >> 10) & 31;
   const float mantissa = static_cast<float>(half & 1023);
+  if (exponent == 31) return mantissa > 0 ? NAN : half & 0x8000 ? -INFINITY : INFINITY;
   const float x = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
   return half & 0x8000 ? -x : x;
 }
