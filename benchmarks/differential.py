@@ -234,6 +234,10 @@ def judged_answer(case: dict[str, Any], ours: list[Any], theirs: list[Any]) -> s
             return "same"
         rest = (ours if len(ours) > len(theirs) else theirs)[len(pairs) :]
         return "list ends elsewhere, at scores near 0" if rest[0]["score"] < 1e-3 else "other"
+    if any(one.get("truncated") for one in ours):
+        return "question cut here"
+    if "[CLS]" in case["input"]["question"] + case["input"]["context"]:
+        return "[CLS] spelt out: there it may be an answer's begin"
     differ = [(a, b) for a, b in pairs if not same(a, b)]
     if all(a["score"] < 1e-3 and b["score"] < 1e-3 for a, b in differ):
         return "answers of scores near 0 in another order"
