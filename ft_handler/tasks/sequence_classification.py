@@ -67,8 +67,8 @@ class ClassificationSettings(Settings):
     function_to_apply: Annotated[Function | None, AnyCase] = setting(
         None,
         "`softmax`, `sigmoid` or `none` (a string) over the logits; null chooses by the model: "
-        "regression none, multi-label or one label sigmoid, else softmax. A request may override "
-        "it.",
+        "what sentence-transformers configured where there is one label, else regression none, "
+        "multi-label or one label sigmoid, else softmax. A request may override it.",
     )
     top_k: Whole | None = setting(
         None,
@@ -116,7 +116,9 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
         self.longest = loaded.max_length
         self._reader, self._template = loaded.reader, loaded.template
         self._labels = [loaded.labels[i] for i in range(len(loaded.labels))]
-        self._function = default_function(loaded.info.problem_type, len(self._labels))
+        self._function = loaded.info.function_to_apply or default_function(
+            loaded.info.problem_type, len(self._labels)
+        )
         if self.longest <= self._template.pair_specials:
             raise ConfigError(f"setting 'max_length' ({self.longest}) leaves no room for text")
 
