@@ -54,7 +54,9 @@ def outcome(predictor: Predictor, request: object) -> tuple[int, Any]:
     try:
         return 200, predictor.predict(request)
     except RequestError as error:
-        return error.status, {"code": error.status, "type": error.type, "message": str(error)}
+        words = str(error)
+        body = {"code": error.status, "type": error.type, "message": words, "error": words}
+        return error.status, body
 
 
 @pytest.mark.parametrize(
