@@ -97,11 +97,6 @@ def port_number(key: str, value: str) -> int:
     return int(value)
 
 
-def archive_name(archive: Path) -> str:
-    """The model's name in a `.mar` file's manifest."""
-    return archive_model(archive)[0]
-
-
 def archive_model(archive: Path) -> tuple[str, str]:
     """The model's name and version in a `.mar` file's manifest."""
     try:
