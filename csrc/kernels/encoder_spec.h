@@ -36,6 +36,7 @@ enum EncoderWeight : int {
   kDownBias,
   kNorm2Gamma,
   kNorm2Beta,
+  kRelativeBias,
   kEncoderWeightCount,
 };
 
@@ -59,6 +60,7 @@ inline constexpr std::array<const char*, kEncoderWeightCount> kEncoderWeightName
     "layers.down.bias",
     "layers.norm2.weight",
     "layers.norm2.bias",
+    "attention.relative_bias",
 };
 
 struct EncoderSpec {
@@ -76,6 +78,8 @@ struct EncoderSpec {
   bool has(EncoderWeight weight) const { return places[weight] >= 0; }
   // Whether a linear layer leads from the embeddings to the hidden size.
   bool projects() const { return has(kProjectionWeight); }
+  // Whether a bias by head and distance is added to the scaled scores of every layer.
+  bool biased() const { return has(kRelativeBias); }
 };
 
 // How to run, which no file says.
@@ -85,7 +89,8 @@ struct EncoderOptions {
 };
 
 // A tensor's shape: [layers or 1, rows, columns] where `stacked`, else [rows, columns]; without
-// columns a vector. Rows -1: any.
+// columns a vector. Rows or columns -1: any; the columns of kRelativeBias are 2 D + 1, and what is
+// added for query i and key j stands in column clamp(j - i, -D, D) + D.
 struct EncoderWeightShape {
   bool stacked;
   int64_t rows, columns;
@@ -116,6 +121,8 @@ inline EncoderWeightShape shape_of(const EncoderSpec& s, EncoderWeight weight) {
       return {true, s.intermediate, 0};
     case kDownWeight:
       return {true, s.hidden, s.intermediate};
+    case kRelativeBias:
+      return {false, s.heads, -1};
     default:
       return {true, s.hidden, 0};
   }
@@ -180,13 +187,18 @@ inline void place_weights(std::string_view names, EncoderSpec* spec) {
 inline Activation activation_named(std::string_view name) {
   if (name.empty()) return Activation::kNone;
   if (name == "gelu") return Activation::kGelu;
-  spec_detail::refuse("the activation must be gelu or none (an empty name), is " +
-                      spec_detail::quoted(name));
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "silu") return Activation::kSilu;
+  spec_detail::refuse(
+      "the activation must be gelu, gelu_tanh, relu, silu or none (an empty name), is " +
+      spec_detail::quoted(name));
 }
 
 // Refuses a spec that lacks a tensor it needs or contradicts itself.
 inline void check_encoder_spec(const EncoderSpec& s) {
   for (int w = 0; w < kEncoderWeightCount; ++w) {
+    if (w == kRelativeBias) continue;
     const bool optional = w == kProjectionWeight || w == kProjectionBias;
     if (s.places[w] < 0 && (!optional || s.hidden != s.embedding)) {
       spec_detail::refuse("an encoder lacks the weight " +

@@ -20,8 +20,9 @@ __attribute__((always_inline)) constexpr int64_t size_of(DType dtype) {
   return 0;
 }
 
-// What follows a linear layer's bias. Gelu is the exact (erf) form.
-enum class Activation : int32_t { kNone = 0, kGelu = 1 };
+// What follows a linear layer's bias. Gelu is the exact (erf) form, GeluTanh its approximation by a
+// tanh, which is another function.
+enum class Activation : int32_t { kNone = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kSilu = 4 };
 
 // Numbers that a kernel reads. prepare_weight chooses a weight's type; kernels look here for it.
 struct Operand {

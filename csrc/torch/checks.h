@@ -126,7 +126,8 @@ inline EncoderSpec spec_of_interface_1(const Tensor& word, const Tensor& qkv_bia
   spec.activation = Activation::kGelu;
   spec.eps = eps;
   for (int w = 0; w < kEncoderWeightCount; ++w) {
-    if (w != kProjectionWeight && w != kProjectionBias) spec.places[w] = spec.tensors++;
+    const bool new_since = w == kProjectionWeight || w == kProjectionBias || w == kRelativeBias;
+    if (!new_since) spec.places[w] = spec.tensors++;
   }
   check_encoder_spec(spec);
   return spec;
