@@ -188,7 +188,7 @@ class CoreSettings(Settings):
 
     mode: Text | None = setting(
         None,
-        "The model's task; null takes it from the traced file, and any other value must agree "
+        "The model's task; null takes it from the traced file; another one must share its head "
         "with the file. In a setup_config.json it is informative: one that differs is noted in "
         "the log.",
     )

@@ -64,7 +64,7 @@ def settle(
         where = "setting 'model_file'" if told else "the manifest's serializedFile"
         raise ConfigError(f"{source} has no {name} ({where})")
     info = read_info(path)
-    task = tasks.get(info.mode)
+    task = _task(core, info)
     others = {name: tasks.get(name).settings for name in tasks.names() if name != task.name}
     raw.refuse_unknown((CoreSettings, task.settings, *groups), others)
     _check(path, core, info, task)
@@ -211,6 +211,18 @@ def _note(raw: RawSettings, core: CoreSettings, info: ModelInfo) -> None:
         logger.warning("setting 'save_mode' is pretrained, but the traced file is what is served")
 
 
+def _task(core: CoreSettings, info: ModelInfo) -> AnyTask:
+    """The task that a file is served for: its own, or one that the settings name and that shares
+    its head."""
+    own = tasks.get(info.mode)
+    if core.mode in (None, info.mode):
+        return own
+    wished = tasks.get(str(core.mode)) if core.mode in tasks.names() else None
+    if wished is None or wished.head_name != own.head_name:
+        raise ConfigError(f"setting 'mode' is {core.mode}, but the traced file is for {info.mode}")
+    return wished
+
+
 def _check(path: Path, core: CoreSettings, info: ModelInfo, task: AnyTask) -> None:
     """Refuse settings that the traced file contradicts."""
     if info.model_type != "thsext":
@@ -218,8 +230,6 @@ def _check(path: Path, core: CoreSettings, info: ModelInfo, task: AnyTask) -> No
             f"{path.name} is of model_type '{info.model_type}', which pads and is "
             "there for comparison: trace with --model_type thsext"
         )
-    if core.mode is not None and core.mode != info.mode:
-        raise ConfigError(f"setting 'mode' is {core.mode}, but the traced file is for {info.mode}")
     if task.labelled and core.num_labels not in (None, 0, info.num_labels):
         raise ConfigError(
             f"setting 'num_labels' is {core.num_labels}, but the traced file has {info.num_labels}"

@@ -8,7 +8,7 @@ An item that fails anywhere gets its error as its result and is skipped from the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -123,6 +123,17 @@ class Outputs:
 
     values: Floats
     lengths: NDArray[np.int64]
+
+
+class Form(Protocol):
+    """How one request's predictions become a document."""
+
+    @property
+    def many(self) -> bool:
+        """Whether the request is a list, so that messages name the input they mean."""
+
+    def document(self, predictions: Sequence[Prediction]) -> object:
+        """The answer's body, ready for JSON."""
 
 
 class Reply(NamedTuple):

@@ -54,8 +54,8 @@ class Architecture:
                 `{base}` works here too
     training    matches the tensors that only training reads, which some checkpoints keep
     accepted    fields of the configuration -> the values served; an absent field has the first
-    heads       heads of tasks whose own (`Task.head`) does not fit, by the task's name
-    unserved    tasks that are refused, by name, and why
+    heads       heads of tasks whose own (`Task.head`) does not fit, by `Task.head_name`
+    unserved    tasks that are refused, by the same name, and why
     """
 
     model_type: ClassVar[str]
@@ -127,9 +127,9 @@ class Architecture:
 
     def head(self, task: AnyTask) -> Head:
         """The task's head with the names it has here; raises ModelError for an unserved task."""
-        if why := self.unserved.get(task.name):
+        if why := self.unserved.get(task.head_name):
             raise ModelError(f"{self.model_type} is not served for {task.name}: {why}")
-        head = self.heads.get(task.name) or task.head()
+        head = self.heads.get(task.head_name) or task.head()
         weights = {name: source.format(base=self.base) for name, source in head.weights.items()}
         return dataclasses.replace(head, weights=weights)
 

@@ -22,7 +22,6 @@ from ft_handler.request.forms import (
     NESTED,
     SINGLE,
     TRUNCATED,
-    Form,
     OpenInference,
 )
 from ft_handler.request.open_inference import (
@@ -34,7 +33,7 @@ from ft_handler.request.open_inference import (
 from ft_handler.request.parameters import ParameterReader
 from ft_handler.request.texts import checked_name, checked_text, is_plain, is_word, utf8
 from ft_handler.tasks.base import ParamsT, Task
-from ft_handler.types import Incoming, InputT
+from ft_handler.types import Form, Incoming, InputT
 
 #: What clients of Hugging Face's servers send along and nothing here depends on.
 _UNUSED = frozenset({"options", "padding"})
@@ -80,7 +79,8 @@ class Decoder(Generic[InputT, ParamsT]):
         self._parameters = ParameterReader(task.parameters, task.nulls, task.aliases)
         listed = {k: v for k, v in task.listed.items() if getattr(defaults, k) is None}
         self._listed: ParamsT = replace(defaults, **listed) if listed else defaults  # type: ignore[type-var]
-        self._texts = (*task.required, *task.optional)
+        # Key -> whether its value is a list of texts.
+        self._texts = {key: key in task.lists for key in (*task.required, *task.optional)}
         self._keys = frozenset((*self._texts, *task.ignored))
         self._wanted = " and ".join(f"'{key}'" for key in task.required)
         self._known = ", ".join(
@@ -133,11 +133,14 @@ class Decoder(Generic[InputT, ParamsT]):
             return Request(self._inputs(document, params, "inputs"), LISTED)
         if not isinstance(document, dict):
             raise UnusableRequest("the body must be text, an object or a list of inputs")
+        if (foreign := self._task.foreign(document)) is not None:
+            params = self._read(foreign.parameters, params, "") if foreign.parameters else params
+            return Request(self._inputs(foreign.inputs, params, "inputs"), foreign.form)
         if "inputs" in document:
             inputs = document["inputs"]
             if is_tensors(inputs):
                 return self._tensors(document, inputs, params, binary)
-            nested = isinstance(inputs, str) and self._task.bare is not None
+            nested = isinstance(inputs, str) and self._task.nested
             if nested and params is self._defaults:
                 params = self._listed
             params = self._beside(document, ("inputs",), params)
@@ -217,14 +220,35 @@ class Decoder(Generic[InputT, ParamsT]):
         return self._of_texts(value, params, where)
 
     def _of_texts(self, texts: Mapping[str, object], params: ParamsT, where: str) -> InputT:
-        checked: dict[str, str] = {}
-        for key in self._texts:
+        checked: dict[str, object] = {}
+        for key, listed in self._texts.items():
             value = texts.get(key)
-            if is_plain(value, self._most_chars):
+            if not listed and is_plain(value, self._most_chars):
                 checked[key] = value
-            elif value is not None or key in self._task.required:
+            elif value is None and key not in self._task.required:
+                continue
+            elif listed:
+                checked[key] = self._list(value, f"{where}'{key}'")
+            else:
                 checked[key] = checked_text(value, f"{where}'{key}'", self._most_chars)
         return self._task.read(checked, params)
+
+    def _list(self, value: object, what: str) -> tuple[str, ...]:
+        """A list of texts, checked."""
+        if not isinstance(value, list):
+            raise UnusableRequest(f"{what} must be a list of strings")
+        if not value:
+            raise UnusableRequest(f"{what} is empty")
+        if len(value) > self._limits.inputs:
+            raise RequestTooLarge(
+                f"{what} has {len(value)} texts, the limit is {self._limits.inputs}"
+            )
+        return tuple(
+            text
+            if is_plain(text, self._most_chars)
+            else checked_text(text, f"{what}[{i}]", self._most_chars)
+            for i, text in enumerate(value)
+        )
 
     def _beside(
         self,

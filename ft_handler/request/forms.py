@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import chain
+from typing import cast
 
 from ft_handler.tasks.base import Column
 from ft_handler.types import Prediction
-
-
-class Form(Protocol):
-    """How one request's predictions become a document."""
-
-    @property
-    def many(self) -> bool:
-        """Whether the request is a list, so that messages name the input they mean."""
-
-    def document(self, predictions: Sequence[Prediction]) -> object:
-        """The answer's body, ready for JSON."""
 
 
 class Single:
@@ -98,7 +88,12 @@ class OpenInference:
             ]
             if name == TRUNCATED and self.wanted is None and not any(data):
                 continue
+            sizes = shape
+            if column.vector:
+                vectors = [list(cast("Sequence[object]", vector)) for vector in data]
+                sizes = [*shape, len(vectors[0])]
+                data = list(chain.from_iterable(vectors))
             outputs.append(
-                {"name": name, "shape": shape, "datatype": column.datatype, "data": data}
+                {"name": name, "shape": sizes, "datatype": column.datatype, "data": data}
             )
         return {**self.model, "outputs": outputs}

@@ -63,11 +63,23 @@ def rows_of(
         raise UnusableRequest(
             "the inputs must be named " + " and ".join(f"'{key}'" for key in keys)
         )
+    if task.lists:
+        return [_row(task, columns)]
     if len({len(column) for column in columns.values()}) > 1:
         raise UnusableRequest("the inputs must have the same shape")
     return [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
+
+
+def _row(task: AnyTask, columns: dict[str, list[object]]) -> dict[str, object]:
+    """The one input of a task with lists: a tensor is a list, or has one element."""
+    row: dict[str, object] = {}
+    for key, column in columns.items():
+        if key not in task.lists and len(column) != 1:
+            raise UnusableRequest(f"the input '{key}' must have one element")
+        row[key] = column if key in task.lists else column[0]
+    return row
 
 
 def wanted_outputs(wanted: object, offered: Sequence[str]) -> tuple[str, ...] | None:

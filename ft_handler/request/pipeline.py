@@ -31,13 +31,13 @@ from ft_handler.request.batching import (
 from ft_handler.request.documents import Decoder, Limits
 from ft_handler.request.failures import log_failure
 from ft_handler.request.flight import Flight
-from ft_handler.request.forms import TRUNCATED, Form
+from ft_handler.request.forms import TRUNCATED
 from ft_handler.request.overlap import overlapped, parts_of
 from ft_handler.request.replies import assemble, outcome
 from ft_handler.request.work import NO_BOUNDS, Bounds, Work
 from ft_handler.stats import BatchStats, Stopwatch
 from ft_handler.tasks.base import EncodingT, ParamsT, Runner, Task
-from ft_handler.types import Floats, Incoming, InputT, Item, Outputs, Reply
+from ft_handler.types import Floats, Form, Incoming, InputT, Item, Outputs, Reply
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,7 @@ import orjson
 
 from ft_handler.errors import InternalError, RequestError
 from ft_handler.request.failures import log_failure
-from ft_handler.request.forms import Form
-from ft_handler.types import Item, Prediction, Reply
+from ft_handler.types import Form, Item, Prediction, Reply
 
 
 def encode_error(error: RequestError) -> Reply:

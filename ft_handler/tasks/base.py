@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 from ft_handler.config import SettingsT
 from ft_handler.text.readers import Reader
 from ft_handler.text.template import Template
-from ft_handler.types import Encoding, InputT, Item, Outputs, Prediction
+from ft_handler.types import Encoding, Form, InputT, Item, Outputs, Prediction
 
 if TYPE_CHECKING:
     from ft_handler.model.heads import HeadModule
@@ -50,10 +50,12 @@ class Column:
 
     datatype  the protocol's name, such as "BYTES" or "FP32"
     absent    what stands where a prediction has no such field
+    vector    whether the field is a list of numbers, all of one length
     """
 
     datatype: str
     absent: object
+    vector: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,20 @@ class Runner(ABC, Generic[InputT, ParamsT, EncodingT]):
 
 
 @dataclass(frozen=True, slots=True)
+class Body:
+    """A request as clients of another server write it, understood.
+
+    inputs      each an input as any other body has it: a text, or an object with the task's keys
+    parameters  for all of them, by any of their names
+    form        what these clients are answered
+    """
+
+    inputs: Sequence[object]
+    parameters: Mapping[str, object]
+    form: Form
+
+
+@dataclass(frozen=True, slots=True)
 class Alias:
     """Another name of a parameter, which loses where both are given.
 
@@ -106,13 +122,17 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     """One kind of model.
 
     name        the traced file's mode, and what `--mode` takes
+    head_of     the task whose head it shares: a file traced for one serves the other when the
+                setting `mode` says so; None for a task with a head of its own
     auto_class  the transformers class that loads such a checkpoint
     per_token   whether the head's outputs are for each token, else for each sequence
     labelled    whether outputs are labels with names; else there are `columns(config)` of them
-    required    keys that a request's input must have; all values are texts
+    required    keys that a request's input must have; their values are texts
     optional    keys that it may have
+    lists       those of both whose values are lists of texts
     ignored     keys that are accepted and mean nothing
     bare        the key that a plain string stands for; None: an input is always an object
+    nested      whether the answers to one text in `inputs` are a list in a list, as the hub has it
     parameters  what a request may say beside its input: a frozen pydantic dataclass
     nulls       what null means for a parameter; for every other one null is as good as absent
     aliases     other names of parameters
@@ -124,20 +144,28 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     """
 
     name: ClassVar[str]
+    head_of: ClassVar[str | None] = None
     auto_class: ClassVar[str]
     per_token: ClassVar[bool]
     labelled: ClassVar[bool]
     required: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
+    lists: ClassVar[tuple[str, ...]] = ()
     ignored: ClassVar[tuple[str, ...]] = ()
     bare: ClassVar[str | None] = None
+    nested: ClassVar[bool] = False
     parameters: type[ParamsT]
     nulls: ClassVar[Mapping[str, object]] = {}
     aliases: ClassVar[Mapping[str, Alias]] = {}
     listed: ClassVar[Mapping[str, object]] = {}
     settings: type[SettingsT]
     columns_of: ClassVar[Mapping[str, Column]]
-    sample: ClassVar[Mapping[str, str]]
+    sample: ClassVar[Mapping[str, object]]
+
+    @property
+    def head_name(self) -> str:
+        """The task whose head it has: its own, or the one it shares."""
+        return self.head_of or self.name
 
     @abstractmethod
     def head(self) -> Head:
@@ -148,8 +176,18 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
         return int(config.num_labels)
 
     @abstractmethod
-    def read(self, texts: Mapping[str, str], params: ParamsT) -> InputT:
-        """The input that a request's texts, by key, stand for."""
+    def read(self, texts: Mapping[str, Any], params: ParamsT) -> InputT:
+        """The input that a request's texts, by key, stand for: a string each, a tuple for `lists`.
+
+        Raises RequestError where they and the parameters do not fit each other.
+        """
+
+    def foreign(self, document: Mapping[str, object]) -> Body | None:
+        """What a body of another server's clients means; None for one that is none.
+
+        Raises RequestError.
+        """
+        return None
 
     def spread(self, document: Mapping[str, object]) -> list[dict[str, object]] | None:
         """The inputs of an object that holds several; None for an object that is one input."""
@@ -161,7 +199,7 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
 
     def sample_text(self) -> str:
         """The sample as the body of a plain-text request."""
-        return self.sample[self.bare] if self.bare else json.dumps(self.sample)
+        return str(self.sample[self.bare]) if self.bare else json.dumps(self.sample)
 
 
 #: A task whose inputs and parameters are of no concern.

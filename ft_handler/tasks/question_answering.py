@@ -353,7 +353,7 @@ class QuestionAnswering(Task[QuestionInput, Parameters, QuestionEncoding, Questi
         "start": Column("INT64", 0),
         "end": Column("INT64", 0),
     }
-    sample: ClassVar[Mapping[str, str]] = {
+    sample: ClassVar[Mapping[str, object]] = {
         "question": "When does the library open?",
         "context": "The town library opens at nine in the morning and closes at six.",
     }
@@ -368,7 +368,7 @@ class QuestionAnswering(Task[QuestionInput, Parameters, QuestionEncoding, Questi
         """Start and end."""
         return 2
 
-    def read(self, texts: Mapping[str, str], params: Parameters) -> QuestionInput:
+    def read(self, texts: Mapping[str, Any], params: Parameters) -> QuestionInput:
         """A question and its context."""
         return QuestionInput(texts["question"], texts["context"], params)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -241,6 +241,7 @@ class SequenceClassification(
     optional = ("text_pair",)
     ignored = ("target",)  # TorchServe's published sample has it
     bare = "text"
+    nested = True
     parameters = Parameters
     nulls: ClassVar[Mapping[str, object]] = {"top_k": ALL_LABELS}
     aliases: ClassVar[Mapping[str, Alias]] = {
@@ -253,7 +254,7 @@ class SequenceClassification(
         "label": Column("BYTES", ""),
         "score": Column("FP32", 0.0),
     }
-    sample: ClassVar[Mapping[str, str]] = {
+    sample: ClassVar[Mapping[str, object]] = {
         "text": "A warm, funny film that never overstays its welcome."
     }
 
@@ -272,7 +273,7 @@ class SequenceClassification(
             "classifier",
         )
 
-    def read(self, texts: Mapping[str, str], params: Parameters) -> TextInput:
+    def read(self, texts: Mapping[str, Any], params: Parameters) -> TextInput:
         """A text, or a pair."""
         return TextInput(texts["text"], texts.get("text_pair"), params)
 

@@ -125,14 +125,14 @@ class Toy(Task[Passage, Parameters, Encoding[Passage], ToySettings]):
         "place": Column("INT64", -1),
         "score": Column("FP32", 0.0),
     }
-    sample: ClassVar[Mapping[str, str]] = {"passage": "a good film"}
+    sample: ClassVar[Mapping[str, object]] = {"passage": "a good film"}
 
     def head(self) -> Head:
         return Head(
             TokenScores, {"weight": "classifier.weight", "bias": "classifier.bias"}, "classifier"
         )
 
-    def read(self, texts: Mapping[str, str], params: Parameters) -> Passage:
+    def read(self, texts: Mapping[str, Any], params: Parameters) -> Passage:
         return Passage(texts["passage"], params)
 
     def runner(self, settings: ToySettings, loaded: Loaded) -> ToyRunner:
