@@ -22,8 +22,8 @@ _HOMES = {
 #: What stands between the fused encoder and families that are asked for -> their model types.
 _OPEN = {
     "its attention is disentangled": ("deberta", "deberta-v2"),
-    "its positions are rotary and its norms come before the sums": (
-        *("modernbert", "eurobert", "nomic_bert", "new"),
+    "its positions are rotary": (
+        *("modernbert", "eurobert", "nomic_bert", "gte", "jina_embeddings_v3"),
     ),
     "its norms come before the sums": ("xlm-roberta-xl", "roberta-prelayernorm", "megatron-bert"),
     "it generates text": (
