@@ -37,11 +37,13 @@ class Head:
              own prefix there, such as "bert"
     outputs  the transformers module whose weight has a row an output, such as "classifier"; None
              when the number of outputs is fixed
+    op_interface  the least interface of the library's ops that the module's own calls need
     """
 
     module: type[HeadModule]
     weights: Mapping[str, str]
     outputs: str | None = None
+    op_interface: int = 2
 
 
 @dataclass(frozen=True, slots=True)
