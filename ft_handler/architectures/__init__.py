@@ -18,6 +18,8 @@ _HOMES = {
     "camembert": "ft_handler.architectures.camembert",
     "distilbert": "ft_handler.architectures.distilbert",
     "electra": "ft_handler.architectures.electra",
+    "albert": "ft_handler.architectures.albert",
+    "mpnet": "ft_handler.architectures.mpnet",
 }
 #: What stands between the fused encoder and families that are asked for -> their model types.
 _OPEN = {

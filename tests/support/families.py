@@ -52,6 +52,10 @@ FAMILIES = {
     "camembert": Family("camembert_pieces", _ROBERTA),
     "distilbert": Family("bert_words", {"sinusoidal_pos_embds": False}),
     "electra": Family("bert_words", {"embedding_size": 48}),
+    "albert": Family("albert_pieces", {"embedding_size": 24}),
+    "mpnet": Family(
+        "mpnet_words", {"layer_norm_eps": 1e-5, "max_position_embeddings": POSITIONS + 2}
+    ),
 }
 
 
