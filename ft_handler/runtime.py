@@ -218,7 +218,7 @@ def _task(core: CoreSettings, info: ModelInfo) -> AnyTask:
     if core.mode in (None, info.mode):
         return own
     wished = tasks.get(str(core.mode)) if core.mode in tasks.names() else None
-    if wished is None or wished.head_name != own.head_name:
+    if wished is None or wished.auto_class != own.auto_class:
         raise ConfigError(f"setting 'mode' is {core.mode}, but the traced file is for {info.mode}")
     return wished
 

@@ -16,7 +16,7 @@ from ft_handler import precisions, tasks
 from ft_handler.errors import ModelError
 from ft_handler.files import TRACED_FILE
 from ft_handler.model.bundle import save_model
-from ft_handler.model.info import FORMAT_VERSION, OP_INTERFACE, ModelInfo
+from ft_handler.model.info import FORMAT_VERSION, ModelInfo
 from ft_handler.native.library import load_library
 from ft_handler.prepare.checkpoint import Checkpoint, load_checkpoint
 from ft_handler.prepare.compare import Reference, compare, sample_batch, trace_plain
@@ -78,7 +78,7 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
         return output
     info = describe(options, task, checkpoint, tokenizer.lower_case)
     token_types = architecture.token_types(config)
-    pad = getattr(config, "pad_token_id", None)
+    pad = architecture.pad(config)
     samples = sample_batch(options, info.vocab_size, token_types, pad, longest)
     reference = Reference(checkpoint.model, takes_token_types=token_types > 0).eval()
     say(f"tracing {describe_shape(task, info)}")
@@ -162,6 +162,6 @@ def describe(
             "transformers": import_transformers().__version__,
             "ft_handler": __version__,
         },
-        op_interface=OP_INTERFACE,
+        op_interface=max(spec.op_interface, architecture.head(task).op_interface),
         function_to_apply=checkpoint.function_to_apply,
     )

@@ -37,11 +37,13 @@ class Head:
              own prefix there, such as "bert"
     outputs  the transformers module whose weight has a row an output, such as "classifier"; None
              when the number of outputs is fixed
+    op_interface  the least interface of the library's ops that the module's own calls need
     """
 
     module: type[HeadModule]
     weights: Mapping[str, str]
     outputs: str | None = None
+    op_interface: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +124,8 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     """One kind of model.
 
     name        the traced file's mode, and what `--mode` takes
-    head_of     the task whose head it shares: a file traced for one serves the other when the
-                setting `mode` says so; None for a task with a head of its own
-    auto_class  the transformers class that loads such a checkpoint
+    auto_class  the transformers class that loads such a checkpoint; tasks of one class share their
+                heads, so that a file traced for one serves another when the setting `mode` says so
     per_token   whether the head's outputs are for each token, else for each sequence
     labelled    whether outputs are labels with names; else there are `columns(config)` of them
     required    keys that a request's input must have; their values are texts
@@ -144,7 +145,6 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     """
 
     name: ClassVar[str]
-    head_of: ClassVar[str | None] = None
     auto_class: ClassVar[str]
     per_token: ClassVar[bool]
     labelled: ClassVar[bool]
@@ -161,11 +161,6 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     settings: type[SettingsT]
     columns_of: ClassVar[Mapping[str, Column]]
     sample: ClassVar[Mapping[str, object]]
-
-    @property
-    def head_name(self) -> str:
-        """The task whose head it has: its own, or the one it shares."""
-        return self.head_of or self.name
 
     @abstractmethod
     def head(self) -> Head:

@@ -1,0 +1,108 @@
+"""Every architecture's models, for every kind of task, held against transformers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, POSITIONS, logits_of, random_model
+from model_support import packed_of, ragged
+from torch import Tensor
+
+from ft_handler import architectures, precisions, tasks
+from ft_handler.prepare.fuse import fuse
+from ft_handler.tasks.base import AnyTask
+
+pytest.importorskip("transformers")
+
+#: One task of each class that transformers reads models with: their heads are all there are.
+KINDS = {t.auto_class: t for t in map(tasks.get, reversed(tasks.names())) if "For" in t.auto_class}
+LENGTHS = [[1], [7], [113], [POSITIONS], [33, 1, 128, 7, 64]]
+
+
+def fused(model: Any, task: AnyTask, data_type: str) -> Any:
+    """The scripted module made of a transformers model."""
+    architecture = architectures.get(model.config.model_type)
+    architecture.check(model.config)
+    return fuse(
+        task,
+        architecture.head(task),
+        architecture.spec(model.config),
+        architecture.weights(task, model.config, model.state_dict()),
+        precisions.get(data_type),
+        task.columns(model.config),
+    )
+
+
+def batch(model: Any, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Random padded ids of any but the pad, mask and types that the model knows."""
+    architecture, config = architectures.get(model.config.model_type), model.config
+    ids, mask, types = ragged(lengths)
+    pad = architecture.pad(config) or 0
+    ids = torch.where(ids <= pad, ids + pad + 1, ids)
+    return (
+        torch.where(mask.bool(), ids, pad),
+        mask,
+        types if architecture.token_types(config) > 1 else types * 0,
+    )
+
+
+def apart(task: AnyTask, found: Any, wanted: list[Tensor], mask: Tensor) -> float:
+    """The largest difference of outputs that count."""
+    kept = mask.bool() if task.per_token else slice(None)
+    return max(float((a - b)[kept].abs().max()) for a, b in zip(found, wanted, strict=True))
+
+
+def packed_form(task: AnyTask, wanted: list[Tensor], mask: Tensor) -> Tensor:
+    """What the packed entry gives: `[B,C]`, or `[C,T]` where outputs are for each token."""
+    if not task.per_token:
+        return wanted[0]
+    kept = [part[mask.bool()] for part in wanted]
+    return torch.stack(kept) if kept[0].dim() == 1 else kept[0].t()
+
+
+@pytest.mark.parametrize("head_size", [32, 64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_logits_are_transformers(model_type: str, kind: str, head_size: int) -> None:
+    task = KINDS[kind]
+    model = random_model(model_type, task, head_size)
+    exact = fused(model, task, "fp32")
+    for lengths in LENGTHS:
+        inputs = batch(model, lengths)
+        wanted = logits_of(model, *inputs)
+        assert apart(task, exact(*inputs), wanted, inputs[1]) < 1e-4
+        packed = exact.packed(*packed_of(*inputs))
+        form = packed_form(task, wanted, inputs[1])
+        torch.testing.assert_close(packed, form, rtol=0, atol=1e-4)
+    assert max(float(w.std()) for w in wanted) > 0.05  # they move with the input
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_bfloat16_is_at_most_twice_as_wrong(model_type: str, kind: str) -> None:
+    task = KINDS[kind]
+    model = random_model(model_type, task, 64)
+    half = fused(model, task, "bf16")
+    batches = [batch(model, lengths) for lengths in LENGTHS]
+    wanted = [logits_of(model, *inputs) for inputs in batches]
+    model.bfloat16()
+    theirs = ours = 0.0
+    for inputs, exact in zip(batches, wanted, strict=True):
+        theirs = max(theirs, apart(task, logits_of(model, *inputs), exact, inputs[1]))
+        ours = max(ours, apart(task, half(*inputs), exact, inputs[1]))
+    assert 0 < ours <= 2 * theirs
+
+
+def test_as_many_positions_as_the_longest_have() -> None:
+    """8,194, two of which stand for pads."""
+    task = KINDS["AutoModelForSequenceClassification"]
+    changes = {"max_position_embeddings": 8194, "num_hidden_layers": 1}
+    model = random_model("xlm-roberta", task, 8, **changes)
+    exact = fused(model, task, "fp32")
+    inputs = batch(model, [8192])
+    assert apart(task, exact(*inputs), logits_of(model, *inputs), inputs[1]) < 1e-4
+    beyond = batch(model, [8193])
+    with pytest.raises((RuntimeError, torch.jit.Error), match="over the model's 8192 positions"):
+        exact(*beyond)
