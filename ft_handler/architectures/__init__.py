@@ -11,7 +11,26 @@ from ft_handler.architectures.base import Architecture
 from ft_handler.errors import ModelError
 
 #: transformers' `model_type` -> the module whose `ARCHITECTURE` serves it.
-_HOMES = {"bert": "ft_handler.architectures.bert"}
+_HOMES = {
+    "bert": "ft_handler.architectures.bert",
+    "roberta": "ft_handler.architectures.roberta",
+    "xlm-roberta": "ft_handler.architectures.xlm_roberta",
+    "camembert": "ft_handler.architectures.camembert",
+    "distilbert": "ft_handler.architectures.distilbert",
+    "electra": "ft_handler.architectures.electra",
+}
+#: What stands between the fused encoder and families that are asked for -> their model types.
+_OPEN = {
+    "its attention is disentangled": ("deberta", "deberta-v2"),
+    "its positions are rotary and its norms come before the sums": (
+        *("modernbert", "eurobert", "nomic_bert", "new"),
+    ),
+    "its norms come before the sums": ("xlm-roberta-xl", "roberta-prelayernorm", "megatron-bert"),
+    "it generates text": (
+        *("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"),
+        *("phi", "phi3", "opt", "bloom", "t5", "mt5", "bart", "mbart", "pegasus", "marian"),
+    ),
+}
 
 _registered: dict[str, Architecture] = {}
 
@@ -36,7 +55,10 @@ def get(model_type: str) -> Architecture:
     if model_type in _registered:
         return _registered[model_type]
     if model_type not in _HOMES:
-        raise ModelError(f"architecture {model_type!r} is not served; served: {', '.join(names())}")
+        why = next((f": {why}" for why, types in _OPEN.items() if model_type in types), "")
+        raise ModelError(
+            f"architecture {model_type!r} is not served{why}; served: {', '.join(names())}"
+        )
     found = importlib.import_module(_HOMES[model_type]).ARCHITECTURE
     assert isinstance(found, Architecture)
     return found

@@ -27,7 +27,7 @@ class HeadModule(nn.Module):
 
 
 class PooledHead(HeadModule):
-    """BERT's classifier over its pooler: `tanh(dense(first token))`, then a linear layer."""
+    """A linear layer over the first token's summary, `tanh(dense(first token))` as BERT has it."""
 
     pooler_weight: Tensor
     pooler_bias: Tensor
@@ -47,12 +47,16 @@ class PooledHead(HeadModule):
         self.register_buffer("classifier_weight", classifier_weight)
         self.register_buffer("classifier_bias", classifier_bias)
 
+    def curve(self, summary: Tensor) -> Tensor:
+        """What the summary passes through."""
+        return torch.tanh(summary)
+
     def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Hidden states `[T,H]` -> logits `[B,C]`."""
         # The empty sequences that fill up a CUDA graph's batch may start behind the last token.
         firsts = cu_seqlens[:-1].clamp(max=hidden.shape[0] - 1)
         first = hidden.index_select(0, firsts).float()
-        pooled = torch.tanh(nn.functional.linear(first, self.pooler_weight, self.pooler_bias))
+        pooled = self.curve(nn.functional.linear(first, self.pooler_weight, self.pooler_bias))
         return nn.functional.linear(pooled, self.classifier_weight, self.classifier_bias)
 
     @torch.jit.export
@@ -61,6 +65,22 @@ class PooledHead(HeadModule):
     ) -> tuple[Tensor]:
         """The logits `[B,C]`."""
         return (logits,)
+
+
+class ReluPooledHead(PooledHead):
+    """The same with ReLU."""
+
+    def curve(self, summary: Tensor) -> Tensor:
+        """ReLU."""
+        return torch.relu(summary)
+
+
+class GeluPooledHead(PooledHead):
+    """The same with GELU (erf)."""
+
+    def curve(self, summary: Tensor) -> Tensor:
+        """GELU."""
+        return nn.functional.gelu(summary)
 
 
 class SpanHead(HeadModule):

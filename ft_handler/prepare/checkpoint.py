@@ -189,7 +189,8 @@ def _check_report(
 ) -> list[str]:
     """Refuse a load that left weights random or tensors unread; returns tensors of training."""
     replaced = adapter.replaced.keys() if adapter is not None else set()
-    missing = sorted(set(report.get("missing_keys", ())) - set(replaced))
+    unset = set(report.get("missing_keys", ())) - set(replaced)
+    missing = sorted(name for name in unset if architecture.uses(head, name))
     if missing:
         if all(name in head.weights.values() for name in missing):
             raise ModelError(
@@ -220,7 +221,9 @@ def _check_report(
 
 def _check_kind(config: Any, task: AnyTask) -> None:
     """Refuse a checkpoint whose head was trained for another task; raises ModelError."""
-    wanted = task.auto_class.removeprefix("AutoModelFor")
+    _, _, wanted = task.auto_class.partition("AutoModelFor")
+    if not wanted:  # an encoder alone, which every checkpoint has
+        return
     named = [str(name) for name in getattr(config, "architectures", None) or ()]
     others = [name for name in named if "For" in name and not name.endswith(wanted)]
     if others and len(others) == len(named):

@@ -78,7 +78,7 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
         return output
     info = describe(options, task, checkpoint, tokenizer.lower_case)
     token_types = architecture.token_types(config)
-    pad = getattr(config, "pad_token_id", None)
+    pad = architecture.pad(config)
     samples = sample_batch(options, info.vocab_size, token_types, pad, longest)
     reference = Reference(checkpoint.model, takes_token_types=token_types > 0).eval()
     say(f"tracing {describe_shape(task, info)}")
