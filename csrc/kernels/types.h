@@ -24,6 +24,9 @@ __attribute__((always_inline)) constexpr int64_t size_of(DType dtype) {
 // tanh, which is another function.
 enum class Activation : int32_t { kNone = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kSilu = 4 };
 
+// What becomes of the rows of a sequence.
+enum class Pooling : int32_t { kMean = 0, kMax = 1 };
+
 // Numbers that a kernel reads. prepare_weight chooses a weight's type; kernels look here for it.
 struct Operand {
   const void* data = nullptr;

@@ -35,10 +35,11 @@ void refused(const std::function<void()>& call, const std::string& words) {
 const std::string kSizes =
     "hidden=64 embedding=64 layers=2 heads=2 intermediate=100 activation=gelu eps=1e-12 ";
 
-std::string weights(bool projection) {
+std::string weights(bool projection, bool bias = false) {
   std::string names = "weights=";
   for (int w = 0; w < ft::kEncoderWeightCount; ++w) {
     if (!projection && (w == ft::kProjectionWeight || w == ft::kProjectionBias)) continue;
+    if (!bias && w == ft::kRelativeBias) continue;
     names += (names.back() == '=' ? "" : ",") + std::string(ft::kEncoderWeightNames[w]);
   }
   return names;
@@ -71,6 +72,20 @@ void test_spec() {
           16,
       "a projection's shape");
 
+  const ft::EncoderSpec biased = ft::parse_encoder_spec(kSizes + weights(false, true));
+  require(biased.biased() && biased.places[ft::kRelativeBias] == 17 && !spec.biased(),
+          "a relative bias");
+  require(ft::shape_of(biased, ft::kRelativeBias).rows == 2 &&
+              ft::shape_of(biased, ft::kRelativeBias).columns == -1,
+          "a relative bias's shape");
+  const auto activates = [&](const std::string& name) {
+    return ft::parse_encoder_spec(changed(whole, "=gelu", "=" + name)).activation;
+  };
+  require(activates("gelu_tanh") == ft::Activation::kGeluTanh &&
+              activates("relu") == ft::Activation::kRelu &&
+              activates("silu") == ft::Activation::kSilu && activates("") == ft::Activation::kNone,
+          "activations");
+
   const auto refuse = [&](const std::string& from, const std::string& to,
                           const std::string& words) {
     refused([&] { ft::parse_encoder_spec(changed(whole, from, to)); }, words);
@@ -79,7 +94,8 @@ void test_spec() {
   refuse("eps=1e-12", "eps=1e-12 eps=1e-12", "eps comes twice");
   refuse("eps=1e-12 ", "", "lacks its eps");
   refuse("eps=1e-12", "eps=tiny", "eps must be a number");
-  refuse("activation=gelu", "activation=relu", "is \"relu\"");
+  refuse("activation=gelu", "activation=mish",
+         "gelu_tanh, relu, silu or none (an empty name), is \"mish\"");
   refuse("hidden=64", "hidden=0", "hidden must be a number of 1 to 1048576, is \"0\"");
   refuse("hidden=64", "hidden=64x", "is \"64x\"");
   refuse("hidden=64", "hidden=99999999999999999999", "hidden must be a number");

@@ -94,6 +94,20 @@ inline void check_no_scale(const Tensor& weight, const std::optional<Tensor>& sc
        " weight; only quantised weights have one, and this library knows no quantised format");
 }
 
+// How segment_pool is to pool.
+inline Pooling pooling_named(const std::string& name) {
+  if (name == "mean") return Pooling::kMean;
+  if (name == "max") return Pooling::kMax;
+  fail("how must be mean or max, is \"", name, "\"");
+}
+
+// A relative bias has a row a head and a column for each of the distances -D to D.
+inline void check_relative_bias(const Tensor& bias, const char* name, int64_t heads) {
+  if (bias.dim() != 2 || bias.size(0) != heads || bias.size(1) % 2 == 0) {
+    fail(name, " must have shape [", heads, ", 2 D + 1], has ", shape_of(bias));
+  }
+}
+
 // The tensors of an encoder by what they are; null where the encoder has none.
 class EncoderWeights {
  public:

@@ -431,19 +431,35 @@ int64_t checked_head_dim(int64_t hidden, int64_t num_heads) {
   return head_dim;
 }
 
+// [heads, 2 D + 1], and the tensor that keeps it alive.
+struct CheckedBias {
+  Tensor tensor;
+  cpu::RelativeBias bias;
+};
+
+CheckedBias checked_relative_bias(const Tensor& tensor, const char* name, int64_t heads) {
+  check_relative_bias(tensor, name, heads);
+  Tensor whole = checked_float(tensor, name, {heads, tensor.size(1)});
+  const cpu::RelativeBias bias{operand_of(whole), whole.size(1)};
+  return {std::move(whole), bias};
+}
+
 Tensor varlen_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen,
-                        int64_t num_heads) {
+                        int64_t num_heads, const OptTensor& relative_bias) {
   FT_CHECK_DIM(qkv, 2);
   FT_CHECK(qkv.size(1) % 3 == 0, "qkv must have shape [T, 3H], has ", shape_of(qkv));
   const int64_t tokens = qkv.size(0), hidden = qkv.size(1) / 3;
   const int64_t head_dim = checked_head_dim(hidden, num_heads);
   const Tensor whole = checked_float(qkv, "qkv", {tokens, 3 * hidden});
   const Sequences s = checked_sequences(cu_seqlens, tokens, max_seqlen);
+  CheckedBias added;
+  if (relative_bias) added = checked_relative_bias(*relative_bias, "relative_bias", num_heads);
   Tensor out = empty({tokens, hidden}, whole.scalar_type());
   const cpu::Threads threads = torch_threads();
-  const Scratch space(cpu::attention_workspace(s.longest, head_dim, threads));
-  cpu::varlen_attention(operand_of(whole), s.bounds, s.batch, s.longest, num_heads, head_dim,
-                        dtype_of(whole), out.mutable_data_ptr(), space.get(), threads);
+  const Scratch space(
+      cpu::attention_workspace(s.longest, num_heads, head_dim, added.bias, threads));
+  cpu::varlen_attention(operand_of(whole), added.bias, s.bounds, s.batch, s.longest, num_heads,
+                        head_dim, dtype_of(whole), out.mutable_data_ptr(), space.get(), threads);
   return out;
 }
 
@@ -487,6 +503,18 @@ Tensor bias_activation(const Tensor& input, const OptTensor& bias, const std::st
   const Scratch space(cpu::bias_activation_workspace(n, threads));
   cpu::bias_activation(operand_of(x), added_bias, follows, tokens, n, dtype_of(x),
                        out.mutable_data_ptr(), space.get(), threads);
+  return out;
+}
+
+Tensor segment_pool(const Tensor& input, const Tensor& cu_seqlens, const std::string& how) {
+  FT_CHECK_DIM(input, 2);
+  const Pooling pooling = pooling_named(how);
+  const int64_t tokens = input.size(0), hidden = input.size(1);
+  const Tensor x = checked_float(input, "input", {tokens, hidden});
+  const Sequences s = checked_sequences(cu_seqlens, tokens, std::nullopt);
+  Tensor out = empty({s.batch, hidden}, ScalarType::Float);
+  cpu::segment_pool(operand_of(x), s.bounds, s.batch, hidden, pooling,
+                    static_cast<float*>(out.mutable_data_ptr()), torch_threads());
   return out;
 }
 
@@ -548,6 +576,11 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
     op.projection = projection.const_data_ptr();
     op.projection_bias = operand_of(projection_bias);
   }
+  CheckedBias relative_bias;
+  if (spec.biased()) {
+    relative_bias = checked_relative_bias(w[kRelativeBias], names[kRelativeBias], spec.heads);
+    op.relative_bias = relative_bias.bias;
+  }
   Tensor out = empty({tokens, hidden}, w[kWord].scalar_type());
   if (tokens == 0) return out;
   op.tokens = tokens;
@@ -605,10 +638,11 @@ Tensor encoder(const Tensor& input_ids, const Tensor& token_type_ids, const OptT
       spec_of_interface_1(word, qkv_bias, up_bias, num_heads, eps));
 }
 
-// The ops' interfaces: 1 is `encoder` with its 24 arguments, 2 is `encode`. A change of a signature
-// or of what an argument means is a new one.
+// The ops' interfaces: 1 is `encoder` with its 24 arguments, 2 is `encode`, 3 are its activations
+// beside gelu, its relative bias and `segment_pool`. A change of a signature or of what an argument
+// means is a new one.
 #define FT_FIRST_INTERFACE "1"
-#define FT_LAST_INTERFACE "2"
+#define FT_LAST_INTERFACE "3"
 
 #ifndef FT_HANDLER_VERSION
 #define FT_HANDLER_VERSION "unknown"
@@ -668,6 +702,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CPU, m) {
   m.impl("varlen_attention", TORCH_BOX(&ft::varlen_attention));
   m.impl("residual_layer_norm", TORCH_BOX(&ft::residual_layer_norm));
   m.impl("bias_activation", TORCH_BOX(&ft::bias_activation));
+  m.impl("segment_pool", TORCH_BOX(&ft::segment_pool));
   m.impl("encode", TORCH_BOX(&ft::encode));
   m.impl("encoder", TORCH_BOX(&ft::encoder));
 }

@@ -18,11 +18,14 @@ STABLE_TORCH_LIBRARY(fastertransformer, m) {
   m.def(
       "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation=\"\") -> "
       "Tensor");
-  m.def("varlen_attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, int num_heads) -> Tensor");
+  m.def(
+      "varlen_attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, int num_heads, "
+      "Tensor? relative_bias=None) -> Tensor");
   m.def(
       "residual_layer_norm(Tensor input, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, "
       "float eps) -> Tensor");
   m.def("bias_activation(Tensor input, Tensor? bias, str activation) -> Tensor");
+  m.def("segment_pool(Tensor input, Tensor cu_seqlens, str how) -> Tensor");
   m.def(
       "encode(Tensor input_ids, Tensor token_type_ids, Tensor? position_ids, Tensor cu_seqlens, "
       "int max_seqlen, Tensor[] weights, str spec, str options) -> Tensor");

@@ -14,6 +14,7 @@ from ft_handler.model.spec import EncoderSpec
 
 TABLES = ("embeddings.word", "embeddings.position", "embeddings.token_type")
 PROJECTION = ("embeddings.projection.weight", "embeddings.projection.bias")
+RELATIVE_BIAS = "attention.relative_bias"
 WEIGHTS = (
     *TABLES,
     "embeddings.norm.weight", "embeddings.norm.bias",
@@ -22,12 +23,14 @@ WEIGHTS = (
     "layers.up.weight", "layers.up.bias", "layers.down.weight", "layers.down.bias",
     "layers.norm2.weight", "layers.norm2.bias",
 )  # fmt: skip
-"""What every encoder has, in the order in which the op gets them; a projection comes after."""
+"""What every encoder has, in the order in which the op gets them; a projection comes after, and a
+relative bias last."""
 
 
 def weight_names(spec: EncoderSpec) -> tuple[str, ...]:
     """The names of an encoder's weights, in the order in which the op gets them."""
-    return WEIGHTS if spec.embedding_size == spec.hidden_size else WEIGHTS + PROJECTION
+    projection = () if spec.embedding_size == spec.hidden_size else PROJECTION
+    return WEIGHTS + projection + ((RELATIVE_BIAS,) if spec.relative_distance else ())
 
 
 class Parameters(nn.Module):
@@ -75,6 +78,16 @@ class Layers(nn.Module):
         self.norm2 = Parameters(weights, "layers.norm2")
 
 
+class Attention(nn.Module):
+    """What all layers add to their scaled scores, by head and distance -D to D: `[heads, 2D+1]`."""
+
+    relative_bias: Tensor
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("relative_bias", weights[RELATIVE_BIAS])
+
+
 class Encoder(nn.Module):
     """An encoder over packed tokens; parameters in the file's dtype, under names as in WEIGHTS.
 
@@ -96,6 +109,7 @@ class Encoder(nn.Module):
             raise ModelError(f"an encoder's weights: missing {missing}; unknown {unknown}")
         self.embeddings = Embeddings(weights)
         self.layers = Layers(weights)
+        self.attention = Attention(weights) if spec.relative_distance else None
         self.spec = spec.text(names)
         self.max_positions = int(weights["embeddings.position"].shape[0])
         self.options = ""
@@ -198,6 +212,9 @@ class Encoder(nn.Module):
         if projection is not None:
             weights.append(self.prepared[4])
             weights.append(projection.bias)
+        attention = self.attention
+        if attention is not None:
+            weights.append(attention.relative_bias)
         hidden: Tensor = torch.ops.fastertransformer.encode(
             input_ids,
             token_type_ids,

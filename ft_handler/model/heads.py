@@ -147,21 +147,13 @@ class VectorHead(HeadModule):
             lasts = (cu_seqlens[1:] - 1).clamp(min=0, max=hidden.shape[0] - 1)
             pooled = hidden.index_select(0, lasts).float()
         else:
-            pooled = self.segments(hidden, cu_seqlens)
+            pooled = torch.ops.fastertransformer.segment_pool(hidden, cu_seqlens, self.pooling)
         weight = self.dense_weight
         if weight is not None:
             pooled = nn.functional.linear(pooled, weight, self.dense_bias)
             if self.curved:
                 pooled = torch.tanh(pooled)
         return pooled
-
-    def segments(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Mean or max of every sequence's rows."""
-        rows = []
-        for i in range(cu_seqlens.shape[0] - 1):
-            part = hidden[int(cu_seqlens[i]) : int(cu_seqlens[i + 1])].float()
-            rows.append(part.mean(0) if self.pooling == "mean" else part.amax(0))
-        return torch.stack(rows)
 
     @torch.jit.export
     def padded(

@@ -22,8 +22,6 @@ from ft_handler.errors import ModelError
 from ft_handler.files import METADATA_FILE
 
 FORMAT_VERSION = 2
-#: Of the modules that `ft_handler.model.module` makes.
-OP_INTERFACE = 2
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="ignore", strict=True))

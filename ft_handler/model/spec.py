@@ -12,7 +12,9 @@ class EncoderSpec:
 
     embedding_size  width of the embedding tables; where it differs from `hidden_size` a projection
                     follows their layer norm
-    activation      of the feed-forward block, such as "gelu" (erf)
+    activation      of the feed-forward block: "gelu" (erf), "gelu_tanh", "relu" or "silu"
+    relative_distance  D of a bias by head and distance, which every layer adds to its scaled scores
+                    and which is the same for all distances from D on; 0: there is none
     """
 
     hidden_size: int
@@ -22,6 +24,12 @@ class EncoderSpec:
     intermediate_size: int
     activation: str
     layer_norm_eps: float
+    relative_distance: int = 0
+
+    @property
+    def op_interface(self) -> int:
+        """The least interface of the library's ops that runs it."""
+        return 3 if self.relative_distance or self.activation not in ("", "gelu") else 2
 
     def text(self, names: Iterable[str]) -> str:
         """The specification as the op `encode` reads it, with its weights' names in order."""

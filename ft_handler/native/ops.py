@@ -97,14 +97,27 @@ def linear(
 ) -> Tensor:
     """`input @ weight.T + bias`, activated, then `+ residual`: `[T,K]` -> `[T,N]`.
 
-    `weight` is what `prepare_weight` made of `[N,K]`; `activation` is "gelu" (erf) or empty.
+    `weight` is what `prepare_weight` made of `[N,K]`; `activation` is "gelu" (erf), "gelu_tanh",
+    "relu", "silu" or empty.
     """
     return cast(Tensor, _ops.linear(input, weight, bias, residual, activation))
 
 
-def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int) -> Tensor:
-    """Attention within each sequence: `[T,3H]` (q, k, v, each `[heads, head size]`) -> `[T,H]`."""
-    return cast(Tensor, _ops.varlen_attention(qkv, cu_seqlens, max_seqlen, num_heads))
+def varlen_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_heads: int,
+    relative_bias: Tensor | None = None,
+) -> Tensor:
+    """Attention within each sequence: `[T,3H]` (q, k, v, each `[heads, head size]`) -> `[T,H]`.
+
+    `relative_bias` `[heads, 2D+1]` is added to the scaled scores: for query i and key j its column
+    `clamp(j - i, -D, D) + D`.
+    """
+    return cast(
+        Tensor, _ops.varlen_attention(qkv, cu_seqlens, max_seqlen, num_heads, relative_bias)
+    )
 
 
 def residual_layer_norm(
@@ -115,8 +128,16 @@ def residual_layer_norm(
 
 
 def bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """The activation of `input + bias`, "gelu" (erf): `[T,N]` -> `[T,N]`."""
+    """The activation of `input + bias`, one of those `linear` has: `[T,N]` -> `[T,N]`."""
     return cast(Tensor, _ops.bias_activation(input, bias, activation))
+
+
+def segment_pool(input: Tensor, cu_seqlens: Tensor, how: str) -> Tensor:
+    """The "mean" or "max" of each sequence's rows: `[T,H]` -> fp32 `[B,H]`, zeros for empty ones.
+
+    Summed in fp32, row by row, so that a result depends on its sequence alone, to the last bit.
+    """
+    return cast(Tensor, _ops.segment_pool(input, cu_seqlens, how))
 
 
 def encode(
@@ -216,7 +237,11 @@ def _linear_fake(
 
 @_fake("varlen_attention")
 def _varlen_attention_fake(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_heads: int,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3))
 
@@ -231,6 +256,11 @@ def _residual_layer_norm_fake(
 @_fake("bias_activation")
 def _bias_activation_fake(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+@_fake("segment_pool")
+def _segment_pool_fake(input: Tensor, cu_seqlens: Tensor, how: str) -> Tensor:
+    return input.new_empty((cu_seqlens.shape[0] - 1, input.shape[1]), dtype=torch.float32)
 
 
 @_fake("encode")

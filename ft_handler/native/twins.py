@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -126,13 +126,26 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x.float())
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """`x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`, in fp32."""
+    return F.gelu(x.float(), approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": Tensor.float,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": lambda x: torch.relu(x.float()),
+    "silu": lambda x: F.silu(x.float()),
+}
+
+
 def activated(x: Tensor, activation: str) -> Tensor:
     """The activation of that name, none for an empty one, in fp32."""
-    if activation == "gelu":
-        return gelu(x)
-    if activation:
-        raise ValueError(f"activation must be gelu or an empty name, is {activation!r}")
-    return x.float()
+    if activation not in ACTIVATIONS:
+        known = ", ".join(name for name in ACTIVATIONS if name)
+        raise ValueError(f"activation must be {known} or an empty name, is {activation!r}")
+    return ACTIVATIONS[activation](x)
 
 
 def bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -156,8 +169,26 @@ def linear(
     return out if residual is None else out + residual.float()
 
 
-def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads: int) -> Tensor:
-    """`softmax(q k^T / sqrt(d)) v` within each sequence: `[T,3H]` -> `[T,H]`; other rows are zero.
+def bias_of_distances(relative_bias: Tensor, length: int) -> Tensor:
+    """What is added to the scores of a sequence: `[heads, 2D+1]` -> fp32 `[heads, length, length]`.
+
+    The distance of a key from its query, cut off at D (Shaw et al., arXiv 1803.02155), names the
+    column.
+    """
+    most = relative_bias.shape[1] // 2
+    places = torch.arange(length, device=relative_bias.device)
+    distances = places[None, :] - places[:, None]
+    return relative_bias.float()[:, distances.clamp(-most, most) + most]
+
+
+def varlen_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_heads: int,
+    relative_bias: Tensor | None = None,
+) -> Tensor:
+    """`softmax(q k^T / sqrt(d) + bias) v` in each sequence: `[T,3H]` -> `[T,H]`, else zeros.
 
     `max_seqlen` only bounds the lengths, as it does in the ops (Dao, arXiv 2307.08691).
     """
@@ -177,8 +208,23 @@ def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, num_heads
             part.reshape(end - start, num_heads, head_dim).transpose(0, 1)
             for part in torch.split(qkv[start:end].float(), hidden, dim=1)
         )
-        probabilities = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(head_dim), dim=-1)
+        scores = q @ k.transpose(1, 2) / math.sqrt(head_dim)
+        if relative_bias is not None:
+            scores = scores + bias_of_distances(relative_bias, end - start)
+        probabilities = torch.softmax(scores, dim=-1)
         out[start:end] = (probabilities @ v).transpose(0, 1).reshape(end - start, hidden)
+    return out
+
+
+def segment_pool(input: Tensor, cu_seqlens: Tensor, how: str) -> Tensor:
+    """The "mean" or "max" of each sequence's rows: `[T,H]` -> `[B,H]`, zeros for empty ones."""
+    if how not in ("mean", "max"):
+        raise ValueError(f"how must be mean or max, is {how!r}")
+    out = torch.zeros(cu_seqlens.shape[0] - 1, input.shape[1], device=input.device)
+    for b, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        if end > start:
+            rows = input[start:end].float()
+            out[b] = rows.mean(0) if how == "mean" else rows.amax(0)
     return out
 
 
@@ -219,7 +265,8 @@ def encode(
 
     `spec` says the sizes and the order of `weights`, as `EncoderSpec.text` writes it. A stack of
     one layer's parameters serves every layer, and embeddings of another width than H are projected
-    (Lan et al., arXiv 1909.11942). `options` say how the ops run and change nothing here.
+    (Lan et al., arXiv 1909.11942). A relative bias serves every layer (Song et al., arXiv
+    2004.09297). `options` say how the ops run and change nothing here.
     """
     said, named = _said(spec, weights)
     eps = float(said["eps"])
@@ -241,7 +288,9 @@ def encode(
     for i in range(int(said["layers"])):
         p = _layer(named, i)
         qkv = linear(x, p["qkv.weight"], p["qkv.bias"], None)
-        context = varlen_attention(qkv, cu_seqlens, max_seqlen, int(said["heads"]))
+        context = varlen_attention(
+            qkv, cu_seqlens, max_seqlen, int(said["heads"]), named.get("attention.relative_bias")
+        )
         projected = linear(context, p["out.weight"], None, None)
         x = residual_layer_norm(
             projected, p["out.bias"], x, p["norm1.weight"], p["norm1.bias"], eps
@@ -289,6 +338,8 @@ def padded_encode(
             for part in torch.split(qkv, hidden, dim=2)
         )
         scores = q @ k.transpose(2, 3) / math.sqrt(hidden // num_heads)
+        if "attention.relative_bias" in named:
+            scores = scores + bias_of_distances(named["attention.relative_bias"], seqlen)
         scores = scores.masked_fill(hidden_keys, torch.finfo(torch.float32).min)
         context = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).reshape(batch, seqlen, hidden)
         projected = F.linear(context, p["out.weight"], p["out.bias"])

@@ -16,7 +16,7 @@ from ft_handler import precisions, tasks
 from ft_handler.errors import ModelError
 from ft_handler.files import TRACED_FILE
 from ft_handler.model.bundle import save_model
-from ft_handler.model.info import FORMAT_VERSION, OP_INTERFACE, ModelInfo
+from ft_handler.model.info import FORMAT_VERSION, ModelInfo
 from ft_handler.native.library import load_library
 from ft_handler.prepare.checkpoint import Checkpoint, load_checkpoint
 from ft_handler.prepare.compare import Reference, compare, sample_batch, trace_plain
@@ -168,7 +168,7 @@ def describe(
             "transformers": import_transformers().__version__,
             "ft_handler": __version__,
         },
-        op_interface=OP_INTERFACE,
+        op_interface=max(spec.op_interface, architecture.head(task).op_interface),
         function_to_apply=checkpoint.function_to_apply,
         chosen=dict(checkpoint.tailored.chosen),
     )

@@ -44,11 +44,13 @@ class Head:
               when the number of outputs is fixed
     expected  makes of transformers' outputs in fp32, and of the mask `[B,S]`, what the head's
               `padded` answers; None where that is transformers' own answer
+    op_interface  the least interface of the library's ops that the module's own calls need
     """
 
     module: Callable[..., HeadModule]
     weights: Mapping[str, str]
     outputs: str | None = None
+    op_interface: int = 2
     expected: Callable[[tuple[Tensor, ...], Tensor], tuple[Tensor, ...]] | None = None
 
 

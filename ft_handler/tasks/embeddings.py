@@ -398,6 +398,8 @@ class Embeddings(Task[TextInput, Parameters, Encoding[TextInput], EmbeddingSetti
         return Head(
             partial(VectorHead, pooling=self._pooling, curved=curved),
             weights,
+            # Of segment_pool; picking rows takes no op of ours.
+            op_interface=3 if self._pooling in ("mean", "max") else 2,
             expected=partial(pooled_by_torch, self._pooling, dense),
         )
 

@@ -44,4 +44,9 @@ def random_weights(
     if width != hidden:
         weights["embeddings.projection.weight"] = draw(hidden, width)
         weights["embeddings.projection.bias"] = draw(hidden)
+    if spec.relative_distance:
+        # Far larger than weights, so that a bias at the wrong place shows.
+        weights["attention.relative_bias"] = (
+            torch.randn(spec.num_heads, 2 * spec.relative_distance + 1) * 2
+        ).to(dtype)
     return weights

@@ -78,7 +78,7 @@ def info_of(bert: Any, mode: str, **changes: Any) -> info.ModelInfo:
         "problem_type": None,
         "do_lower_case": True,
         "layer_norm_eps": config.layer_norm_eps,
-        "op_interface": info.OP_INTERFACE,
+        "op_interface": 2,
         "versions": {"torch": str(torch.__version__), "transformers": "x", "ft_handler": "x"},
     }
     values.update(changes)

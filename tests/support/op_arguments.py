@@ -12,15 +12,16 @@ from torch import Tensor
 
 from ft_handler.model.spec import EncoderSpec
 
-TOKENS, HIDDEN, HEADS, INNER, LAYERS = 7, 24, 2, 40, 2
+TOKENS, HIDDEN, HEADS, INNER, LAYERS, DISTANCE = 7, 24, 2, 40, 2, 2
 SPEC = EncoderSpec(
     hidden_size=HIDDEN,
     embedding_size=16,
     num_layers=LAYERS,
     num_heads=HEADS,
     intermediate_size=INNER,
-    activation="gelu",
+    activation="gelu_tanh",
     layer_norm_eps=1e-12,
+    relative_distance=DISTANCE,
 )
 CU_SEQLENS = torch.tensor([0, 3, 7], dtype=torch.int32)
 
@@ -63,14 +64,14 @@ def encoder_weights(
 
 
 def encode_arguments(prepare: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
-    """One call of `encode`, with shared layers and projected embeddings."""
+    """One call of `encode`: shared layers, projected embeddings, a relative bias."""
     weights = encoder_weights(prepare, SPEC, 1)
     return (*ids(), None, CU_SEQLENS, 4, list(weights.values()), SPEC.text(weights), "")
 
 
 def encoder_arguments(prepare: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
     """One call of interface 1's op."""
-    spec = dataclasses.replace(SPEC, embedding_size=HIDDEN)
+    spec = dataclasses.replace(SPEC, embedding_size=HIDDEN, activation="gelu", relative_distance=0)
     weights = encoder_weights(prepare, spec, LAYERS)
     return (*ids(), None, CU_SEQLENS, 4, *weights.values(), HEADS, 1e-12)
 
@@ -109,7 +110,10 @@ def _arguments(name: str, prepare: Callable[[Tensor], Tensor]) -> tuple[Any, ...
             normal(TOKENS, INNER),
             "",
         ),
-        "varlen_attention": lambda: (normal(TOKENS, 3 * HIDDEN), CU_SEQLENS, 4, HEADS),
+        "varlen_attention": lambda: (
+            *(normal(TOKENS, 3 * HIDDEN), CU_SEQLENS, 4, HEADS),
+            normal(HEADS, 2 * DISTANCE + 1),
+        ),
         "residual_layer_norm": lambda: (
             normal(TOKENS, HIDDEN),
             normal(HIDDEN),
@@ -118,7 +122,8 @@ def _arguments(name: str, prepare: Callable[[Tensor], Tensor]) -> tuple[Any, ...
             normal(HIDDEN),
             1e-12,
         ),
-        "bias_activation": lambda: (normal(TOKENS, INNER), normal(INNER), "gelu"),
+        "bias_activation": lambda: (normal(TOKENS, INNER), normal(INNER), "silu"),
+        "segment_pool": lambda: (normal(TOKENS, HIDDEN), CU_SEQLENS, "mean"),
         "encode": lambda: encode_arguments(prepare),
         "encoder": lambda: encoder_arguments(prepare),
         "is_prepared": lambda: (prepare(torch.ones(INNER, HIDDEN)), torch.ones(INNER, HIDDEN)),
@@ -136,6 +141,7 @@ NAMES = (
     "varlen_attention",
     "residual_layer_norm",
     "bias_activation",
+    "segment_pool",
     "encode",
     "is_prepared",
 )

@@ -181,6 +181,32 @@ struct Vectors {
   const float* of(int64_t layer) const { return first + layer % layers * width; }
 };
 
+// A relative bias laid out for attention over sequences of up to `longest` tokens: a row a head, in
+// which every distance has its element and none has to be clamped.
+struct Distances {
+  const float* rows = nullptr;
+  int64_t ld = 0, longest = 0;
+  const float* of(int64_t head) const {
+    return rows ? rows + head * ld + std::max<int64_t>(longest - 1, 0) : nullptr;
+  }
+};
+
+Distances spread_bias(const RelativeBias& bias, int64_t heads, int64_t longest, Arena& arena,
+                      bool run) {
+  if (bias.table.data == nullptr) return {};
+  constexpr int64_t kVector = 16;  // of the widest instruction set
+  const int64_t ld = 2 * longest + kVector, most = bias.columns / 2;
+  const float* table = as_float(bias.table, heads * bias.columns, arena, run);
+  float* rows = arena.take<float>(heads * ld * 4);
+  for (int64_t head = 0; run && head < heads; ++head) {
+    const float* from = table + head * bias.columns + most;
+    for (int64_t i = 0; i < ld; ++i) {
+      rows[head * ld + i] = from[std::clamp(i - (longest - 1), -most, most)] * kLog2E;
+    }
+  }
+  return {rows, ld, longest};
+}
+
 // ---- stages ------------------------------------------------------------------------------------
 
 void run_gemm(const Gemm& g, int64_t tokens, const Scratch& scratch, const Threads& threads) {
@@ -201,8 +227,8 @@ void run_gemm(const Gemm& g, int64_t tokens, const Scratch& scratch, const Threa
   });
 }
 
-void run_attention(Attention a, const int32_t* cu_seqlens, int64_t batch, int64_t heads,
-                   const Scratch& scratch, const Threads& threads) {
+void run_attention(Attention a, const Distances& distances, const int32_t* cu_seqlens,
+                   int64_t batch, int64_t heads, const Scratch& scratch, const Threads& threads) {
   const Kernels& k = kernels();
   constexpr int64_t kRows = 192;  // query rows of a task: they share one packing of keys and values
   std::vector<std::pair<int64_t, int64_t>> pieces;  // sequence, first row
@@ -220,6 +246,7 @@ void run_attention(Attention a, const int32_t* cu_seqlens, int64_t batch, int64_
     one.k = static_cast<const char*>(a.k) + in;
     one.v = static_cast<const char*>(a.v) + in;
     one.out = static_cast<char*>(a.out) + (start * a.ldo + head * a.head_dim) * os;
+    one.bias = distances.of(head);
     one.row0 = row;
     one.row1 = std::min(one.length, row + kRows);
     k.attention(one, scratch.of(worker));
@@ -348,13 +375,17 @@ void linear(const Linear& op, int64_t tokens, void* out, void* workspace, const 
   run_gemm(g, tokens, take_scratch(arena, threads, isa.gemm_scratch()), threads);
 }
 
-int64_t attention_workspace(int64_t longest, int64_t head_dim, const Threads& threads) {
-  return threads.count * (aligned(kernels().attention_scratch(longest, head_dim)) + 2 * kAlign);
+int64_t attention_workspace(int64_t longest, int64_t heads, int64_t head_dim,
+                            const RelativeBias& bias, const Threads& threads) {
+  Arena arena(nullptr);
+  spread_bias(bias, heads, longest, arena, false);
+  take_scratch(arena, threads, kernels().attention_scratch(longest, head_dim));
+  return arena.used();
 }
 
-void varlen_attention(Operand qkv, const int32_t* cu_seqlens, int64_t batch, int64_t longest,
-                      int64_t heads, int64_t head_dim, DType out_dtype, void* out, void* workspace,
-                      const Threads& threads) {
+void varlen_attention(Operand qkv, const RelativeBias& bias, const int32_t* cu_seqlens,
+                      int64_t batch, int64_t longest, int64_t heads, int64_t head_dim,
+                      DType out_dtype, void* out, void* workspace, const Threads& threads) {
   Arena arena(workspace);
   const int64_t hidden = heads * head_dim, es = size_of(qkv.dtype);
   Attention a{};
@@ -368,8 +399,10 @@ void varlen_attention(Operand qkv, const int32_t* cu_seqlens, int64_t batch, int
   a.out = out;
   a.out_type = out_dtype;
   a.ldo = hidden;
+  const Distances distances = spread_bias(bias, heads, longest, arena, true);
   const int64_t bytes = kernels().attention_scratch(longest, head_dim);
-  run_attention(a, cu_seqlens, batch, heads, take_scratch(arena, threads, bytes), threads);
+  run_attention(a, distances, cu_seqlens, batch, heads, take_scratch(arena, threads, bytes),
+                threads);
 }
 
 int64_t layer_norm_workspace(int64_t hidden, const Threads& threads) {
@@ -407,6 +440,14 @@ void bias_activation(Operand input, Operand bias, Activation activation, int64_t
   });
 }
 
+void segment_pool(Operand input, const int32_t* cu_seqlens, int64_t batch, int64_t hidden,
+                  Pooling pooling, float* out, const Threads& threads) {
+  const PoolRows rows{input, hidden, pooling};
+  for_tasks(threads, batch, [&](int64_t b, int) {
+    kernels().pool(rows, cu_seqlens[b], cu_seqlens[b + 1], out + b * hidden);
+  });
+}
+
 namespace {
 
 // With `run` false, only counts the workspace.
@@ -441,6 +482,7 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
   const float* eg = as_float(op.embeddings.gamma, e, arena, run);
   const float* eb = as_float(op.embeddings.beta, e, arena, run);
   const float* projection_bias = as_float(op.projection_bias, h, arena, run);
+  const Distances distances = spread_bias(op.relative_bias, op.heads, op.longest, arena, run);
   const int64_t bytes =
       std::max({h * 4, e * 4, isa.gemm_scratch(), isa.attention_scratch(op.longest, head_dim)});
   const Scratch scratch = take_scratch(arena, threads, bytes);
@@ -525,7 +567,7 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
     a.out = context;
     a.out_type = act;
     a.ldo = ldh;
-    run_attention(a, op.cu_seqlens, op.batch, op.heads, scratch, threads);
+    run_attention(a, distances, op.cu_seqlens, op.batch, op.heads, scratch, threads);
     gemm(context, ldh, op.out, layer, out_bias.of(layer), x, none, y, f32, ldh);
     norm(g1.of(layer), b1.of(layer), x, f32, ldh, narrow);
     gemm(input, ldh, op.up, layer, up_bias.of(layer), nullptr, op.activation, wide, act, ldi);

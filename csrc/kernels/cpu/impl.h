@@ -221,7 +221,7 @@ void convert(const void* input, DType from, void* out, DType to, int64_t count) 
   });
 }
 
-// ---- exp and GELU ------------------------------------------------------------------------------
+// ---- exp and activations -----------------------------------------------------------------------
 
 // 2^x for x <= 0, relative error 2e-7; below -126 it stays at 2^-126, which no sum notices.
 inline Vec exp2_negative(Vec x) {
@@ -257,15 +257,62 @@ inline Vec gelu(Vec x) {
   return x * select(x > 0.0f, 1.0f - q, q);
 }
 
-template <typename Target>
-inline Vec activated(Vec x, Activation activation) {
+// x / (1 + 2^-a) for an `a` of the sign of x. For negative x it is x 2^a / (1 + 2^a): no difference
+// of nearly equal numbers, so that the left tail keeps its digits. Infinities take torch's course.
+inline Vec gated(Vec x, Vec a) {
+  const Vec depth = reinterpret_cast<Vec>(reinterpret_cast<UVec>(a) | 0x80000000u);
+  const Vec e = select(depth < -126.0f, Vec{}, exp2_negative(depth));
+  return x * select(x > 0.0f, splat(1.0f), e) / (1.0f + e);
+}
+
+// What follows a linear layer's bias, for results of a type: kernels/gelu.h has the bounds.
+struct NoActivation {
+  template <typename Target>
+  static Vec of(Vec x) {
+    return x;
+  }
+};
+struct Gelu {
+  template <typename Target>
+  static Vec of(Vec x) {
+    return gelu<Target>(x);
+  }
+};
+// x / 2 (1 + tanh(u)) is x sigmoid(2 u).
+struct GeluTanh {
+  template <typename Target>
+  static Vec of(Vec x) {
+    return gated(x, x * (x * x * kGeluTanhCubic + kGeluTanhLinear));
+  }
+};
+struct Relu {
+  template <typename Target>
+  static Vec of(Vec x) {
+    return select(x < 0.0f, Vec{}, x);  // NaN is not below
+  }
+};
+struct Silu {
+  template <typename Target>
+  static Vec of(Vec x) {
+    return gated(x, x * kLog2E);
+  }
+};
+
+// Calls f with the one that `activation` names, so that no inner loop has to ask.
+template <typename Function>
+inline void with_activation(Activation activation, Function f) {
   switch (activation) {
     case Activation::kNone:
-      break;
+      return f(NoActivation{});
     case Activation::kGelu:
-      return gelu<Target>(x);
+      return f(Gelu{});
+    case Activation::kGeluTanh:
+      return f(GeluTanh{});
+    case Activation::kRelu:
+      return f(Relu{});
+    case Activation::kSilu:
+      return f(Silu{});
   }
-  return x;
 }
 
 // ---- GEMM --------------------------------------------------------------------------------------
@@ -343,8 +390,8 @@ constexpr int64_t kCopyLd = kDepth + 16;
 constexpr int64_t kGemmScratch = kDepth * kNr + kRowBlock * (kCopyLd + kPanelColumns);  // floats
 
 // bias, activation and residual on a tile that is still in cache; `from` may be `to`.
-template <typename Target>
-inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m, int64_t rows,
+template <typename Target, typename Activated>
+inline void finish_rows(const Gemm& g, const float* from, int64_t ld, int64_t m, int64_t rows,
                         int64_t n0, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) {
     auto* out = static_cast<typename Target::Element*>(g.out) + (m + i) * g.ldo + n0;
@@ -354,7 +401,7 @@ inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m,
     for (; j + kLanes <= columns; j += kLanes) {
       Vec v = load(row + j);
       if (g.bias) v += load(g.bias + n0 + j);
-      v = activated<Target>(v, g.activation);
+      v = Activated::template of<Target>(v);
       if (residual) v += load(residual + j);
       Target::put(out, j, v);
     }
@@ -362,11 +409,20 @@ inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m,
       const int64_t left = columns - j;
       Vec v = partial_at<F32>(row, j, left);
       if (g.bias) v += partial_at<F32>(g.bias + n0, j, left);
-      v = activated<Target>(v, g.activation);
+      v = Activated::template of<Target>(v);
       if (residual) v += partial_at<F32>(residual, j, left);
       partial_put<Target>(out, j, v, left);
     }
   }
+}
+
+inline void finish_tile(const Gemm& g, const float* from, int64_t ld, int64_t m, int64_t rows,
+                        int64_t n0, int64_t columns) {
+  with_type(g.out_type, [&](auto target) {
+    with_activation(g.activation, [&](auto activated) {
+      finish_rows<decltype(target), decltype(activated)>(g, from, ld, m, rows, n0, columns);
+    });
+  });
 }
 
 void gemm_panels(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* scratch) {
@@ -404,9 +460,7 @@ void gemm_panels(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, 
       }
     }
   }
-  with_type(g.out_type, [&](auto target) {
-    finish_tile<decltype(target)>(g, sums, lds, m0, rows, p0 * kNr, smaller(lds, g.n - p0 * kNr));
-  });
+  finish_tile(g, sums, lds, m0, rows, p0 * kNr, smaller(lds, g.n - p0 * kNr));
 }
 
 // ---- attention ---------------------------------------------------------------------------------
@@ -459,7 +513,7 @@ void pack_keys_values(const Attention& t, float* keys, float* values) {
 // row = exp2(scale (row - its largest)), the largest and the sum over `length` elements; what lies
 // between and the next whole vector is overwritten. Returns the sum: NaN, whatever the row then
 // holds, where a score is NaN or the largest is infinite, of either sign.
-inline float softmax_row(float* row, int64_t length, float scale) {
+inline float exponentials(float* row, int64_t length, float scale) {
   const int64_t end = ceil_div(length, kLanes) * kLanes;
   for (int64_t j = length; j < end; ++j) row[j] = row[0];
   // The largest passes over NaN, whose bits the exponential would make a number of; the sum of all
@@ -488,6 +542,36 @@ inline float softmax_row(float* row, int64_t length, float scale) {
   return sum_of(total);
 }
 
+// inverse[i] = 1 / the sum of the i-th of `rows` rows of scores, row0 the first one's query, after
+// `scale` (to powers of two instead of e: one multiplication fewer for each score) and, where
+// `kBiased`, what the distances add.
+template <bool kBiased>
+inline void softmax_rows(const Attention& t, float* scores, int64_t ld, int64_t row0, int64_t rows,
+                         float* inverse) {
+  const float scale = t.scale * kLog2E;
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = scores + i * ld;
+    if constexpr (kBiased) {
+      const float* bias = t.bias - (row0 + i);
+      for (int64_t j = 0; j < t.length; j += kLanes) {
+        store(row + j, load(row + j) * scale + load(bias + j));
+      }
+      inverse[i] = 1.0f / exponentials(row, t.length, 1.0f);
+    } else {
+      inverse[i] = 1.0f / exponentials(row, t.length, scale);
+    }
+  }
+}
+
+inline void softmax_rows(const Attention& t, float* scores, int64_t ld, int64_t row0, int64_t rows,
+                         float* inverse) {
+  if (t.bias) {
+    softmax_rows<true>(t, scores, ld, row0, rows, inverse);
+  } else {
+    softmax_rows<false>(t, scores, ld, row0, rows, inverse);
+  }
+}
+
 // Scales the rows of result [rows, ld] and writes them as columns [n0, n0 + columns) of the head.
 void put_result(const Attention& t, const float* result, int64_t ld, const float* inverse,
                 int64_t r0, int64_t rows, int64_t n0, int64_t columns) {
@@ -507,8 +591,8 @@ void put_result(const Attention& t, const float* result, int64_t ld, const float
   });
 }
 
-// softmax(scale q k^T) v. Keys are transposed into panels and values gathered into panels once per
-// call, then both products run on the GEMM's tile.
+// softmax(scale q k^T + bias) v. Keys are transposed into panels and values gathered into panels
+// once per call, then both products run on the GEMM's tile.
 void attention_panels(const Attention& t, void* scratch) {
   const int64_t length = t.length, d = t.head_dim, width = padded_length(length);
   float* keys = static_cast<float*>(scratch);          // [width / kNr][d][kNr]
@@ -537,11 +621,7 @@ void attention_panels(const Attention& t, void* scratch) {
                  scores + i * width + j, width, true);
       }
     }
-    // Powers of two instead of e: one multiplication fewer for each score.
-    const float scale = t.scale * 1.44269504f;
-    for (int64_t i = 0; i < rows; ++i) {
-      inverse[i] = 1.0f / softmax_row(scores + i * width, length, scale);
-    }
+    softmax_rows(t, scores, width, r0, rows, inverse);
     for (int64_t n0 = 0; n0 < d; n0 += kNr) {
       const int64_t columns = smaller(kNr, d - n0);
       const int vectors = static_cast<int>(ceil_div(columns, kLanes));
@@ -658,25 +738,92 @@ void embed(const EmbedRows& e, int64_t m0, int64_t m1, float* row) {
 
 void activate_rows(Operand input, const float* bias, Activation activation, int64_t n, void* out,
                    DType out_type, int64_t m0, int64_t m1) {
-  with_type(input.dtype, [&](auto source) {
-    with_type(out_type, [&](auto target) {
-      using Source = decltype(source);
-      using Target = decltype(target);
-      for (int64_t m = m0; m < m1; ++m) {
-        for (int64_t j = 0; j < n; j += kLanes) {
-          const int64_t left = n - j;
-          if (left >= kLanes) {
-            Vec x = Source::at(input.data, m * n + j);
-            if (bias) x += load(bias + j);
-            Target::put(out, m * n + j, activated<Target>(x, activation));
-          } else {
-            Vec x = partial_at<Source>(input.data, m * n + j, left);
-            if (bias) x += partial_at<F32>(bias, j, left);
-            partial_put<Target>(out, m * n + j, activated<Target>(x, activation), left);
-          }
+  const auto run = [&](auto source, auto target, auto activated) {
+    using Source = decltype(source);
+    using Target = decltype(target);
+    for (int64_t m = m0; m < m1; ++m) {
+      for (int64_t j = 0; j < n; j += kLanes) {
+        const int64_t left = n - j;
+        if (left >= kLanes) {
+          Vec x = Source::at(input.data, m * n + j);
+          if (bias) x += load(bias + j);
+          Target::put(out, m * n + j, activated.template of<Target>(x));
+        } else {
+          Vec x = partial_at<Source>(input.data, m * n + j, left);
+          if (bias) x += partial_at<F32>(bias, j, left);
+          partial_put<Target>(out, m * n + j, activated.template of<Target>(x), left);
         }
       }
+    }
+  };
+  with_type(input.dtype, [&](auto source) {
+    with_type(out_type, [&](auto target) {
+      with_activation(activation, [&](auto activated) { run(source, target, activated); });
     });
+  });
+}
+
+// ---- segments ----------------------------------------------------------------------------------
+
+// What becomes of the rows of a sequence, column by column, in their order: NaN reaches the result.
+struct MeanOfRows {
+  static Vec add(Vec sum, Vec x) { return sum + x; }
+  static Vec result(Vec sum, int64_t rows) { return sum / static_cast<float>(rows); }
+};
+struct MaxOfRows {
+  static Vec add(Vec most, Vec x) { return select((x > most) | (x != x), x, most); }
+  static Vec result(Vec most, int64_t) { return most; }
+};
+
+// `kVectors` vectors of columns; `partial`: columns of a last vector that is not whole.
+template <typename Source, typename Pooled, int kVectors>
+inline void pool_columns(const typename Source::Element* input, int64_t ld, int64_t rows,
+                         float* out, int64_t partial) {
+  const auto at = [&](const typename Source::Element* row, int64_t v) {
+    return partial ? partial_at<Source>(row, 0, partial) : Source::at(row, v * kLanes);
+  };
+  Vec pooled[kVectors];
+  for (int v = 0; v < kVectors; ++v) pooled[v] = at(input, v);
+  for (int64_t r = 1; r < rows; ++r) {
+    for (int v = 0; v < kVectors; ++v) pooled[v] = Pooled::add(pooled[v], at(input + r * ld, v));
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec x = Pooled::result(pooled[v], rows);
+    if (partial) {
+      partial_put<F32>(out, 0, x, partial);
+    } else {
+      store(out + v * kLanes, x);
+    }
+  }
+}
+
+void pool(const PoolRows& p, int64_t row0, int64_t row1, float* out) {
+  if (row0 == row1) {
+    std::memset(out, 0, p.hidden * 4);
+    return;
+  }
+  const auto run = [&](auto source, auto pooled) {
+    using Source = decltype(source);
+    using Pooled = decltype(pooled);
+    const auto* from = static_cast<const typename Source::Element*>(p.input.data) + row0 * p.hidden;
+    constexpr int kWhole = 8;  // vectors at a time, which the registers hold
+    const int64_t rows = row1 - row0;
+    int64_t j = 0;
+    for (; j + kWhole * kLanes <= p.hidden; j += kWhole * kLanes) {
+      pool_columns<Source, Pooled, kWhole>(from + j, p.hidden, rows, out + j, 0);
+    }
+    for (; j < p.hidden; j += kLanes) {
+      const int64_t left = p.hidden - j;
+      pool_columns<Source, Pooled, 1>(from + j, p.hidden, rows, out + j, left < kLanes ? left : 0);
+    }
+  };
+  with_type(p.input.dtype, [&](auto source) {
+    switch (p.pooling) {
+      case Pooling::kMean:
+        return run(source, MeanOfRows{});
+      case Pooling::kMax:
+        return run(source, MaxOfRows{});
+    }
   });
 }
 
@@ -765,6 +912,7 @@ constexpr Kernels table(const char* name, int layout) {
       .embed = embed,
       .layer_norm = layer_norm,
       .activate = activate_rows,
+      .pool = pool,
       .convert = convert,
   };
 }

@@ -289,10 +289,7 @@ void gemm_pairs(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, v
                  reinterpret_cast<const char*>(panel + whole * kWide), depth * kWide * 2);
     }
   }
-  with_type(g.out_type, [&](auto target) {
-    finish_tile<decltype(target)>(g, sums, lds, m0, rows, p0 * kWide,
-                                  smaller(lds, g.n - p0 * kWide));
-  });
+  finish_tile(g, sums, lds, m0, rows, p0 * kWide, smaller(lds, g.n - p0 * kWide));
 }
 
 // ---- attention ---------------------------------------------------------------------------------
@@ -370,7 +367,6 @@ void attention_pairs(const Attention& t, void* scratch) {
       store(reinterpret_cast<float*>(column + j * kWide), reinterpret_cast<Vec>(pair));
     }
   }
-  const float scale = t.scale * 1.44269504f;
   for (int64_t r0 = t.row0; r0 < t.row1; r0 += held) {
     const int64_t rows = smaller(held, t.row1 - r0);
     const uint16_t* queries = q + r0 * t.ld;
@@ -387,8 +383,8 @@ void attention_pairs(const Attention& t, void* scratch) {
       pair_block(queries, ldq, rows, tail, keys + j * deep, deep, scores + j, width, true, nullptr,
                  0);
     }
+    softmax_rows(t, scores, width, r0, rows, inverse);
     for (int64_t i = 0; i < rows; ++i) {
-      inverse[i] = 1.0f / softmax_row(scores + i * width, length, scale);
       to_pairs(scores + i * width, DType::kFloat32, length, width, shares + i * width);
     }
     for (int64_t n0 = 0; n0 < deep; n0 += kWide) {

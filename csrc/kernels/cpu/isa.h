@@ -5,6 +5,8 @@
 
 namespace ft::cpu {
 
+inline constexpr float kLog2E = 1.44269504f;  // exponentials are powers of two
+
 // out[m, n] = act(sum_k a[m, k] w[n, k] + bias[n]) + residual[m, n], over rows [m0, m1) and weight
 // panels [p0, p1).
 struct Gemm {
@@ -52,9 +54,18 @@ struct Attention {
   int64_t length, head_dim;
   int64_t row0, row1;
   float scale;
+  // Null, or for this head what a key `distance` behind the query adds to the scaled score, times
+  // log2(e), at bias[distance]: from -(length - 1) to length - 1, and a vector beyond.
+  const float* bias;
   void* out;  // first row of the sequence, [length, ldo]
   DType out_type;
   int64_t ldo;
+};
+
+struct PoolRows {
+  Operand input;  // [T, hidden]
+  int64_t hidden;
+  Pooling pooling;
 };
 
 // How a GEMM over such weights is cut: rows of a tile, columns of a panel, most rows of a task.
@@ -78,6 +89,7 @@ struct Kernels {
   void (*layer_norm)(const LayerNormRows& l, int64_t m0, int64_t m1, float* scratch);  // [hidden]
   void (*activate)(Operand input, const float* bias, Activation activation, int64_t n, void* out,
                    DType out_type, int64_t m0, int64_t m1);
+  void (*pool)(const PoolRows& p, int64_t row0, int64_t row1, float* out);  // [hidden]
   void (*convert)(const void* input, DType from, void* out, DType to, int64_t count);
 };
 

@@ -76,6 +76,13 @@ struct Linear {
   DType out_dtype;
 };
 
+// What is added to the scaled score of a query i and a key j of a head: the element of its row in
+// column clamp(j - i, -D, D) + D.
+struct RelativeBias {
+  Operand table;        // [heads, columns]; data null when absent
+  int64_t columns = 0;  // 2 D + 1
+};
+
 struct Encoder {
   int64_t tokens, hidden, embedding, intermediate, layers;
   int64_t batch, longest, heads;
@@ -84,6 +91,7 @@ struct Encoder {
   Embeddings embeddings;
   const void* projection = nullptr;  // blob [hidden, embedding]; null: the sizes are one
   Operand projection_bias;
+  RelativeBias relative_bias;
   const void *qkv, *out, *up, *down;  // blobs, checked: a weight a layer, or one for all
   Stack qkv_bias, out_bias, up_bias, down_bias, ln1_gamma, ln1_beta, ln2_gamma, ln2_beta;
   float eps;
@@ -98,10 +106,11 @@ void embedding_layer_norm(const Embeddings& e, int64_t tokens, int64_t hidden, D
 int64_t linear_workspace(int64_t tokens, int64_t n, const Threads& threads);
 void linear(const Linear& op, int64_t tokens, void* out, void* workspace, const Threads& threads);
 
-int64_t attention_workspace(int64_t longest, int64_t head_dim, const Threads& threads);
-void varlen_attention(Operand qkv, const int32_t* cu_seqlens, int64_t batch, int64_t longest,
-                      int64_t heads, int64_t head_dim, DType out_dtype, void* out, void* workspace,
-                      const Threads& threads);
+int64_t attention_workspace(int64_t longest, int64_t heads, int64_t head_dim,
+                            const RelativeBias& bias, const Threads& threads);
+void varlen_attention(Operand qkv, const RelativeBias& bias, const int32_t* cu_seqlens,
+                      int64_t batch, int64_t longest, int64_t heads, int64_t head_dim,
+                      DType out_dtype, void* out, void* workspace, const Threads& threads);
 
 int64_t layer_norm_workspace(int64_t hidden, const Threads& threads);
 // bias and residual may be absent.
@@ -113,6 +122,10 @@ int64_t bias_activation_workspace(int64_t n, const Threads& threads);
 // bias may be absent.
 void bias_activation(Operand input, Operand bias, Activation activation, int64_t tokens, int64_t n,
                      DType out_dtype, void* out, void* workspace, const Threads& threads);
+
+// out [B, hidden] in float32, summed in it, row by row; zeros for empty sequences.
+void segment_pool(Operand input, const int32_t* cu_seqlens, int64_t batch, int64_t hidden,
+                  Pooling pooling, float* out, const Threads& threads);
 
 int64_t encoder_workspace(const Encoder& op, const Threads& threads);
 void encoder(const Encoder& op, void* out, void* workspace, const Threads& threads);
