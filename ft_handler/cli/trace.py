@@ -109,6 +109,21 @@ def trace_command(
             help="Accepted for old scripts: thsext always removes padding, ths and ori never do.",
         ),
     ] = False,
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            "--pooling",
+            help="For embeddings: cls, mean, max or last. Default: what the checkpoint's "
+            "modules.json says, else mean.",
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="For embeddings: of length 1 or not. Default: what modules.json says, else not.",
+        ),
+    ] = None,
     strict: Annotated[
         bool,
         typer.Option(
@@ -146,5 +161,7 @@ def trace_command(
         model_type=model_type,
         ths_path=ths_path,
         strict=strict,
+        pooling=pooling,
+        normalize=normalize,
     )
     trace(options, typer.echo)

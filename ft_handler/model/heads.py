@@ -110,3 +110,54 @@ class SpanHead(HeadModule):
             restore(logits[0], token_indices, batch, seqlen, self.pad_logit),
             restore(logits[1], token_indices, batch, seqlen, self.pad_logit),
         )
+
+
+class VectorHead(HeadModule):
+    """One vector a sequence: its hidden states pooled, then perhaps a linear layer and a tanh.
+
+    pooling  "cls", the first token's; "last", the last token's; "mean" or "max" of all tokens
+    curved   whether the tanh is there
+    """
+
+    __constants__ = ("curved", "pooling")
+    dense_weight: Tensor | None
+    dense_bias: Tensor | None
+
+    def __init__(
+        self,
+        dense_weight: Tensor | None = None,
+        dense_bias: Tensor | None = None,
+        *,
+        pooling: str,
+        curved: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.curved = curved
+        self.register_buffer("dense_weight", dense_weight)
+        self.register_buffer("dense_bias", dense_bias)
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Hidden states `[T,H]` -> vectors `[B,H]`, or as many columns as the linear layer has."""
+        # The empty sequences that fill up a CUDA graph's batch may lie outside of the tokens.
+        if self.pooling == "cls":
+            firsts = cu_seqlens[:-1].clamp(max=hidden.shape[0] - 1)
+            pooled = hidden.index_select(0, firsts).float()
+        elif self.pooling == "last":
+            lasts = (cu_seqlens[1:] - 1).clamp(min=0, max=hidden.shape[0] - 1)
+            pooled = hidden.index_select(0, lasts).float()
+        else:
+            pooled = torch.ops.fastertransformer.segment_pool(hidden, cu_seqlens, self.pooling)
+        weight = self.dense_weight
+        if weight is not None:
+            pooled = nn.functional.linear(pooled, weight, self.dense_bias)
+            if self.curved:
+                pooled = torch.tanh(pooled)
+        return pooled
+
+    @torch.jit.export
+    def padded(
+        self, logits: Tensor, token_indices: Tensor, batch: int, seqlen: int
+    ) -> tuple[Tensor]:
+        """The vectors."""
+        return (logits,)

@@ -11,7 +11,8 @@ Two numbers, and what they promise:
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import field
+from typing import Any, Literal
 
 from pydantic import ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -38,6 +39,8 @@ class ModelInfo:
     op_interface    which interface of the library the module calls
     function_to_apply  what the checkpoint's configuration makes of logits; None leaves the choice
                        to the task
+    chosen          what the task read in the checkpoint's files and needs to answer, its own to
+                    interpret
     """
 
     format_version: int
@@ -61,6 +64,7 @@ class ModelInfo:
     versions: dict[str, str]
     op_interface: int = 1
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of the file's `ft_handler.json`."""

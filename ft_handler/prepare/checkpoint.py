@@ -20,7 +20,7 @@ from ft_handler.prepare.adapters import UNSAFE_PICKLE, Adapter, merge_adapter, r
 from ft_handler.prepare.hf import first_line, import_transformers, quiet_transformers
 from ft_handler.prepare.hub import Source, resolve
 from ft_handler.prepare.wrapped import SAFE_FILE, state_dict, unwrapped, wrapping_of
-from ft_handler.tasks.base import AnyTask, Head
+from ft_handler.tasks.base import AnyTask, Head, Tailored
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Checkpoint:
     notes              where it came from
     doubts             what of it should be known before it is trusted
     function_to_apply  what its configuration makes of logits, where it says so
+    tailored           the task as its files have it
     """
 
     model: Any
@@ -40,6 +41,7 @@ class Checkpoint:
     notes: tuple[str, ...]
     doubts: tuple[str, ...]
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None
+    tailored: Tailored
 
 
 def load_checkpoint(
@@ -50,13 +52,15 @@ def load_checkpoint(
     cache_dir: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
     labels: list[str] | None = None,
+    wishes: Mapping[str, object] | None = None,
 ) -> Checkpoint:
     """Load a checkpoint with transformers, merge `adapter`, and sort its weights.
+
+    wishes  as in `Task.tailored`
 
     Raises ModelError for other architectures, heads of other tasks, weights left unset, and tensors
     left over.
     """
-    task = tasks.get(mode)
     transformers = import_transformers()
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -72,6 +76,8 @@ def load_checkpoint(
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{config_name or origin}: {first_line(error)}") from error
     with _said_of(origin):
+        tailored = tasks.get(mode).tailored(lambda name: source.file(name, cache_dir), wishes or {})
+        task = tailored.task
         architecture = architectures.get(str(getattr(config, "model_type", None)))
         architecture.check(config)
         head = architecture.head(task)
@@ -102,8 +108,9 @@ def load_checkpoint(
     if brought is not None:
         model = merge_adapter(model, brought)
     with _said_of(origin):
-        weights = architecture.weights(task, config, model.state_dict())
-    notes = [n for n in (source.note, config_source.note) if n]
+        state = {**model.state_dict(), **tailored.tensors}
+        weights = architecture.weights(task, config, state)
+    notes = [n for n in (source.note, config_source.note, *tailored.notes) if n]
     if brought is not None and brought.base not in (None, model_name_or_path, source.name):
         notes.append(f"the adapter was trained on {brought.base}, not on {model_name_or_path}")
     return Checkpoint(
@@ -115,6 +122,7 @@ def load_checkpoint(
         notes=tuple(dict.fromkeys(notes)),
         doubts=tuple(doubts),
         function_to_apply=function,
+        tailored=tailored,
     )
 
 

@@ -18,24 +18,32 @@ from ft_handler.prepare import hf
 from ft_handler.prepare.options import TraceOptions
 
 Samples = tuple[Tensor, Tensor, Tensor]
+Expected = Callable[[tuple[Tensor, ...], Tensor], tuple[Tensor, ...]]
 
 
 class Reference(nn.Module):
-    """transformers' model behind the traced file's call: positional tensors in, fp32 tuple out."""
+    """transformers' model behind the traced file's call: positional tensors in, fp32 tuple out.
 
-    def __init__(self, inner: Any, takes_token_types: bool) -> None:
+    expected  as in `Head`
+    """
+
+    def __init__(
+        self, inner: Any, takes_token_types: bool, expected: Expected | None = None
+    ) -> None:
         super().__init__()
         self.inner = inner
+        self.expected = expected
         self.takes_token_types = takes_token_types
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
     ) -> tuple[Tensor, ...]:
-        """Padded `[B,S]` -> what transformers answers."""
+        """Padded `[B,S]` -> what transformers answers, or what is expected of that."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.takes_token_types:
             inputs["token_type_ids"] = token_type_ids
-        return tuple(part.float() for part in self.inner(**inputs, return_dict=False))
+        outputs = tuple(part.float() for part in self.inner(**inputs, return_dict=False))
+        return outputs if self.expected is None else self.expected(outputs, attention_mask)
 
     def to_type(self, dtype: torch.dtype) -> Reference:
         """A copy that computes in `dtype`."""

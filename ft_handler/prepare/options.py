@@ -12,7 +12,8 @@ DEFAULT_SAMPLES = 4
 class TraceOptions:
     """What to trace and where to; the command line's options one for one.
 
-    strict  refuse what is otherwise traced with a note
+    strict              refuse what is otherwise traced with a note
+    pooling, normalize  how embeddings are made, in the place of what the checkpoint's files say
     """
 
     mode: str
@@ -31,3 +32,11 @@ class TraceOptions:
     model_type: str = "thsext"
     ths_path: Path | None = None
     strict: bool = False
+    pooling: str | None = None
+    normalize: bool | None = None
+
+    @property
+    def wishes(self) -> dict[str, object]:
+        """What was given of those options that only some tasks have."""
+        given = {"pooling": self.pooling, "normalize": self.normalize}
+        return {name: value for name, value in given.items() if value is not None}

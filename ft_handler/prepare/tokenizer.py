@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.normalizers import BertNormalizer
+from tokenizers.normalizers import BertNormalizer, Lowercase, Sequence
 
 from ft_handler.errors import ConfigError, ModelError
 from ft_handler.files import TOKENIZER_FILE, TOKENIZER_SETTINGS_FILES, VOCABULARY_FILE
@@ -59,8 +59,12 @@ class WrittenTokenizer:
     doubts: tuple[str, ...]
 
 
-def write_tokenizer(options: TraceOptions, output: Path, vocab_size: int) -> WrittenTokenizer:
+def write_tokenizer(
+    options: TraceOptions, output: Path, vocab_size: int, lower_first: bool = False
+) -> WrittenTokenizer:
     """Write the tokenizer's files, without truncation or padding.
+
+    lower_first  put lower-casing before whatever the tokenizer does to texts itself
 
     Truncation belongs to the handler's settings: a tokenizer.json that truncates would do it
     silently. A checkpoint's own tokenizer.json is served as it is, under the settings beside it;
@@ -117,6 +121,8 @@ def write_tokenizer(options: TraceOptions, output: Path, vocab_size: int) -> Wri
             f"tokenizer {wanted}: transformers {transformers.__version__} reads texts otherwise "
             f"than its {TOKENIZER_FILE} says; the file is served"
         )
+    if lower_first:
+        _lower_first(served)
     described = json.loads(served.to_str())
     normalizer = described.get("normalizer") or {}
     if options.do_lower_case is not None and (
@@ -185,6 +191,13 @@ def _own(
                 f"{own.token_to_id(token.content)}, {TOKENIZER_SETTINGS_FILES[0]} says {number}"
             )
     return own
+
+
+def _lower_first(tokenizer: Tokenizer) -> None:
+    own = tokenizer.normalizer
+    if isinstance(own, BertNormalizer) and own.lowercase:
+        return
+    tokenizer.normalizer = Sequence([Lowercase()] if own is None else [Lowercase(), own])
 
 
 def alike(one: Tokenizer, other: Tokenizer) -> bool:

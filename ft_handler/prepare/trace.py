@@ -34,7 +34,8 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
 
     `say` hears one line a step. Raises ModelError, LibraryError or EnvironmentProblem in words.
     """
-    task, precision = tasks.get(options.mode), precisions.get(options.data_type)
+    precision = precisions.get(options.data_type)
+    tasks.get(options.mode)  # a mode that is none is told before anything is loaded
     if options.batch_size < 1:
         raise ModelError("batch_size must be at least 1")
     if options.model_type == "thsext" or options.ths_path is not None:
@@ -47,7 +48,10 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
         cache_dir=options.cache_dir,
         adapter=options.adapter,
         labels=options.labels,
+        wishes=options.wishes,
     )
+    tailored = checkpoint.tailored
+    task = tailored.task
     for note in checkpoint.notes:
         say(f"note: {note}")
     _weigh(checkpoint.doubts, options.strict, say)
@@ -66,11 +70,12 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
                 "another folder"
             )
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer = write_tokenizer(options, output, config.vocab_size)
+    tokenizer = write_tokenizer(options, output, config.vocab_size, tailored.lower_case)
     for note in tokenizer.notes:
         say(f"note: {note}")
     _weigh(tokenizer.doubts, options.strict, say)
-    longest = options.max_seq_length or max(4, min(positions, tokenizer.longest or positions))
+    most = tailored.longest or tokenizer.longest or positions
+    longest = options.max_seq_length or max(4, min(positions, most))
     if options.model_type == "ori":
         with quiet_transformers():
             checkpoint.model.to(precision.dtype).save_pretrained(output)
@@ -80,12 +85,13 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
     token_types = architecture.token_types(config)
     pad = architecture.pad(config)
     samples = sample_batch(options, info.vocab_size, token_types, pad, longest)
-    reference = Reference(checkpoint.model, takes_token_types=token_types > 0).eval()
+    head = architecture.head(task)
+    reference = Reference(checkpoint.model, token_types > 0, head.expected).eval()
     say(f"tracing {describe_shape(task, info)}")
     if options.model_type == "thsext":
         module = fuse(
             task,
-            architecture.head(task),
+            head,
             architecture.spec(config),
             checkpoint.weights,
             precision,
@@ -164,4 +170,5 @@ def describe(
         },
         op_interface=max(spec.op_interface, architecture.head(task).op_interface),
         function_to_apply=checkpoint.function_to_apply,
+        chosen=dict(checkpoint.tailored.chosen),
     )

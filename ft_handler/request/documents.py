@@ -206,7 +206,7 @@ class Decoder(Generic[InputT, ParamsT]):
         bare = self._task.bare
         if isinstance(value, str) and bare:
             return self._of_texts({bare: value}, params, where)
-        if isinstance(value, list) and bare and len(value) == 2:
+        if isinstance(value, list) and bare and self._task.optional and len(value) == 2:
             # A pair, as tokenizers and cross-encoders take it.
             value = dict(zip((bare, *self._task.optional), value, strict=False))
         if not isinstance(value, dict):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import cast
+
+import numpy as np
 
 from ft_handler.tasks.base import Column
 from ft_handler.types import Prediction
@@ -89,11 +89,11 @@ class OpenInference:
             if name == TRUNCATED and self.wanted is None and not any(data):
                 continue
             sizes = shape
+            flat: object = data
             if column.vector:
-                vectors = [list(cast("Sequence[object]", vector)) for vector in data]
-                sizes = [*shape, len(vectors[0])]
-                data = list(chain.from_iterable(vectors))
+                vectors = np.array(data)
+                sizes, flat = [*shape, vectors.shape[1]], vectors.reshape(-1)
             outputs.append(
-                {"name": name, "shape": sizes, "datatype": column.datatype, "data": data}
+                {"name": name, "shape": sizes, "datatype": column.datatype, "data": flat}
             )
         return {**self.model, "outputs": outputs}

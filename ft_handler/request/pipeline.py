@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 import numpy as np
+import orjson
 
 from ft_handler.config import CoreSettings
 from ft_handler.engine.base import Engine
@@ -33,7 +34,7 @@ from ft_handler.request.failures import log_failure
 from ft_handler.request.flight import Flight
 from ft_handler.request.forms import TRUNCATED
 from ft_handler.request.overlap import overlapped, parts_of
-from ft_handler.request.replies import assemble, outcome
+from ft_handler.request.replies import assemble, encoded, outcome
 from ft_handler.request.work import NO_BOUNDS, Bounds, Work
 from ft_handler.stats import BatchStats, Stopwatch
 from ft_handler.tasks.base import EncodingT, ParamsT, Runner, Task
@@ -116,7 +117,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         predictions = outcome(form, items)
         if isinstance(predictions, RequestError):
             raise predictions
-        return form.document(predictions)
+        return orjson.loads(encoded(form.document(predictions)))
 
     # -- stages --
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "sequence_classification": "ft_handler.tasks.sequence_classification",
     "question_answering": "ft_handler.tasks.question_answering",
+    "embeddings": "ft_handler.tasks.embeddings",
 }
 _registered: dict[str, AnyTask] = {}
 

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from ft_handler.config import SettingsT
+from ft_handler.errors import ModelError
 from ft_handler.text.readers import Reader
 from ft_handler.text.template import Template
 from ft_handler.types import Encoding, Form, InputT, Item, Outputs, Prediction
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
     from ft_handler.model.heads import HeadModule
     from ft_handler.model.info import ModelInfo
 
@@ -31,19 +36,22 @@ EncodingT = TypeVar("EncodingT", bound=Encoding[Any])
 class Head:
     """A head, and where its weights stand in a transformers state dict.
 
-    module   the scriptable class (see `ft_handler.model.heads`), built with its weights as keyword
-             arguments
-    weights  the class's arguments -> names in the state dict; `{base}` stands for the encoder's
-             own prefix there, such as "bert"
-    outputs  the transformers module whose weight has a row an output, such as "classifier"; None
-             when the number of outputs is fixed
+    module    makes the scriptable module (see `ft_handler.model.heads`) of its weights, which are
+              keyword arguments
+    weights   these arguments -> names in the state dict; `{base}` stands for the encoder's own
+              prefix there, such as "bert"
+    outputs   the transformers module whose weight has a row an output, such as "classifier"; None
+              when the number of outputs is fixed
+    expected  makes of transformers' outputs in fp32, and of the mask `[B,S]`, what the head's
+              `padded` answers; None where that is transformers' own answer
     op_interface  the least interface of the library's ops that the module's own calls need
     """
 
-    module: type[HeadModule]
+    module: Callable[..., HeadModule]
     weights: Mapping[str, str]
     outputs: str | None = None
     op_interface: int = 2
+    expected: Callable[[tuple[Tensor, ...], Tensor], tuple[Tensor, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +174,20 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     def head(self) -> Head:
         """The head most architectures have; one with another says so in its own file."""
 
+    def tailored(
+        self, files: Callable[[str], Path | None], wishes: Mapping[str, object]
+    ) -> Tailored:
+        """The task as a checkpoint's files have it.
+
+        files   finds a file of the checkpoint by its name
+        wishes  option of `ft-handler trace` -> its value, which wins over what the files say
+
+        Raises ModelError for what is not served.
+        """
+        for name in wishes:
+            raise ModelError(f"--{name} is not for {self.name}")
+        return Tailored(self)
+
     def columns(self, config: Any) -> int:
         """Outputs a token or a sequence, of a transformers configuration."""
         return int(config.num_labels)
@@ -199,3 +221,25 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
 
 #: A task whose inputs and parameters are of no concern.
 AnyTask: TypeAlias = Task[Any, Any, Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tailored:
+    """A task as one checkpoint has it.
+
+    task        the task with the checkpoint's own head
+    chosen      what the traced file then says of the choices, in JSON's types; `Task.runner` finds
+                it in `ModelInfo.chosen`
+    tensors     weights of the head that transformers does not read, by their names in the state
+                dict of an encoder alone
+    longest     most tokens that a text should have; None leaves it to the tokenizer
+    lower_case  whether texts are lower-cased before the tokenizer sees them
+    notes       what was chosen, in words
+    """
+
+    task: AnyTask
+    chosen: Mapping[str, object] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    longest: int | None = None
+    lower_case: bool = False
+    notes: tuple[str, ...] = ()
