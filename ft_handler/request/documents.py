@@ -43,10 +43,14 @@ _TENSOR_KEYS = frozenset({"id", "inputs", "outputs", "parameters", "model_name",
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much one request may bring: inputs in its list, characters in a text."""
+    """How much one request may bring: inputs in its list, characters in a text.
+
+    texts  in the list of one input; None is as many as `inputs`
+    """
 
     inputs: int
     chars: int
+    texts: int | None = None
 
 
 @dataclass(slots=True)
@@ -75,12 +79,18 @@ class Decoder(Generic[InputT, ParamsT]):
         self._defaults = defaults
         self._limits = limits
         self._most_chars = limits.chars
+        self._most_texts = limits.texts or limits.inputs
         self._model = dict(model)
         self._parameters = ParameterReader(task.parameters, task.nulls, task.aliases)
         listed = {k: v for k, v in task.listed.items() if getattr(defaults, k) is None}
         self._listed: ParamsT = replace(defaults, **listed) if listed else defaults  # type: ignore[type-var]
         # Key -> whether its value is a list of texts.
         self._texts = {key: key in task.lists for key in (*task.required, *task.optional)}
+        self._texts |= {key: self._texts[own] for key, own in task.synonyms.items()}
+        self._keys_for = {
+            key: (key, *(other for other, own in task.synonyms.items() if own == key))
+            for key in task.required
+        }
         self._keys = frozenset((*self._texts, *task.ignored))
         self._wanted = " and ".join(f"'{key}'" for key in task.required)
         self._known = ", ".join(
@@ -102,7 +112,8 @@ class Decoder(Generic[InputT, ParamsT]):
         fields: dict[str, object] = {}
         for name, value in incoming.fields.items():
             value = utf8(value) if isinstance(value, (bytes, bytearray)) else value
-            fields[name] = _scalar(value) if name in self._parameter_names else value
+            spelt = name in self._parameter_names and name not in self._task.textual
+            fields[name] = _scalar(value) if spelt else value
         if incoming.body is not None:
             return self._payload(incoming, self._read(fields, self._defaults, ""))
         return Request((self._input(fields, self._defaults, ""),), SINGLE)
@@ -135,6 +146,8 @@ class Decoder(Generic[InputT, ParamsT]):
             raise UnusableRequest("the body must be text, an object or a list of inputs")
         if (foreign := self._task.foreign(document)) is not None:
             params = self._read(foreign.parameters, params, "") if foreign.parameters else params
+            if not foreign.form.many:
+                return Request([self._input(v, params, "") for v in foreign.inputs], foreign.form)
             return Request(self._inputs(foreign.inputs, params, "inputs"), foreign.form)
         if "inputs" in document:
             inputs = document["inputs"]
@@ -212,8 +225,8 @@ class Decoder(Generic[InputT, ParamsT]):
         if not isinstance(value, dict):
             what = ("a string or " if bare else "") + f"an object with {self._wanted}"
             raise UnusableRequest(f"{where}an input must be {what}")
-        for key in self._task.required:
-            if key not in value:
+        for key, names in self._keys_for.items():
+            if not any(name in value for name in names):
                 raise MalformedRequest(f"{where}the input has no '{key}'")
         if not value.keys() <= self._keys:
             params = self._beside(value, self._keys, params, where)
@@ -225,29 +238,32 @@ class Decoder(Generic[InputT, ParamsT]):
             value = texts.get(key)
             if not listed and is_plain(value, self._most_chars):
                 checked[key] = value
-            elif value is None and key not in self._task.required:
+            elif value is None and (key not in texts or key not in self._task.required):
                 continue
-            elif listed:
-                checked[key] = self._list(value, f"{where}'{key}'")
             else:
-                checked[key] = checked_text(value, f"{where}'{key}'", self._most_chars)
+                checked[key] = self._checked(value, listed, f"{where}'{key}'")
         return self._task.read(checked, params)
 
-    def _list(self, value: object, what: str) -> tuple[str, ...]:
-        """A list of texts, checked."""
-        if not isinstance(value, list):
+    def _checked(self, value: object, listed: bool, what: str) -> str | tuple[str, ...]:
+        """A text, or a list of them; raises RequestError."""
+        if not listed:
+            return checked_text(value, what, self._most_chars)
+        separator = self._task.separator
+        if separator and isinstance(value, str):
+            value = [text.strip() for text in value.split(separator) if text.strip()]
+        if not isinstance(value, (list, tuple)):
             raise UnusableRequest(f"{what} must be a list of strings")
         if not value:
             raise UnusableRequest(f"{what} is empty")
-        if len(value) > self._limits.inputs:
-            raise RequestTooLarge(
-                f"{what} has {len(value)} texts, the limit is {self._limits.inputs}"
-            )
+        if len(value) > self._most_texts:
+            raise RequestTooLarge(f"{what} has {len(value)} texts, the limit is {self._most_texts}")
+        # Other servers' clients may write a text as an object, with what else they know of it.
+        texts = [text.get("text") if isinstance(text, dict) else text for text in value]
         return tuple(
             text
             if is_plain(text, self._most_chars)
             else checked_text(text, f"{what}[{i}]", self._most_chars)
-            for i, text in enumerate(value)
+            for i, text in enumerate(texts)
         )
 
     def _beside(
@@ -272,6 +288,10 @@ class Decoder(Generic[InputT, ParamsT]):
                 raise MalformedRequest(f"{where}a parameter is given twice")
             self._check_known(nested, where, "parameters")
             outer |= nested
+        for name in self._task.textual:
+            if outer.get(name) is not None:
+                listed = name in self._task.lists
+                outer[name] = self._checked(outer[name], listed, f"{where}'{name}'")
         return self._parameters.read(
             {name: value for name, value in outer.items() if name not in _UNUSED}, defaults, where
         )

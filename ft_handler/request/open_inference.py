@@ -59,27 +59,19 @@ def rows_of(
     if len(columns) == 1 and task.bare is not None:
         return [{task.bare: value} for value in next(iter(columns.values()))]
     keys = task.required if task.bare is None else (*task.required, *task.optional)
+    keys = tuple(dict.fromkeys((*keys, *task.lists)))
     if columns.keys() != set(keys):
         raise UnusableRequest(
             "the inputs must be named " + " and ".join(f"'{key}'" for key in keys)
         )
-    if task.lists:
-        return [_row(task, columns)]
+    # A list is every row's.
+    lists = {key: columns.pop(key) for key in task.lists}
     if len({len(column) for column in columns.values()}) > 1:
         raise UnusableRequest("the inputs must have the same shape")
     return [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+        {**dict(zip(columns, values, strict=True)), **lists}
+        for values in zip(*columns.values(), strict=True)
     ]
-
-
-def _row(task: AnyTask, columns: dict[str, list[object]]) -> dict[str, object]:
-    """The one input of a task with lists: a tensor is a list, or has one element."""
-    row: dict[str, object] = {}
-    for key, column in columns.items():
-        if key not in task.lists and len(column) != 1:
-            raise UnusableRequest(f"the input '{key}' must have one element")
-        row[key] = column if key in task.lists else column[0]
-    return row
 
 
 def wanted_outputs(wanted: object, offered: Sequence[str]) -> tuple[str, ...] | None:

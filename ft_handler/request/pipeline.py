@@ -84,7 +84,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         self._max_batch_tokens = settings.max_batch_tokens
         edges = settings.length_buckets
         self._edges = default_buckets(max_positions) if edges is None else edges
-        limits = Limits(settings.max_inputs_per_request, settings.max_text_chars)
+        limits = Limits(settings.max_inputs_per_request, settings.max_text_chars, runner.most_texts)
         self._decoder = Decoder(task, runner.defaults, limits, model)
 
     def run(self, incoming: Sequence[Incoming | RequestError]) -> tuple[list[Reply], BatchStats]:

@@ -60,7 +60,7 @@ class Column:
 
     datatype  the protocol's name, such as "BYTES" or "FP32"
     absent    what stands where a prediction has no such field
-    vector    whether the field is a list of numbers, all of one length
+    vector    whether the field is a list, in all predictions of one length
     """
 
     datatype: str
@@ -86,12 +86,14 @@ class Loaded:
 class Runner(ABC, Generic[InputT, ParamsT, EncodingT]):
     """A task over one loaded model; safe from several threads.
 
-    defaults  the parameters of a request that gives none
-    longest   most tokens that a sequence has with those
+    defaults    the parameters of a request that gives none
+    longest     most tokens that a sequence has with those
+    most_texts  of a list in an input; None is as many as a request may have inputs
     """
 
     defaults: ParamsT
     longest: int
+    most_texts: int | None = None
 
     @abstractmethod
     def encode(self, items: Sequence[Item[InputT]]) -> list[EncodingT]:
@@ -138,7 +140,10 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     labelled    whether outputs are labels with names; else there are `columns(config)` of them
     required    keys that a request's input must have; their values are texts
     optional    keys that it may have
-    lists       those of both whose values are lists of texts
+    lists       keys and parameters whose values are lists of texts
+    separator   what parts the texts of a list that is written as one text; None: a list is a list
+    synonyms    other names of keys; `read` gets the texts under the name that was used
+    textual     parameters whose values are texts, checked as those of keys are
     ignored     keys that are accepted and mean nothing
     bare        the key that a plain string stands for; None: an input is always an object
     nested      whether the answers to one text in `inputs` are a list in a list, as the hub has it
@@ -159,6 +164,9 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     required: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
     lists: ClassVar[tuple[str, ...]] = ()
+    separator: ClassVar[str | None] = None
+    synonyms: ClassVar[Mapping[str, str]] = {}
+    textual: ClassVar[tuple[str, ...]] = ()
     ignored: ClassVar[tuple[str, ...]] = ()
     bare: ClassVar[str | None] = None
     nested: ClassVar[bool] = False

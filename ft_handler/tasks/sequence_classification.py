@@ -7,37 +7,20 @@ from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ft_handler.config import LARGEST_WHOLE, AnyCase, Flag, Settings, Whole, setting
 from ft_handler.errors import ConfigError, UnusableRequest
 from ft_handler.tasks.base import Alias, Column, Head, Loaded, Runner, Task
+from ft_handler.tasks.pairs import Truncation, kept
 from ft_handler.tasks.scores import sigmoid, softmax
-from ft_handler.text.template import longest_first
 from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
 
 #: `top_k` of a request that asks for every label: more than any model has.
 ALL_LABELS = LARGEST_WHOLE
 
 Function = Literal["softmax", "sigmoid", "none"]
-
-#: What may be cut: true is whichever is longer, false nothing; transformers' names stand for them.
-Truncation = Literal[True, False, "only_first", "only_second"]
-_STRATEGIES: Mapping[str, Truncation] = {
-    "longest_first": True,
-    "only_first": "only_first",
-    "only_second": "only_second",
-    "do_not_truncate": False,
-}
-
-
-def _strategy(value: object) -> Truncation:
-    if isinstance(value, bool):
-        return value
-    if not isinstance(value, str) or value not in _STRATEGIES:
-        raise ValueError(f"must be true, false or one of {', '.join(_STRATEGIES)}")
-    return _STRATEGIES[value]
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(strict=True))
@@ -52,7 +35,7 @@ class Parameters:
 
     top_k: Annotated[int, Field(ge=1, le=LARGEST_WHOLE)] | None = None
     function_to_apply: Annotated[Function | None, AnyCase] = None
-    truncation: Annotated[Truncation, BeforeValidator(_strategy)] = True
+    truncation: Truncation = True
     max_length: Annotated[int, Field(ge=1, le=LARGEST_WHOLE)] | None = None
 
 
@@ -155,16 +138,7 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
         keep_first, keep_second = len(first), len(second)
         if count > room:
             keep_first, keep_second = self._check(item, keep_first, keep_second, room)
-        sequence = np.concatenate(
-            (
-                template.before,
-                first[:keep_first],
-                template.between,
-                second[:keep_second],
-                template.after,
-            )
-        )
-        split = template.split(keep_first, len(sequence))
+        sequence, split = template.pair(first[:keep_first], second[:keep_second])
         return Encoding(item, [sequence], [split], count > room)
 
     def _less(self, item: Item[TextInput]) -> int:
@@ -174,24 +148,8 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
 
     def _check(self, item: Item[TextInput], first: int, second: int, room: int) -> tuple[int, int]:
         """How much stays of texts that have no room; raises UnusableRequest where none may go."""
-        strategy = item.input.params.truncation
-        over = first + second - room
-        if not strategy:
-            limit = self.longest - self._less(item)
-            raise UnusableRequest(
-                f"the input has {limit + over} tokens, the limit is {limit} and truncation is off"
-            )
-        if room < 1:
-            raise UnusableRequest("'max_length' leaves no room for text")
-        if strategy is True:
-            return longest_first(first, second, room)
-        cut_first = strategy == "only_first"
-        if (first if cut_first else second) <= over:
-            raise UnusableRequest(
-                f"the input has {over} tokens too many, and the text that 'truncation' names "
-                "is not that long"
-            )
-        return (first - over, second) if cut_first else (first, second - over)
+        limit = self.longest - self._less(item)
+        return kept(first, second, room, limit, item.input.params.truncation)
 
     def predict(
         self, encodings: Sequence[Encoding[TextInput]], outputs: Outputs

@@ -6,6 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ft_handler.errors import ConfigError
+from ft_handler.types import Ids
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
@@ -54,6 +55,11 @@ class Template:
     def pair_specials(self) -> int:
         """Special tokens of a pair."""
         return len(self.before) + len(self.between) + len(self.after)
+
+    def pair(self, first: Ids, second: Ids) -> tuple[Ids, int]:
+        """Two texts as one sequence, and how many leading tokens of it have token type 0."""
+        sequence = np.concatenate((self.before, first, self.between, second, self.after))
+        return sequence, self.split(len(first), len(sequence))
 
     def split(self, first: int, total: int) -> int:
         """Leading tokens of type 0 in a pair of `total` tokens whose first text has `first`."""
