@@ -137,11 +137,11 @@ class Decoder(Generic[InputT, ParamsT]):
             inputs = document["inputs"]
             if is_tensors(inputs):
                 return self._tensors(document, inputs, params, binary)
-            nested = isinstance(inputs, str) and self._task.bare is not None
-            if nested and params is self._defaults:
+            alone = isinstance(inputs, str) and self._task.bare is not None
+            if alone and params is self._defaults:
                 params = self._listed
             params = self._beside(document, ("inputs",), params)
-            if nested:
+            if alone and self._task.nests:
                 return Request((self._input(inputs, params, ""),), NESTED)
             if isinstance(inputs, list):
                 return Request(self._inputs(inputs, params, "inputs"), LISTED)
@@ -203,7 +203,7 @@ class Decoder(Generic[InputT, ParamsT]):
         bare = self._task.bare
         if isinstance(value, str) and bare:
             return self._of_texts({bare: value}, params, where)
-        if isinstance(value, list) and bare and len(value) == 2:
+        if isinstance(value, list) and bare and self._task.optional and len(value) == 2:
             # A pair, as tokenizers and cross-encoders take it.
             value = dict(zip((bare, *self._task.optional), value, strict=False))
         if not isinstance(value, dict):

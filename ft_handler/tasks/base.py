@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from ft_handler.config import SettingsT
+from ft_handler.text.pieces import Pieces
 from ft_handler.text.readers import Reader
 from ft_handler.text.template import Template
 from ft_handler.types import Encoding, InputT, Item, Outputs, Prediction
@@ -50,10 +51,12 @@ class Column:
 
     datatype  the protocol's name, such as "BYTES" or "FP32"
     absent    what stands where a prediction has no such field
+    optional  left out where no prediction has the field and nobody asked for it
     """
 
     datatype: str
     absent: object
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class Loaded:
 
     labels      names of the outputs, numbered from 0; empty where they have none
     max_length  most tokens of a sequence
+    pieces      what the tokens spell
     """
 
     info: ModelInfo
@@ -69,6 +73,7 @@ class Loaded:
     reader: Reader
     template: Template
     max_length: int
+    pieces: Pieces
 
 
 class Runner(ABC, Generic[InputT, ParamsT, EncodingT]):
@@ -118,6 +123,7 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     aliases     other names of parameters
     listed      parameters of one text in `inputs`, which Hugging Face's clients want a list for,
                 where neither the request nor the settings say otherwise
+    nests       whether they want that list in a list of one
     settings    what the handler's configuration may say
     columns_of  prediction fields as Open Inference tensors, in their order
     sample      a request that every model of the task can answer
@@ -135,6 +141,7 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     nulls: ClassVar[Mapping[str, object]] = {}
     aliases: ClassVar[Mapping[str, Alias]] = {}
     listed: ClassVar[Mapping[str, object]] = {}
+    nests: ClassVar[bool] = False
     settings: type[SettingsT]
     columns_of: ClassVar[Mapping[str, Column]]
     sample: ClassVar[Mapping[str, str]]

@@ -248,6 +248,7 @@ class SequenceClassification(
         "return_all_scores": Alias("top_k", {True: ALL_LABELS, False: 1}),
     }
     listed: ClassVar[Mapping[str, object]] = {"top_k": ALL_LABELS}
+    nests = True
     settings = ClassificationSettings
     columns_of: ClassVar[Mapping[str, Column]] = {
         "label": Column("BYTES", ""),

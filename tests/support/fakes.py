@@ -16,6 +16,7 @@ from ft_handler.request.pipeline import Pipeline
 from ft_handler.request.work import Bounds
 from ft_handler.tasks.base import AnyTask, Loaded, Runner
 from ft_handler.text.chunks import reader_of
+from ft_handler.text.pieces import Pieces
 from ft_handler.text.template import Template
 from ft_handler.types import Floats, Item, PackedBatch
 
@@ -61,6 +62,7 @@ def loaded(
         reader_of(tokenizer),
         Template(tokenizer, info.type_vocab_size),
         max_length or info.max_positions,
+        Pieces(tokenizer),
     )
 
 
