@@ -76,7 +76,7 @@ class Pieces:
             apart = firsts >= np.concatenate(([0], origins[:-1, 1]))
             for i in np.flatnonzero(~begins & apart & (_unspaced(before) | _unspaced(at))).tolist():
                 begins[i] = not unicodedata.category(chr(at[i])).startswith("M")
-        begins |= ids == self._unknown
+        begins[ids == self._unknown] = True
         begins[0] = True
         return begins
 
@@ -91,5 +91,5 @@ def word_begins(origins: Origins) -> NDArray[np.bool_]:
 def _unspaced(codes: NDArray[np.uint32]) -> NDArray[np.bool_]:
     """Whether characters are of a script without blanks."""
     inside = (codes[:, None] >= _UNSPACED[:, 0]) & (codes[:, None] <= _UNSPACED[:, 1])
-    found: NDArray[np.bool_] = inside.any(axis=1)
+    found: NDArray[np.bool_] = np.logical_or.reduce(inside, axis=1)
     return found
