@@ -24,6 +24,7 @@ from ft_handler.request.pipeline import Pipeline
 from ft_handler.request.work import bounds_of, tokens_in
 from ft_handler.tasks.base import AnyTask, Loaded, Runner
 from ft_handler.text.chunks import reader_of
+from ft_handler.text.pieces import Pieces
 from ft_handler.text.template import Template
 from ft_handler.text.tokenizer import load_tokenizer
 from ft_handler.types import Incoming, Reply
@@ -170,6 +171,7 @@ def runner_of(settled: Settled, folder: Path | None) -> Runner[Any, Any, Any]:
         reader_of(tokenizer, core.remember_chunks),
         Template(tokenizer, info.type_vocab_size),
         core.max_length or info.max_positions,
+        Pieces(tokenizer),
     )
     return settled.task.runner(settled.own, loaded)
 

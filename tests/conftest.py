@@ -60,6 +60,12 @@ def tiny_qa(make_tiny_bert: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_tokens(make_tiny_bert: Callable[..., Path]) -> Path:
+    """A random BERT that labels tokens, otherwise like `tiny_classification`."""
+    return make_tiny_bert("token_classification")
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder of optional development data, `$FT_HANDLER_SHARED` or `../shared`; skips without."""
     folder = Path(os.environ.get("FT_HANDLER_SHARED") or ROOT.parent / "shared")

@@ -83,6 +83,38 @@ class GeluPooledHead(PooledHead):
         return nn.functional.gelu(summary)
 
 
+def token_logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Hidden states `[T,H]` under a linear layer `[C,H]`, `[C]` -> fp32 `[C,T]`."""
+    # This way round every row comes out contiguous, and nobody has to copy it.
+    return torch.addmm(bias[:, None], weight, hidden.float().t())
+
+
+class TokenHead(HeadModule):
+    """A linear layer over every token."""
+
+    classifier_weight: Tensor
+    classifier_bias: Tensor
+
+    def __init__(self, classifier_weight: Tensor, classifier_bias: Tensor) -> None:
+        super().__init__()
+        self.pad_logit = PAD_LOGIT
+        self.register_buffer("classifier_weight", classifier_weight)
+        self.register_buffer("classifier_bias", classifier_bias)
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Hidden states `[T,H]` -> logits `[C,T]`."""
+        return token_logits(hidden, self.classifier_weight, self.classifier_bias)
+
+    @torch.jit.export
+    def padded(
+        self, logits: Tensor, token_indices: Tensor, batch: int, seqlen: int
+    ) -> tuple[Tensor]:
+        """The logits `[B,S,C]`; pads are -10000."""
+        restore = torch.ops.fastertransformer.restore_padding
+        rows = logits.t().contiguous()
+        return (restore(rows, token_indices, batch, seqlen, self.pad_logit),)
+
+
 class SpanHead(HeadModule):
     """Start and end logits of every token."""
 
@@ -97,8 +129,7 @@ class SpanHead(HeadModule):
 
     def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Hidden states `[T,H]` -> start and end logits `[2,T]`."""
-        # This way round both rows come out contiguous, and nobody has to copy them.
-        return torch.addmm(self.qa_bias[:, None], self.qa_weight, hidden.float().t())
+        return token_logits(hidden, self.qa_weight, self.qa_bias)
 
     @torch.jit.export
     def padded(

@@ -153,11 +153,11 @@ class Decoder(Generic[InputT, ParamsT]):
             inputs = document["inputs"]
             if is_tensors(inputs):
                 return self._tensors(document, inputs, params, binary)
-            nested = isinstance(inputs, str) and self._task.nested
-            if nested and params is self._defaults:
+            alone = isinstance(inputs, str) and self._task.bare is not None
+            if alone and params is self._defaults:
                 params = self._listed
             params = self._beside(document, ("inputs",), params)
-            if nested:
+            if alone and self._task.nested:
                 return Request((self._input(inputs, params, ""),), NESTED)
             if isinstance(inputs, list):
                 return Request(self._inputs(inputs, params, "inputs"), LISTED)

@@ -78,16 +78,21 @@ class OpenInference:
         width = max(len(row) for row in rows)
         shape = [len(rows)] + [width] * any(isinstance(p, list) for p in predictions)
         outputs = []
-        for name, column in {**self.columns, TRUNCATED: Column("BOOL", False)}.items():
+        flag = Column("BOOL", False, optional=True)
+        for name, column in {**self.columns, TRUNCATED: flag}.items():
             if self.wanted is not None and name not in self.wanted:
+                continue
+            if (
+                self.wanted is None
+                and column.optional
+                and not any(name in a for r in rows for a in r)
+            ):
                 continue
             data = [
                 row[i].get(name, column.absent) if i < len(row) else column.absent
                 for row in rows
                 for i in range(width)
             ]
-            if name == TRUNCATED and self.wanted is None and not any(data):
-                continue
             sizes = shape
             flat: object = data
             if column.vector:

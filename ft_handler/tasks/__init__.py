@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "sequence_classification": "ft_handler.tasks.sequence_classification",
     "question_answering": "ft_handler.tasks.question_answering",
+    "token_classification": "ft_handler.tasks.token_classification",
     "reranking": "ft_handler.tasks.reranking",
     "zero_shot_classification": "ft_handler.tasks.zero_shot_classification",
     "embeddings": "ft_handler.tasks.embeddings",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from ft_handler.config import SettingsT
 from ft_handler.errors import ModelError
+from ft_handler.text.pieces import Pieces
 from ft_handler.text.readers import Reader
 from ft_handler.text.template import Template
 from ft_handler.types import Encoding, Form, InputT, Item, Outputs, Prediction
@@ -61,11 +62,13 @@ class Column:
     datatype  the protocol's name, such as "BYTES" or "FP32"
     absent    what stands where a prediction has no such field
     vector    whether the field is a list, in all predictions of one length
+    optional  left out where no prediction has the field and nobody asked for it
     """
 
     datatype: str
     absent: object
     vector: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class Loaded:
 
     labels      names of the outputs, numbered from 0; empty where they have none
     max_length  most tokens of a sequence
+    pieces      what the tokens spell
     """
 
     info: ModelInfo
@@ -81,6 +85,7 @@ class Loaded:
     reader: Reader
     template: Template
     max_length: int
+    pieces: Pieces
 
 
 class Runner(ABC, Generic[InputT, ParamsT, EncodingT]):

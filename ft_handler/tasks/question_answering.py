@@ -23,6 +23,7 @@ from ft_handler.config import LARGEST_WHOLE, Flag, Settings, Whole, setting
 from ft_handler.errors import ConfigError, UnusableRequest
 from ft_handler.tasks.base import Alias, Column, Head, Loaded, Runner, Task
 from ft_handler.tasks.spans import best_spans
+from ft_handler.tasks.windows import window_spans
 from ft_handler.text.readers import Origins
 from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
 
@@ -123,17 +124,6 @@ class QuestionEncoding(Encoding[QuestionInput]):
 def _most_of(tokens: int) -> int:
     """What a default may take where something else has to fit as well: three quarters."""
     return tokens * 3 // 4
-
-
-def window_spans(tokens: int, room: int, overlap: int) -> list[tuple[int, int]]:
-    """Windows [begin, end) of at most `room` tokens; neighbours share `overlap` tokens."""
-    spans = []
-    for begin in range(0, max(tokens, 1), room - overlap):
-        end = min(begin + room, tokens)
-        spans.append((begin, end))
-        if end == tokens:
-            break
-    return spans
 
 
 class QuestionRunner(Runner[QuestionInput, Parameters, QuestionEncoding]):

@@ -7,10 +7,10 @@ import numpy as np
 from ft_handler.types import Floats
 
 
-def softmax(logits: Floats) -> Floats:
-    """exp(x - max) / sum over the last axis; logits [..., labels]."""
-    shifted: Floats = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    shifted /= shifted.sum(axis=-1, keepdims=True)
+def softmax(logits: Floats, axis: int = -1) -> Floats:
+    """exp(x - max) / sum over the axis of the labels."""
+    shifted: Floats = np.exp(logits - logits.max(axis=axis, keepdims=True))
+    shifted /= shifted.sum(axis=axis, keepdims=True)
     return shifted
 
 

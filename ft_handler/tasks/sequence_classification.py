@@ -15,12 +15,14 @@ from ft_handler.errors import ConfigError, UnusableRequest
 from ft_handler.tasks.base import Alias, Column, Head, Loaded, Runner, Task
 from ft_handler.tasks.pairs import Truncation, kept
 from ft_handler.tasks.scores import sigmoid, softmax
+from ft_handler.tasks.windows import default_overlap, even_spans
 from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
 
 #: `top_k` of a request that asks for every label: more than any model has.
 ALL_LABELS = LARGEST_WHOLE
 
 Function = Literal["softmax", "sigmoid", "none"]
+LongTexts = Literal["truncate", "mean", "max"]
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(strict=True))
@@ -31,12 +33,16 @@ class Parameters:
     function_to_apply  over the logits; None leaves the choice to the model
     truncation         what of too long an input may be cut
     max_length         most tokens; None, and whatever is more, is the model's setting
+    long_texts         whether they are cut, or read in windows whose logits become one row
+    stride             least tokens that windows share; None is a quarter of one, at most 128
     """
 
     top_k: Annotated[int, Field(ge=1, le=LARGEST_WHOLE)] | None = None
     function_to_apply: Annotated[Function | None, AnyCase] = None
     truncation: Truncation = True
     max_length: Annotated[int, Field(ge=1, le=LARGEST_WHOLE)] | None = None
+    long_texts: Annotated[LongTexts, AnyCase] = "truncate"
+    stride: Annotated[int, Field(ge=0, le=LARGEST_WHOLE)] | None = None
 
 
 class ClassificationSettings(Settings):
@@ -58,6 +64,18 @@ class ClassificationSettings(Settings):
         "How many labels: null gives the best one as an object, a number a list sorted by score. "
         "A request may override it.",
         1,
+    )
+    long_texts: Annotated[LongTexts, AnyCase] = setting(
+        "truncate",
+        "Inputs over `max_length`: `truncate` does what `truncation` says; `mean` and `max` read "
+        "them whole, in windows that overlap, and score each label by the mean or the largest of "
+        "the windows' logits. A request may override it.",
+    )
+    stride: Whole | None = setting(
+        None,
+        "Least tokens that neighbouring windows share; null is a quarter of a window, at most "
+        "128. A request may override it.",
+        0,
     )
 
 
@@ -95,7 +113,13 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
     """Texts to sequences of at most `max_length` tokens; logits `[inputs, labels]` to labels."""
 
     def __init__(self, settings: ClassificationSettings, loaded: Loaded) -> None:
-        self.defaults = Parameters(settings.top_k, settings.function_to_apply, settings.truncation)
+        self.defaults = Parameters(
+            settings.top_k,
+            settings.function_to_apply,
+            settings.truncation,
+            long_texts=settings.long_texts,
+            stride=settings.stride,
+        )
         self.longest = loaded.max_length
         self._reader, self._template = loaded.reader, loaded.template
         self._labels = [loaded.labels[i] for i in range(len(loaded.labels))]
@@ -104,9 +128,19 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
         )
         if self.longest <= self._template.pair_specials:
             raise ConfigError(f"setting 'max_length' ({self.longest}) leaves no room for text")
+        if settings.stride is not None and settings.stride >= self._room_alone():
+            raise ConfigError(
+                f"setting 'stride' ({settings.stride}) leaves windows of {self._room_alone()} "
+                "tokens no way forward"
+            )
+
+    def _room_alone(self) -> int:
+        """Most tokens of a text that is no pair."""
+        template = self._template
+        return self.longest - len(template.single_before) - len(template.single_after)
 
     def encode(self, items: Sequence[Item[TextInput]]) -> list[Encoding[TextInput]]:
-        """One sequence an item; too long a text without truncation is refused."""
+        """One sequence an item, or windows; too long a text without truncation is refused."""
         inputs = [item.input for item in items]
         firsts = self._reader.ids([i.text for i in inputs])
         pairs = [i.text_pair for i in inputs if i.text_pair is not None]
@@ -123,23 +157,61 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
         return out
 
     def _single(self, item: Item[TextInput], ids: Ids) -> Encoding[TextInput]:
-        before, after = self._template.single_before, self._template.single_after
-        room = self.longest - len(before) - len(after)
-        room -= self._less(item)
-        if len(ids) > room:
+        room = self._room_alone() - self._less(item)
+        over = len(ids) > room
+        if over and item.input.params.long_texts != "truncate":
+            parts = [self._alone(part) for part in self._windows(item, ids, room)]
+            return Encoding(item, parts, [len(part) for part in parts], False)
+        if over:
             self._check(item, len(ids), 0, room)
-        sequence = np.concatenate((before, ids[:room], after))
-        return Encoding(item, [sequence], [len(sequence)], len(ids) > room)
+        sequence = self._alone(ids[:room])
+        return Encoding(item, [sequence], [len(sequence)], over)
 
     def _pair(self, item: Item[TextInput], first: Ids, second: Ids) -> Encoding[TextInput]:
         template = self._template
         count = len(first) + len(second)
         room = self.longest - template.pair_specials - self._less(item)
-        keep_first, keep_second = len(first), len(second)
-        if count > room:
-            keep_first, keep_second = self._check(item, keep_first, keep_second, room)
-        sequence, split = template.pair(first[:keep_first], second[:keep_second])
-        return Encoding(item, [sequence], [split], count > room)
+        over = count > room
+        if over and item.input.params.long_texts != "truncate":
+            pairs = self._pair_windows(item, first, second, room)
+            parts, splits = zip(*(template.pair(a, b) for a, b in pairs), strict=True)
+            return Encoding(item, [*parts], [*splits], False)
+        if over:
+            keep_first, keep_second = self._check(item, len(first), len(second), room)
+            first, second = first[:keep_first], second[:keep_second]
+        sequence, split = template.pair(first, second)
+        return Encoding(item, [sequence], [split], over)
+
+    def _alone(self, ids: Ids) -> Ids:
+        return np.concatenate((self._template.single_before, ids, self._template.single_after))
+
+    def _windows(self, item: Item[TextInput], ids: Ids, room: int) -> list[Ids]:
+        """A text in overlapping parts of `room` tokens; raises UnusableRequest without a way."""
+        if room < 1:
+            raise UnusableRequest("'max_length' leaves no room for text")
+        stride = item.input.params.stride
+        if stride is not None and stride >= room:
+            raise UnusableRequest(
+                f"the input needs several windows with room for {room} tokens, but 'stride' has "
+                f"neighbours share {stride}"
+            )
+        overlap = default_overlap(room) if stride is None else stride
+        return [ids[begin:end] for begin, end in even_spans(len(ids), room, overlap)]
+
+    def _pair_windows(
+        self, item: Item[TextInput], first: Ids, second: Ids, room: int
+    ) -> list[tuple[Ids, Ids]]:
+        """The shorter text of a pair beside every part of the longer one."""
+        shorter = min(len(first), len(second))
+        if shorter > room // 2:
+            raise UnusableRequest(
+                f"the shorter text of the pair has {shorter} tokens; read in windows, it may have "
+                f"{max(room, 0) // 2}, half of one"
+            )
+        room -= shorter
+        if len(first) > len(second):
+            return [(part, second) for part in self._windows(item, first, room)]
+        return [(first, part) for part in self._windows(item, second, room)]
 
     def _less(self, item: Item[TextInput]) -> int:
         """How many tokens fewer than the model's setting an input may have."""
@@ -158,13 +230,12 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
         groups: dict[Parameters, list[int]] = {}
         for i, encoding in enumerate(encodings):
             groups.setdefault(encoding.item.input.params, []).append(i)
+        logits = _of_windows(encodings, outputs.values)
         if len(groups) == 1:
-            return self._group(next(iter(groups)), outputs.values)
+            return self._group(next(iter(groups)), logits)
         predictions: list[Prediction] = [{}] * len(encodings)
         for params, members in groups.items():
-            for i, prediction in zip(
-                members, self._group(params, outputs.values[members]), strict=True
-            ):
+            for i, prediction in zip(members, self._group(params, logits[members]), strict=True):
                 predictions[i] = prediction
         return predictions
 
@@ -184,6 +255,18 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
             [{"label": labels[i], "score": s} for i, s in zip(row, row_scores, strict=True)]
             for row, row_scores in zip(order.tolist(), scores.tolist(), strict=True)
         ]
+
+
+def _of_windows(encodings: Sequence[Encoding[TextInput]], logits: Floats) -> Floats:
+    """Logits `[windows, labels]` of all inputs' windows as one row an input."""
+    if len(logits) == len(encodings):
+        return logits
+    counts = np.array([len(e.sequences) for e in encodings])
+    firsts = np.cumsum(counts) - counts
+    means = np.add.reduceat(logits, firsts) / counts[:, None].astype(np.float32)
+    most = [e.item.input.params.long_texts == "max" for e in encodings]
+    rows: Floats = np.where(np.array(most)[:, None], np.maximum.reduceat(logits, firsts), means)
+    return rows
 
 
 class SequenceClassification(

@@ -87,13 +87,20 @@ def test_a_list_gets_a_list_and_a_text_alone_agrees_with_it(make):
         assert a["score"] == pytest.approx(b["score"])
 
 
+def nearly(answer):
+    """What an answer must be equal to when others shared its batch."""
+    if isinstance(answer, list):
+        return [nearly(one) for one in answer]
+    return {**answer, "score": pytest.approx(answer["score"])}
+
+
 @pytest.mark.parametrize("mode", CASES)
 def test_malformed_requests_are_refused_alone(make, mode):
     """Every case of the corpus mixed into good traffic, in batches of 16."""
     cases = CASES[mode]
     assert len(cases) >= 200
     pipeline, _ = make(mode)
-    if mode == "sequence_classification":
+    if mode != "question_answering":
         good = [{"body": s} for s in SENTENCES]
     else:
         good = [
@@ -114,10 +121,7 @@ def test_malformed_requests_are_refused_alone(make, mode):
             got = body(reply)
             assert reply.status == status, (name, got)
             if status == 200:
-                want = answers[int(name)]
-                assert got.keys() == want.keys()
-                for key in want:
-                    assert got[key] == (pytest.approx(want[key]) if key == "score" else want[key])
+                assert got == nearly(answers[int(name)])
             else:
                 assert set(got) == {"code", "type", "message", "error"}
                 assert got["code"] == status

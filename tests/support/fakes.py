@@ -16,6 +16,7 @@ from ft_handler.request.pipeline import Pipeline
 from ft_handler.request.work import Bounds
 from ft_handler.tasks.base import AnyTask, Loaded, Runner
 from ft_handler.text.chunks import reader_of
+from ft_handler.text.pieces import Pieces
 from ft_handler.text.template import Template
 from ft_handler.types import Floats, Item, PackedBatch
 
@@ -61,6 +62,7 @@ def loaded(
         reader_of(tokenizer),
         Template(tokenizer, info.type_vocab_size),
         max_length or info.max_positions,
+        Pieces(tokenizer),
     )
 
 
@@ -127,6 +129,13 @@ def token_logits(ids: np.ndarray, types: np.ndarray) -> tuple[np.ndarray, np.nda
     return start, end
 
 
+def label_logits(ids: np.ndarray, types: np.ndarray, width: int) -> np.ndarray:
+    """Logits `[width, tokens]` of one sequence, which depend on each token and its place."""
+    mixed = ids * 1.7 + np.arange(len(ids)) * 0.31 + types
+    rows = [3 * np.sin(mixed * (k + 1)) for k in range(width)]
+    return np.array(rows, np.float32).reshape(width, len(ids))
+
+
 class _Done:
     def __init__(self, outputs: Floats) -> None:
         self._outputs = outputs
@@ -146,7 +155,9 @@ class FakeEngine:
         width: int = 3,
         fail: Callable[[PackedBatch], None] | None = None,
     ) -> None:
-        self.per_token, self.width, self.fail = tasks.get(mode).per_token, width, fail
+        task = tasks.get(mode)
+        self.per_token, self.labelled = task.per_token, task.labelled
+        self.width, self.fail = width, fail
         self.batches: list[PackedBatch] = []
 
     def launch(self, batch: PackedBatch) -> _Done:
@@ -162,6 +173,9 @@ class FakeEngine:
         assert batch.cu_seqlens[-1] == batch.total == len(batch.token_type_ids)
         bounds = list(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True))
         pieces = [(batch.input_ids[a:b], batch.token_type_ids[a:b]) for a, b in bounds]
+        if self.per_token and self.labelled:
+            rows = [label_logits(*p, self.width) for p in pieces]
+            return _Done(np.concatenate(rows, axis=1))
         if self.per_token:
             starts, ends = zip(*(token_logits(*p) for p in pieces), strict=True)
             return _Done(np.stack([np.concatenate(starts), np.concatenate(ends)]))

@@ -15,7 +15,7 @@ from ft_handler.errors import RequestError
 from ft_handler.servers.torchserve.adapter import incoming
 from ft_handler.types import Incoming
 
-MODES = ("sequence_classification", "question_answering")
+MODES = ("sequence_classification", "question_answering", "token_classification")
 
 #: Limits the corpus relies on; both are the defaults.
 MAX_INPUTS = 128
@@ -63,27 +63,45 @@ PLAIN = "text/plain"
 _VALID = {
     "sequence_classification": {"text": "a warm film"},
     "question_answering": {"question": "who built it", "context": "an engineer built the bridge"},
+    "token_classification": {"text": "a warm film"},
+}
+#: What another task is asked.
+_OTHER = {
+    "sequence_classification": _VALID["question_answering"],
+    "question_answering": _VALID["sequence_classification"],
+    "token_classification": _VALID["question_answering"],
 }
 _FIELDS = {
     "sequence_classification": ("text", "text_pair"),
     "question_answering": ("question", "context"),
+    "token_classification": ("text",),
 }
 _NOT_INTEGERS: tuple[object, ...] = (0, -1, 1.5, "2", True, [], {}, 2**40)
+_NOT_LENGTHS: tuple[object, ...] = (-1, 1.5, "2", True, [], {}, 2**40)
 _NOT_BOOLEANS: tuple[object, ...] = (0, 1, "true", [], {}, 0.5)
 _BAD_PARAMETERS: dict[str, dict[str, tuple[object, ...]]] = {
     "sequence_classification": {
         "top_k": _NOT_INTEGERS,
         "function_to_apply": (1, True, "relu", "", [], {}),
         "truncation": _NOT_BOOLEANS,
+        "long_texts": (1, True, "window", "", [], {}),
+        "stride": _NOT_LENGTHS,
     },
     "question_answering": {
         "top_k": (*_NOT_INTEGERS, 101),
-        "doc_stride": (-1, 1.5, "2", True, [], {}),
+        "doc_stride": _NOT_LENGTHS,
         "max_answer_len": _NOT_INTEGERS,
         "max_seq_len": (*_NOT_INTEGERS, 3, 100_000),
         "max_question_len": _NOT_INTEGERS,
         "handle_impossible_answer": _NOT_BOOLEANS,
         "align_to_words": _NOT_BOOLEANS,
+    },
+    "token_classification": {
+        "aggregation_strategy": (1, True, "last", "", [], {}),
+        "ignore_labels": (1, True, {}, [1], ["O", None], [["O"]]),
+        "stride": _NOT_LENGTHS,
+        "ignore_subwords": _NOT_BOOLEANS,
+        "grouped_entities": _NOT_BOOLEANS,
     },
 }
 
@@ -102,7 +120,7 @@ def _cases(mode: str) -> list[Case]:
 
     def nearly(name: str, body: bytes) -> None:
         """What begins like a document and is none: as declared text it is a text."""
-        add(name, body, 400, *((None, JSON) if mode == MODES[0] else ()))
+        add(name, body, 400, *((None, JSON) if "text" in valid else ()))
 
     # Bytes that are no text.
     add("empty", b"", 400)
@@ -153,7 +171,8 @@ def _cases(mode: str) -> list[Case]:
     }.items():
         add(name, body, 400, JSON)
     add("lone surrogate escape", json.dumps({**valid, _FIELDS[mode][0]: "\ud800"}).encode(), 400)
-    add("not a number", json.dumps({**valid, "top_k": float("nan")}).encode(), 422)
+    named = next(iter(_BAD_PARAMETERS[mode]))
+    add("not a number", json.dumps({**valid, named: float("nan")}).encode(), 422)
     if mode == "question_answering":
         for body in (b"who built it?", b"123", b'"text"', b"(1, 2)"):
             add(f"plain text {body!r}", body, 400, None, PLAIN)
@@ -184,7 +203,10 @@ def _cases(mode: str) -> list[Case]:
         document(f"{field} is null", {**valid, field: None}, 422)
     document("unknown key", {**valid, "texts": "a"}, 400)
     document("wrong case", {k.upper(): v for k, v in valid.items()}, 400)
-    document("other task", _VALID[MODES[1 - MODES.index(mode)]], 400)
+    document("other task", _OTHER[mode], 400)
+    if mode == "token_classification":
+        document("a pair", [["a warm film", "a good story"]], 422)
+        document("a pair by name", {**valid, "text_pair": "a good story"}, 400)
 
     # Encodings that cannot be read.
     for value, status in ((5, 422), ("%", 400), ("YQ", 400), ("/w==", 400), ("", 400)):
@@ -211,7 +233,7 @@ def _cases(mode: str) -> list[Case]:
     for value in (1, "a", [], True):
         document(f"parameters={value!r}", {**valid, "parameters": value}, 422)
     document("unknown parameter", {**valid, "parameters": {"temperature": 1}}, 400)
-    document("parameter twice", {**valid, "top_k": 1, "parameters": {"top_k": 2}}, 400)
+    document("parameter twice", {**valid, named: 1, "parameters": {named: 2}}, 400)
     document("unknown outer key", {"inputs": valid, "model": "x"}, 400)
     document("inputs is a number", {"inputs": 5}, 422)
     document("inputs is empty", {"inputs": []}, 422)

@@ -11,7 +11,10 @@ import torch
 
 SEQUENCE_CLASSIFICATION = "sequence_classification"
 QUESTION_ANSWERING = "question_answering"
+TOKEN_CLASSIFICATION = "token_classification"
 MODES = (SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING)
+#: In an order of no meaning; one without a prefix.
+TOKEN_LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
 
 WORD_LIST = """
     the a an of to in is was it and not but with for on at this that film movie story actor plot
@@ -70,11 +73,13 @@ def write_tiny_bert(folder: Path, head: str = "sequence_classification", **setti
         BertConfig,
         BertForQuestionAnswering,
         BertForSequenceClassification,
+        BertForTokenClassification,
     )
 
     classes = {
-        "sequence_classification": BertForSequenceClassification,
-        "question_answering": BertForQuestionAnswering,
+        SEQUENCE_CLASSIFICATION: BertForSequenceClassification,
+        QUESTION_ANSWERING: BertForQuestionAnswering,
+        TOKEN_CLASSIFICATION: BertForTokenClassification,
     }
     values: dict[str, Any] = {
         "vocab_size": len(tiny_vocabulary()),
@@ -89,6 +94,9 @@ def write_tiny_bert(folder: Path, head: str = "sequence_classification", **setti
     if head == "sequence_classification":
         values.update(num_labels=3, id2label={0: "negative", 1: "neutral", 2: "positive"})
         values.update(label2id={"negative": 0, "neutral": 1, "positive": 2})
+    if head == TOKEN_CLASSIFICATION:
+        values.update(num_labels=len(TOKEN_LABELS), id2label=dict(enumerate(TOKEN_LABELS)))
+        values.update(label2id={name: i for i, name in enumerate(TOKEN_LABELS)})
     values.update(settings)
     torch.manual_seed(7)
     model = classes[head](BertConfig(**values)).eval()
