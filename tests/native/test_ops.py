@@ -655,12 +655,12 @@ def test_shared_layers_and_projected_embeddings(
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("heads", "head_dim"), [(2, 32), (1, 64), (11, 6)])
 @pytest.mark.parametrize(
-    ("activation", "distance"), [("gelu_tanh", 0), ("relu", 0), ("silu", 3), ("gelu", 127)]
+    ("activation", "distance", "heads", "head_dim"),
+    [("gelu_tanh", 0, 2, 32), ("relu", 0, 1, 64), ("silu", 3, 11, 6), ("gelu", 127, 1, 64)],
 )
 def test_other_activations_and_relative_biases(
-    dtype: torch.dtype, heads: int, head_dim: int, activation: str, distance: int
+    dtype: torch.dtype, activation: str, distance: int, heads: int, head_dim: int
 ) -> None:
     for embedding, lengths in ((None, [1]), (24, LENGTHS), (None, [3, 0, 2]), (None, [])):
         inputs = encoder_inputs(
