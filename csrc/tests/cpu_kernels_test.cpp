@@ -147,7 +147,7 @@ void test_bound(DType type, Activation activation) {
   const int64_t n = 5000;
   Values x(n, type, 4);
   const Buffer out(n * ft::size_of(type)), space(ft::cpu::bias_activation_workspace(n, t));
-  ft::cpu::bias_activation(x.operand(), {}, activation, 1, n, type, out.get(), space.get(), t);
+  ft::cpu::bias_activation(x.operand(), {}, activation, 1, n, out.get(), space.get(), t);
   const bool erf = activation == Activation::kGelu;
   const double share = erf ? 0x1p-10 : 0x1p-16;
   const double least = type == DType::kFloat16 ? 0x1p-14 : erf ? 0x1p-120 : 0x1p-119;
@@ -424,8 +424,7 @@ void test_rows(DType type) {
     const Buffer out(m * n * ft::size_of(type)), s1(ft::cpu::bias_activation_workspace(n, t));
     std::vector<double> want(m * n);
     for (Activation activation : kActivations) {
-      ft::cpu::bias_activation(x.operand(), b.operand(), activation, m, n, type, out.get(),
-                               s1.get(), t);
+      ft::cpu::bias_activation(x.operand(), b.operand(), activation, m, n, out.get(), s1.get(), t);
       for (int64_t i = 0; i < m * n; ++i) {
         want[i] = activated(static_cast<double>(x.f[i]) + b.f[i % n], activation);
       }
