@@ -11,6 +11,8 @@ from model_support import packed_of, ragged
 from torch import Tensor
 
 from ft_handler import architectures, precisions, tasks
+from ft_handler.architectures.base import ACTIVATIONS
+from ft_handler.architectures.mpnet import buckets
 from ft_handler.prepare.fuse import fuse
 from ft_handler.tasks.base import AnyTask
 
@@ -93,6 +95,36 @@ def test_bfloat16_is_at_most_twice_as_wrong(model_type: str, kind: str) -> None:
         theirs = max(theirs, apart(task, logits_of(model, *inputs), exact, inputs[1]))
         ours = max(ours, apart(task, half(*inputs), exact, inputs[1]))
     assert 0 < ours <= 2 * theirs
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        *(("bert", {"hidden_act": name}) for name in ACTIVATIONS),
+        ("bert", {"type_vocab_size": 1}),
+        ("roberta", {"type_vocab_size": 2, "pad_token_id": 3}),
+        ("distilbert", {"activation": "relu"}),
+        ("electra", {"embedding_size": 64, "hidden_act": "relu"}),
+        ("albert", {"embedding_size": 64, "num_hidden_layers": 5}),
+        ("albert", {"hidden_act": "gelu"}),
+        ("mpnet", {"pad_token_id": 0}),
+    ],
+    ids=str,
+)
+def test_what_configurations_vary(model_type: str, changes: dict[str, Any]) -> None:
+    task = KINDS["AutoModelForSequenceClassification"]
+    model = random_model(model_type, task, **changes)
+    inputs = batch(model, LENGTHS[-1])
+    found = fused(model, task, "fp32")(*inputs)
+    assert apart(task, found, logits_of(model, *inputs), inputs[1]) < 1e-4
+
+
+def test_buckets_of_distances_are_transformers() -> None:
+    from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+
+    distances = torch.arange(-600, 601)
+    ours = buckets()[distances.clamp(-128, 128) + 128]
+    assert torch.equal(ours, MPNetEncoder.relative_position_bucket(distances))
 
 
 def test_as_many_positions_as_the_longest_have() -> None:

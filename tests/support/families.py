@@ -84,6 +84,8 @@ def random_model(
         # transformers starts biases at 0 and norms at 1, which would hide a swap.
         if name.endswith("bias") or "norm" in name.lower():
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        if "relative" in name:  # so large that one at another distance shows
+            parameter.data.mul_(10)
     return model
 
 
