@@ -18,8 +18,8 @@ from ft_handler.errors import ConfigError, UnusableRequest
 from ft_handler.tasks import question_answering as qa
 from ft_handler.tasks import sequence_classification as classification
 from ft_handler.tasks.question_answering import QuestionInput
-from ft_handler.tasks.windows import window_spans
 from ft_handler.tasks.sequence_classification import TextInput
+from ft_handler.tasks.windows import window_spans
 from ft_handler.text.chunks import RememberedChunks, reader_of
 from ft_handler.text.readers import WholeTexts
 from ft_handler.text.template import longest_first
