@@ -10,6 +10,10 @@ environments of their own and hand over files:
     # in the package's environment; DIR is what `ft-handler trace --adapter ADAPTER` wrote
     python benchmarks/differential.py compare --model DIR --cases cases.json --reference ref.json
 
+Token classification (`--task tokens`) needs no adapter: `differential.py labeller --tokenizer BASE
+--output DIR` writes a random checkpoint whose labels are noisy, which is what grouping is tried
+with; it is the `--base` of `reference`, and traced for `compare`.
+
 Texts are drawn from the sets in FT_HANDLER_SHARED and mutated. Answers agree when texts, offsets
 and labels are equal and scores differ by at most 1e-4. What differs is counted by class; a class
 "other" is a fault on one side.
@@ -40,6 +44,23 @@ QA_SETTINGS: tuple[dict[str, Any], ...] = (
     {"max_seq_len": 128, "handle_impossible_answer": True},
     {"align_to_words": False, "top_k": 3, "max_answer_len": 30},
 )
+#: For windows of 128 tokens, special ones included; half of the texts need one alone.
+TOKEN_SETTINGS: tuple[dict[str, Any], ...] = tuple(
+    {"aggregation_strategy": strategy, **more}
+    for strategy in ("none", "simple", "first", "average", "max")
+    for more in (
+        {},
+        {},
+        {"ignore_labels": []},
+        {"ignore_labels": ["O", "PER", "B-LOC", "nothing"]},
+        *(
+            []
+            if strategy == "none"
+            else [{"stride": 24}, {"stride": 48, "ignore_labels": ["MISC"]}]
+        ),
+    )
+)
+TOKEN_LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
 #: What is put into texts, by what it tries.
 STRANGE: dict[str, tuple[str, ...]] = {
     "combining": ("e\u0301", "a\u0308\u0323", "\u0301", "n\u0303o", "\u1112\u1161\u11ab"),
@@ -86,19 +107,20 @@ def mutated(text: str, rng: random.Random) -> str:
 def cases(args: argparse.Namespace) -> None:
     """Draw and mutate; written once, so that both sides get the same."""
     rng = random.Random(args.seed)
-    drawn = questions(args.count, rng) if args.task == "qa" else texts(args.count, rng)
+    draw = {"qa": questions, "classification": texts, "tokens": passages}[args.task]
+    drawn = draw(args.count, rng)
     args.output.write_text(json.dumps({"task": args.task, "cases": drawn}))
+
+
+def paragraphs() -> list[dict[str, Any]]:
+    """The paragraphs of SQuAD, each with its questions."""
+    data = json.loads(gzip.decompress((SHARED / "data/squad/dev-v1.1.json.gz").read_bytes()))
+    return [p for article in data["data"] for p in article["paragraphs"]]
 
 
 def questions(count: int, rng: random.Random) -> list[dict[str, Any]]:
     """Questions of SQuAD about a part of their paragraph."""
-    data = json.loads(gzip.decompress((SHARED / "data/squad/dev-v1.1.json.gz").read_bytes()))
-    pairs = [
-        (q["question"], p["context"])
-        for article in data["data"]
-        for p in article["paragraphs"]
-        for q in p["qas"]
-    ]
+    pairs = [(q["question"], p["context"]) for p in paragraphs() for q in p["qas"]]
     drawn = []
     for question, context in rng.sample(pairs, count):
         context = context[: rng.choice((60, 200, 500, 900, 4000))]
@@ -124,31 +146,48 @@ def texts(count: int, rng: random.Random) -> list[dict[str, Any]]:
     return drawn
 
 
+def passages(count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Beginnings of SQuAD's paragraphs, under every strategy."""
+    contexts = [p["context"] for p in paragraphs()]
+    return [
+        {
+            "input": {
+                "text": mutated(rng.choice(contexts)[: rng.choice((60, 200, 500, 900))], rng)
+            },
+            "parameters": rng.choice(TOKEN_SETTINGS),
+        }
+        for _ in range(count)
+    ]
+
+
+def labeller(args: argparse.Namespace) -> None:
+    """Write a random token classifier over 128 positions with the tokenizer of a checkpoint."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForTokenClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, model_max_length=128)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=128, max_position_embeddings=128, initializer_range=0.3,
+        num_labels=len(TOKEN_LABELS), id2label=dict(enumerate(TOKEN_LABELS)),
+        label2id={name: i for i, name in enumerate(TOKEN_LABELS)},
+    )  # fmt: skip
+    BertForTokenClassification(config).save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+
+
 def reference(args: argparse.Namespace) -> None:
     """Ask transformers' pipeline, case by case, and write down its answers and its errors."""
     import torch
     import transformers
-    from peft import PeftModel
-    from transformers import (
-        AutoTokenizer,
-        BertForQuestionAnswering,
-        BertForSequenceClassification,
-        pipeline,
-    )
 
     document = json.loads(args.cases.read_text())
-    tokenizer = AutoTokenizer.from_pretrained(args.base, model_max_length=512)
-    asks = document["task"] == "qa"
-    auto = BertForQuestionAnswering if asks else BertForSequenceClassification
-    base = auto.from_pretrained(args.base, dtype=torch.float32, num_labels=2)
-    model = PeftModel.from_pretrained(base, args.adapter).merge_and_unload().eval()
-    name = "question-answering" if asks else "text-classification"
-    options: dict[str, Any] = {} if asks else {"top_k": None, "truncation": True}
-    ask = pipeline(name, model=model, tokenizer=tokenizer, **options)
+    ask = asked_labeller(args) if document["task"] == "tokens" else asked_adapter(args, document)
     answers: list[Any] = []
     for number, case in enumerate(document["cases"]):
         try:
-            got = ask(**case["input"], **case["parameters"]) if asks else ask(case["input"])
+            got = ask(case)
             answers.append(got if isinstance(got, list) else [got])
         except KeyboardInterrupt:
             raise
@@ -157,7 +196,39 @@ def reference(args: argparse.Namespace) -> None:
         if number % 500 == 499:
             print(number + 1, file=sys.stderr, flush=True)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    args.output.write_text(json.dumps({**versions, "answers": answers}))
+    args.output.write_text(json.dumps({**versions, "answers": answers}, default=float))
+
+
+def asked_adapter(args: argparse.Namespace, document: dict[str, Any]) -> Callable[[Any], Any]:
+    """transformers' pipeline over a base model and an adapter."""
+    import torch
+    from peft import PeftModel
+    from transformers import (
+        AutoTokenizer,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        pipeline,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(args.base, model_max_length=512)
+    asks = document["task"] == "qa"
+    auto = BertForQuestionAnswering if asks else BertForSequenceClassification
+    base = auto.from_pretrained(args.base, dtype=torch.float32, num_labels=2)
+    model = PeftModel.from_pretrained(base, args.adapter).merge_and_unload().eval()
+    name = "question-answering" if asks else "text-classification"
+    options: dict[str, Any] = {} if asks else {"top_k": None, "truncation": True}
+    ask = pipeline(name, model=model, tokenizer=tokenizer, **options)
+    if asks:
+        return lambda case: ask(**case["input"], **case["parameters"])
+    return lambda case: ask(case["input"])
+
+
+def asked_labeller(args: argparse.Namespace) -> Callable[[Any], Any]:
+    """transformers' pipeline over a token classifier."""
+    from transformers import pipeline
+
+    ask = pipeline("token-classification", model=args.base)
+    return lambda case: ask(case["input"]["text"], **case["parameters"])
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -170,8 +241,12 @@ def compare(args: argparse.Namespace) -> None:
     theirs = json.loads(args.reference.read_text())
     asked = document["cases"]
     model = open_model(args.model, RawSettings({}))
-    more = {} if document["task"] == "qa" else {"top_k": 2}
-    judge: Callable[..., str] = judged_answer if document["task"] == "qa" else judged_labels
+    more = {"top_k": 2} if document["task"] == "classification" else {}
+    judge: Callable[..., str] = {
+        "qa": judged_answer,
+        "classification": judged_labels,
+        "tokens": TokenJudge(model).judged,
+    }[document["task"]]
     classes: Counter[str] = Counter()
     for at in range(0, len(asked), 32):
         part = asked[at : at + 32]
@@ -248,18 +323,94 @@ def judged_answer(case: dict[str, Any], ours: list[Any], theirs: list[Any]) -> s
     return "other"
 
 
+class TokenJudge:
+    """Judges lists of tokens or entities; what differs is explained by computing it again."""
+
+    def __init__(self, model: Any) -> None:
+        self._pipeline, self._runner = model.pipeline, model.pipeline._runner
+
+    def judged(self, case: dict[str, Any], ours: list[Any], theirs: list[Any]) -> str:
+        """Whether both are the same, else the documented class they differ by."""
+        if same_tokens(ours, theirs):
+            return "same"
+        kinds = []
+        if case["parameters"]["aggregation_strategy"] in ("first", "average", "max"):
+            again = self._by_their_words(case)
+            if same_tokens(again, theirs):
+                return "words whose length cleaning changes: there they continue the one before"
+            if again != ours:
+                kinds, ours = ["words of another length, and"], again
+        alone = self._until_second_window(case["input"]["text"])
+        if alone is None:
+            return "other"
+        # What both read in the first window alone; its last entity may go on behind that.
+        heads = [[a for a in one if a["end"] <= alone] for one in (ours, theirs)]
+        count = min(map(len, heads)) - 1
+        if count > 0 and not same_tokens(heads[0][:count], heads[1][:count]):
+            return "other"
+        stride = "stride" in case["parameters"]
+        kinds.append("windows are merged otherwise" if stride else "cut there, read whole here")
+        return " ".join(kinds)
+
+    def _by_their_words(self, case: dict[str, Any]) -> list[Any]:
+        """Our answer if words began where transformers' rule for WordPiece has them."""
+        from ft_handler.types import Incoming
+
+        pieces = self._runner._pieces
+        own = pieces.begin_words
+
+        def their_words(ids: Any, origins: Any, text: str) -> Any:
+            begins = own(ids, origins, text)
+            for i, word in enumerate(pieces.spelled(ids, origins, text)):
+                begins[i] = len(word) == origins[i, 1] - origins[i, 0]
+            begins[:1] = True
+            return begins
+
+        pieces.begin_words = their_words
+        try:
+            found: list[Any] = self._pipeline.predict(
+                Incoming({**case["input"], **case["parameters"]})
+            )
+        finally:
+            del pieces.begin_words
+        return found
+
+    def _until_second_window(self, text: str) -> int | None:
+        """The character at which a second window begins; None for a text of one."""
+        from ft_handler.tasks.token_classification import Parameters, TokenInput
+        from ft_handler.types import Item
+
+        room = self._runner._room
+        (encoding,) = self._runner.encode([Item(0, 0, TokenInput(text, Parameters()))])
+        if len(encoding.ids) <= room:
+            return None
+        # Under any of the strides, neighbours share less than half.
+        least = min(room // 2, len(encoding.ids) - room)
+        return int(encoding.origins[least, 0])
+
+
+def same_tokens(ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether two lists agree in every field, in order."""
+    return len(ours) == len(theirs) and all(
+        a.keys() == b.keys()
+        and abs(a["score"] - b["score"]) <= TOLERANCE
+        and all(a[k] == b[k] for k in a if k != "score")
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("cases")
-    one.add_argument("--task", choices=("qa", "classification"), required=True)
+    one.add_argument("--task", choices=("qa", "classification", "tokens"), required=True)
     one.add_argument("--count", type=int, default=3000)
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--output", type=Path, required=True)
     one.set_defaults(run=cases)
     two = commands.add_parser("reference")
     two.add_argument("--base", required=True)
-    two.add_argument("--adapter", required=True)
+    two.add_argument("--adapter", help="not for tokens")
     two.add_argument("--cases", type=Path, required=True)
     two.add_argument("--output", type=Path, required=True)
     two.set_defaults(run=reference)
@@ -270,6 +421,10 @@ def main() -> None:
     three.add_argument("--output", type=Path)
     three.add_argument("--show", type=int, default=3, help="how many of a class to print")
     three.set_defaults(run=compare)
+    four = commands.add_parser("labeller")
+    four.add_argument("--tokenizer", required=True, help="a checkpoint's name or folder")
+    four.add_argument("--output", type=Path, required=True)
+    four.set_defaults(run=labeller)
     args = parser.parse_args()
     args.run(args)
 

@@ -111,14 +111,15 @@ class TokenEncoding(Encoding[TokenInput]):
 def hand_over(spans: Sequence[tuple[int, int]], begins: NDArray[np.bool_]) -> list[int]:
     """The first token that each window but the first is read for.
 
-    It is the begin of a word nearest to the middle of what the window shares with the one before.
+    It is in the middle of what the window shares with the one before, or where a word begins
+    nearest to that, if one does in the middle half.
 
     begins  [tokens] whether a token begins a word
     """
     firsts = []
     for (_, end), (begin, _) in pairwise(spans):
-        middle = (begin + end) // 2
-        words = begin + np.flatnonzero(begins[begin : end + 1])
+        middle, reach = (begin + end) // 2, (end - begin) // 4
+        words = middle - reach + np.flatnonzero(begins[middle - reach : middle + reach + 1])
         firsts.append(int(words[np.abs(words - middle).argmin()]) if len(words) else middle)
     return firsts
 

@@ -20,7 +20,7 @@ from model_support import (
     ragged,
     random_bert,
 )
-from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
+from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 
 from ft_handler import load_model, precisions
 from ft_handler.errors import ModelError
@@ -29,7 +29,7 @@ from ft_handler.model.bundle import LoadedModel, read_info, read_tokenizer, save
 from ft_handler.model.heads import PAD_LOGIT
 from ft_handler.model.info import ModelInfo
 
-MODES = (SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING)
+MODES = (SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING, TOKEN_CLASSIFICATION)
 # A refusal inside TorchScript is a torch.jit.Error, one inside an op a RuntimeError.
 REFUSED = (RuntimeError, torch.jit.Error)
 LENGTHS = [[1], [POSITIONS], [1, 64, 3], [5, 5, 5, 5], [2, 17, 63, 33, 1, 9, 40]]
@@ -38,8 +38,8 @@ SHAPES = [(64, 2), (128, 2), (64, 4), (60, 3), (30, 5), (128, 1), (24, 4)]
 
 
 def worst(found: Any, wanted: Any, mask: torch.Tensor, mode: str) -> float:
-    """Largest difference; for spans over kept tokens."""
-    kept = mask.bool() if mode == QUESTION_ANSWERING else slice(None)
+    """Largest difference; for outputs of tokens over kept ones."""
+    kept = slice(None) if mode == SEQUENCE_CLASSIFICATION else mask.bool()
     return max(float((a - b)[kept].abs().max()) for a, b in zip(found, wanted, strict=True))
 
 
@@ -57,8 +57,10 @@ def test_fp32_agrees_with_transformers(mode: str, hidden: int, heads: int) -> No
         packed = module.packed(*packed_of(*batch))
         kept = batch[1].bool()
         parts = packed if mode == QUESTION_ANSWERING else [packed]
+        if mode == TOKEN_CLASSIFICATION:
+            parts = [packed.t()]
         for part, whole in zip(parts, padded, strict=True):
-            rows = whole[kept] if mode == QUESTION_ANSWERING else whole
+            rows = whole if mode == SEQUENCE_CLASSIFICATION else whole[kept]
             torch.testing.assert_close(part, rows, rtol=0, atol=1e-5)
 
 
@@ -90,10 +92,11 @@ def test_masks_with_holes(mode: str) -> None:
     assert worst(found, hf_logits(bert, ids, mask, types), mask, mode) < 1e-4
 
 
-def test_pads_answer_minus_ten_thousand() -> None:
-    bert = random_bert(QUESTION_ANSWERING)
+@pytest.mark.parametrize("mode", [QUESTION_ANSWERING, TOKEN_CLASSIFICATION])
+def test_pads_answer_minus_ten_thousand(mode: str) -> None:
+    bert = random_bert(mode)
     ids, mask, types = ragged([7, 3], 9)
-    for part in fused(bert, QUESTION_ANSWERING)(ids, mask, types):
+    for part in fused(bert, mode)(ids, mask, types):
         assert bool((part[mask == 0] == PAD_LOGIT).all())
         assert bool((part[mask == 1] > PAD_LOGIT / 2).all())
 
@@ -124,7 +127,8 @@ def test_empty_batches(mode: str) -> None:
     if mode == SEQUENCE_CLASSIFICATION:
         assert [tuple(p.shape) for p in (*padded, packed)] == [(0, 3), (0, 3)]
     else:
-        assert [tuple(p.shape) for p in padded] == [(0, 5), (0, 5)]
+        each = [(0, 5), (0, 5)] if mode == QUESTION_ANSWERING else [(0, 5, 2)]
+        assert [tuple(p.shape) for p in padded] == each
         assert tuple(packed.shape) == (2, 0)
 
 
@@ -136,7 +140,7 @@ def test_alone_and_among_others(mode: str) -> None:
     for i, n in enumerate(mask.sum(1).tolist()):
         alone = module(ids[i : i + 1, :n], mask[i : i + 1, :n], types[i : i + 1, :n])
         for a, b in zip(alone, together, strict=True):
-            row = b[i : i + 1, :n] if mode == QUESTION_ANSWERING else b[i : i + 1]
+            row = b[i : i + 1] if mode == SEQUENCE_CLASSIFICATION else b[i : i + 1, :n]
             torch.testing.assert_close(a, row, rtol=0, atol=1e-5)
 
 
@@ -183,7 +187,7 @@ def test_weights_have_names_that_a_person_can_read(mode: str) -> None:
     names = set(fused(random_bert(mode), mode).state_dict())
     assert {"encoder.layers.qkv.weight", "encoder.embeddings.word"} <= names
     heads = {n for n in names if n.startswith("head.")}
-    wanted = "classifier_weight" if mode == SEQUENCE_CLASSIFICATION else "qa_weight"
+    wanted = "qa_weight" if mode == QUESTION_ANSWERING else "classifier_weight"
     assert f"head.{wanted}" in heads
     assert all(n.startswith(("encoder.embeddings.", "encoder.layers.", "head.")) for n in names)
 

@@ -13,7 +13,12 @@ import pytest
 import torch
 import yaml
 from model_support import hf_logits
-from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, tiny_vocabulary
+from tiny import (
+    QUESTION_ANSWERING,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+    tiny_vocabulary,
+)
 
 from ft_handler import load_model, precisions, tasks
 from ft_handler.cli.main import main
@@ -105,6 +110,8 @@ def test_the_file_carries_the_tokenizer(classifier: Path) -> None:
         (QUESTION_ANSWERING, "fp32", 1e-4),
         (QUESTION_ANSWERING, "bf16", None),
         (SEQUENCE_CLASSIFICATION, "fp16", None),
+        (TOKEN_CLASSIFICATION, "fp32", 1e-4),
+        (TOKEN_CLASSIFICATION, "bf16", None),
     ],
 )
 def test_any_shape_after_tracing(
@@ -113,9 +120,14 @@ def test_any_shape_after_tracing(
     tolerance: float | None,
     tiny_classification: Path,
     tiny_qa: Path,
+    tiny_tokens: Path,
     tmp_path: Path,
 ) -> None:
-    source = tiny_qa if mode == QUESTION_ANSWERING else tiny_classification
+    source = {
+        SEQUENCE_CLASSIFICATION: tiny_classification,
+        QUESTION_ANSWERING: tiny_qa,
+        TOKEN_CLASSIFICATION: tiny_tokens,
+    }[mode]
     options: dict[str, Any] = {"mode": mode, "data_type": data_type}
     traced(source, tmp_path, batch_size=2, max_seq_length=16, **options)
     module = load_model(tmp_path / "traced_model.pt").module
@@ -130,7 +142,7 @@ def test_any_shape_after_tracing(
         lengths[0] = length
         mask = (torch.arange(length) < lengths).long()
         types = torch.randint(0, 2, (batch, length))
-        kept = mask.bool() if mode == QUESTION_ANSWERING else slice(None)
+        kept = slice(None) if mode == SEQUENCE_CLASSIFICATION else mask.bool()
         wanted = hf_logits(bert, ids, mask, types)
         low = hf_logits(half, ids, mask, types)
         for a, b, c in zip(module(ids, mask, types), wanted, low, strict=True):

@@ -59,9 +59,7 @@ def test_every_setting_and_default_is_documented() -> None:
         table = rows(section)
         assert list(table) == [name for name, _, _ in settings_table(group)]
         for name, default, meaning in settings_table(group):
-            shown = str(default)
-            if default is None or isinstance(default, bool):
-                shown = "null" if default is None else str(default).lower()
+            shown = default if isinstance(default, str) else json.dumps(default)
             assert table[name] == [f"`{shown}`", meaning], "run scripts/settings_docs.py"
 
 
@@ -219,6 +217,7 @@ def documents(section: str) -> list[object]:
     [
         ("Sequence classification", "sequence_classification", 5),
         ("Question answering", "question_answering", 1),
+        ("Token classification", "token_classification", 3),
         ("Open Inference v2", "sequence_classification", 1),
     ],
 )
@@ -255,6 +254,7 @@ def test_documented_parameters_are_known() -> None:
     for title, mode in (
         ("Sequence", "sequence_classification"),
         ("Question", "question_answering"),
+        ("Token", "token_classification"),
     ):
         section = next(s for s in sections if s.startswith(title))
         assert set(rows(section)) == {f.name for f in fields(tasks.get(mode).parameters)}

@@ -83,10 +83,17 @@ class Running:
 
 @pytest.fixture(scope="session")
 def traced(
-    tiny_classification: Path, tiny_qa: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_classification: Path,
+    tiny_qa: Path,
+    tiny_tokens: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Mapping[str, Path]:
     """Mode -> the folder that tracing the tiny model wrote."""
-    sources = {"sequence_classification": tiny_classification, "question_answering": tiny_qa}
+    sources = {
+        "sequence_classification": tiny_classification,
+        "question_answering": tiny_qa,
+        "token_classification": tiny_tokens,
+    }
     folders = {}
     for mode, source in sources.items():
         folders[mode] = tmp_path_factory.mktemp("traced") / mode
@@ -96,9 +103,9 @@ def traced(
 
 @pytest.fixture(scope="session")
 def store(traced: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model store with `cls.mar` and `qa.mar`."""
+    """A model store with `cls.mar`, `qa.mar` and `tok.mar`."""
     folder = tmp_path_factory.mktemp("store")
-    for name, mode in (("cls", "sequence_classification"), ("qa", "question_answering")):
+    for name, mode in zip(("cls", "qa", "tok"), traced, strict=True):
         archive(traced[mode], model_name=name, export_path=folder)
     return folder
 

@@ -86,6 +86,23 @@ def test_question_answering_page(tmp_path: Path) -> None:
     assert '"answer":"two sisters"' in text
 
 
+def test_token_classification_page(tmp_path: Path) -> None:
+    text = run_page("examples/token_classification/README.md", tmp_path)
+    for group, word, start, end in (
+        ("PER", "ada lindqvist", 0, 13),
+        ("ORG", "harbour motors", 17, 31),
+        ("LOC", "new york", 41, 49),
+    ):
+        assert re.search(
+            rf'"{group}","score":0\.9\d+,"word":"{word}","start":{start},"end":{end}', text
+        )
+    assert '"entity":"B-PER"' in text
+    lisbon = re.search(r'^\[\[.*"word":"lisbon".*"word":"vienna".*\],\[\]\]', text, re.M)
+    assert lisbon
+    assert "elena" not in lisbon[0]
+    assert '"word":"tomas berg","start":4174,"end":4184' in text
+
+
 def test_readme_page(tmp_path: Path) -> None:
     text = run_page("README.md", tmp_path)
     assert '{"label":"positive","score":0.99' in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION
+from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from torch import Tensor
 
 from ft_handler import architectures, precisions, tasks
@@ -18,11 +18,17 @@ VOCABULARY = 211
 
 def random_bert(mode: str, **settings: Any) -> Any:
     """transformers' BERT with random weights, wide enough that logits move with the input."""
-    from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
+    from transformers import (
+        BertConfig,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+    )
 
     classes = {
         SEQUENCE_CLASSIFICATION: BertForSequenceClassification,
         QUESTION_ANSWERING: BertForQuestionAnswering,
+        TOKEN_CLASSIFICATION: BertForTokenClassification,
     }
     values: dict[str, Any] = {
         "vocab_size": VOCABULARY,

@@ -8,6 +8,7 @@ from fakes import items_of, model_info, runner_of, token_logits
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ft_handler.errors import ConfigError, UnusableRequest
 from ft_handler.tasks import question_answering as qa
 from ft_handler.tasks.question_answering import QuestionInput
 from ft_handler.tasks.scores import sigmoid, softmax
@@ -25,10 +26,13 @@ LABELS = {0: "negative", 1: "neutral", 2: "positive"}
 LOGITS = np.array([[0.0, 1.0, 2.0], [3.0, -1.0, 0.5]], np.float32)
 
 
-@pytest.fixture
-def classify(tiny_tokenizer):
-    tokenizer = load_tokenizer(tiny_tokenizer)
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    return load_tokenizer(tiny_tokenizer)
 
+
+@pytest.fixture
+def classify(tokenizer):
     def answers(params, logits=LOGITS, labels=LABELS, problem_type=None, **more):
         info = model_info(labels=labels, num_labels=len(labels), problem_type=problem_type, **more)
         runner = runner_of("sequence_classification", tokenizer, info=info)
@@ -105,6 +109,90 @@ def test_functions_survive_extreme_logits(row):
     assert scores == pytest.approx(1 / (1 + np.exp(-np.clip(logits.astype(float), -99, 99))))
 
 
+# -- long texts ----------------------------------------------------------------------------------
+
+
+LONG = "the old bridge of the city was built for an engineer and a captain sailed on the river"
+
+
+def read(tokenizer, text, pair=None, limit=12, **given):
+    """The windows of one input, as lists of tokens, and why it was refused."""
+    runner = runner_of("sequence_classification", tokenizer, limit)
+    (item,) = items_of([TextInput(text, pair, Parameters(**given))])
+    found = runner.encode([item])
+    if not found:
+        return [], item.result
+    assert not found[0].truncated or given["long_texts"] == "truncate"
+    name = tokenizer.id_to_token
+    return [[name(i) for i in s.tolist()] for s in found[0].sequences], found[0].splits
+
+
+@pytest.mark.parametrize("rule", ["mean", "max"])
+def test_long_texts_are_read_in_windows_that_overlap(tokenizer, rule):
+    words = LONG.split()
+    windows, splits = read(tokenizer, LONG, long_texts=rule, stride=3)
+    assert [w[0] for w in windows] == ["[CLS]"] * len(windows)
+    assert [w[-1] for w in windows] == ["[SEP]"] * len(windows)
+    assert [len(w) for w in windows] == splits == [12] * len(windows)
+    parts = [w[1:-1] for w in windows]
+    assert parts[0] == words[:10]
+    assert parts[-1] == words[-10:]
+    (whole,), _ = read(tokenizer, " ".join(words[:10]), long_texts=rule)
+    assert whole[1:-1] == words[:10]
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+def test_the_longer_text_of_a_pair_is_read_beside_the_shorter(tokenizer, longer):
+    pair = ["a bright scene", LONG] if longer else [LONG, "a bright scene"]
+    windows, splits = read(tokenizer, *pair, limit=16, long_texts="max", stride=2)
+    assert len(windows) > 1
+    for window, split in zip(windows, splits, strict=True):
+        assert (len(window), window[split - 1]) == (16, "[SEP]")
+        first, second = window[1 : split - 1], window[split:-1]
+        assert (first if longer else second) == ["a", "bright", "scene"]
+        assert " ".join(second if longer else first) in LONG
+    assert windows[0][1] == pair[0].split()[0]
+    assert windows[-1][-2] == pair[1].split()[-1]
+
+
+def test_what_windows_cannot_read_is_refused(tokenizer):
+    def why(*texts, **given):
+        windows, error = read(tokenizer, *texts, **{"long_texts": "mean", **given})
+        assert not windows
+        assert isinstance(error, UnusableRequest)
+        return str(error)
+
+    assert "half of one" in why(LONG, LONG)
+    assert "'stride'" in why(LONG, stride=10)
+    assert "no room" in why(LONG, max_length=2)
+    # Where one window is enough, nothing has to overlap.
+    assert len(read(tokenizer, "a film", long_texts="mean", stride=10)[0]) == 1
+    with pytest.raises(ConfigError, match="'stride'"):
+        runner_of("sequence_classification", tokenizer, 12, stride=10)
+
+
+def test_windows_are_one_answer_by_the_mean_or_the_largest_logit(tokenizer):
+    """Beside inputs of one window, whose answers stay what they are."""
+    rules = ["mean", "truncate", "max", "mean"]
+    texts = [LONG, "a film", LONG, "a film"]
+    inputs = [
+        TextInput(t, None, Parameters(top_k=3, function_to_apply="none", long_texts=r, stride=3))
+        for t, r in zip(texts, rules, strict=True)
+    ]
+    runner = runner_of("sequence_classification", tokenizer, 12)
+    encodings = runner.encode(items_of(inputs))
+    counts = [len(e.sequences) for e in encodings]
+    assert counts == [3, 1, 3, 1]
+    logits = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    found = runner.predict(encodings, Outputs(logits, np.full(8, 12)))
+    parts = np.split(logits, np.cumsum(counts)[:-1])
+    wanted = [parts[0].mean(0), parts[1][0], parts[2].max(0), parts[3][0]]
+    for answer, row in zip(found, wanted, strict=True):
+        order = np.argsort(-row)
+        assert [a["label"] for a in answer] == [LABELS[i] for i in order]
+        assert [a["score"] for a in answer] == pytest.approx(row[order].tolist())
+
+
 # -- question answering --------------------------------------------------------------------------
 
 
@@ -167,11 +255,6 @@ CONTEXT = (
     "The old bridge was built by an engineer. The captain sailed on the river; the Old Bridge "
     "of the city was opened last year, and a painter wrote of it."
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizer):
-    return load_tokenizer(tiny_tokenizer)
 
 
 def params(**changes):
