@@ -1,10 +1,13 @@
 """Differential test against transformers 4.57's pipelines on thousands of mutated texts.
 
+Reranking is compared with sentence-transformers' CrossEncoder.
+
 The question-answering pipeline was removed from transformers 5.3, so the two sides run in
 environments of their own and hand over files:
 
     python benchmarks/differential.py cases --task qa --count 3000 --output cases.json
-    # in an environment with transformers 4.57 and peft
+    # in an environment with transformers 4.57, peft and, for reranking, sentence-transformers;
+    # without --adapter BASE has the head itself
     python benchmarks/differential.py reference --base BASE --adapter ADAPTER --cases cases.json \
         --output ref.json
     # in the package's environment; DIR is what `ft-handler trace --adapter ADAPTER` wrote
@@ -40,6 +43,19 @@ QA_SETTINGS: tuple[dict[str, Any], ...] = (
     {"max_seq_len": 128, "handle_impossible_answer": True},
     {"align_to_words": False, "top_k": 3, "max_answer_len": 30},
 )
+ZERO_SHOT_SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"multi_label": True},
+    {"hypothesis_template": "It is about {}, I think."},
+    {"hypothesis_template": "{}", "multi_label": True},
+    {"hypothesis_template": "{{{0}}} \u6771\u4eac"},
+    {"hypothesis_template": "about"},
+)
+LABELS = (
+    "travel", "space & cosmos", "not urgent", "a film review", "M\u00fcnchen", "politics, local",
+    "\u6771\u4eac", "sports", "positive", "negative", "(other)", "[SEP]", "e\u0301clair", "R&D",
+)  # fmt: skip
 #: What is put into texts, by what it tries.
 STRANGE: dict[str, tuple[str, ...]] = {
     "combining": ("e\u0301", "a\u0308\u0323", "\u0301", "n\u0303o", "\u1112\u1161\u11ab"),
@@ -86,7 +102,8 @@ def mutated(text: str, rng: random.Random) -> str:
 def cases(args: argparse.Namespace) -> None:
     """Draw and mutate; written once, so that both sides get the same."""
     rng = random.Random(args.seed)
-    drawn = questions(args.count, rng) if args.task == "qa" else texts(args.count, rng)
+    draw = {"qa": questions, "zero_shot": labelled, "reranking": candidates}.get(args.task, texts)
+    drawn = draw(args.count, rng)
     args.output.write_text(json.dumps({"task": args.task, "cases": drawn}))
 
 
@@ -124,6 +141,89 @@ def texts(count: int, rng: random.Random) -> list[dict[str, Any]]:
     return drawn
 
 
+def labelled(count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Sentences with one to six labels, some of both mutated, some texts far too long."""
+    drawn = []
+    for one in texts(count, rng):
+        labels = [
+            label if rng.random() < 0.7 else mutated(label, rng)
+            for label in rng.choices(LABELS, k=rng.randrange(1, 7))
+        ]
+        drawn.append({
+            "input": {"text": one["input"]["text"]},
+            "parameters": {"candidate_labels": labels, **rng.choice(ZERO_SHOT_SETTINGS)},
+        })  # fmt: skip
+    return drawn
+
+
+def candidates(count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Questions of SQuAD with one to six passages each, some of them the same, some very long."""
+    asked = [one["input"] for one in questions(count, rng)]
+    drawn = []
+    for one in asked:
+        found = [one["context"], *(rng.choice(asked)["context"] for _ in range(rng.randrange(5)))]
+        if rng.random() < 0.1:
+            found.append(rng.choice(found))
+        rng.shuffle(found)
+        query = one["question"] * (40 if rng.random() < 0.03 else 1)
+        drawn.append({
+            "input": {"query": query, "texts": found},
+            "parameters": {"raw_scores": rng.random() < 0.5},
+        })  # fmt: skip
+    return drawn
+
+
+def zero_shot(base: str, adapter: str | None) -> Callable[[dict[str, Any]], Any]:
+    """Asks transformers' zero-shot-classification pipeline."""
+    from transformers import AutoTokenizer, pipeline
+
+    tokenizer = AutoTokenizer.from_pretrained(base, model_max_length=512)
+    ask = pipeline("zero-shot-classification", model=classifier(base, adapter), tokenizer=tokenizer)
+    return lambda case: ask(case["input"]["text"], **case["parameters"])
+
+
+def cross_encoder(base: str, adapter: str | None) -> Callable[[dict[str, Any]], Any]:
+    """Asks sentence-transformers' CrossEncoder."""
+    import tempfile
+
+    import torch
+    from sentence_transformers import CrossEncoder
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        classifier(base, adapter).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        model = CrossEncoder(folder, max_length=512, device="cpu")
+
+    def ask(case: dict[str, Any]) -> Any:
+        raw = torch.nn.Identity() if case["parameters"]["raw_scores"] else None
+        found = model.rank(
+            case["input"]["query"], case["input"]["texts"], activation_fn=raw,
+            show_progress_bar=False,
+        )  # fmt: skip
+        return [{"index": one["corpus_id"], "score": float(one["score"])} for one in found]
+
+    return ask
+
+
+def classifier(base: str, adapter: str | None) -> Any:
+    """transformers' model of a checkpoint, with an adapter's head and labels where it has one."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification as Auto
+
+    if adapter is None:
+        return Auto.from_pretrained(base, dtype=torch.float32).eval()
+    file = Path(adapter) / "labels.json"
+    named = json.loads(file.read_text()) if file.is_file() else {"0": "LABEL_0"}
+    names = {int(i): name for i, name in named.items()}
+    model = Auto.from_pretrained(
+        base, dtype=torch.float32, num_labels=len(names), id2label=names,
+        label2id={name: i for i, name in names.items()},
+    )  # fmt: skip
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+
+
 def reference(args: argparse.Namespace) -> None:
     """Ask transformers' pipeline, case by case, and write down its answers and its errors."""
     import torch
@@ -137,18 +237,26 @@ def reference(args: argparse.Namespace) -> None:
     )
 
     document = json.loads(args.cases.read_text())
-    tokenizer = AutoTokenizer.from_pretrained(args.base, model_max_length=512)
     asks = document["task"] == "qa"
-    auto = BertForQuestionAnswering if asks else BertForSequenceClassification
-    base = auto.from_pretrained(args.base, dtype=torch.float32, num_labels=2)
-    model = PeftModel.from_pretrained(base, args.adapter).merge_and_unload().eval()
-    name = "question-answering" if asks else "text-classification"
-    options: dict[str, Any] = {} if asks else {"top_k": None, "truncation": True}
-    ask = pipeline(name, model=model, tokenizer=tokenizer, **options)
+    if document["task"] in ("zero_shot", "reranking"):
+        own = zero_shot if document["task"] == "zero_shot" else cross_encoder
+        answer = own(args.base, args.adapter)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.base, model_max_length=512)
+        auto = BertForQuestionAnswering if asks else BertForSequenceClassification
+        base = auto.from_pretrained(args.base, dtype=torch.float32, num_labels=2)
+        model = PeftModel.from_pretrained(base, args.adapter).merge_and_unload().eval()
+        name = "question-answering" if asks else "text-classification"
+        options: dict[str, Any] = {} if asks else {"top_k": None, "truncation": True}
+        ask = pipeline(name, model=model, tokenizer=tokenizer, **options)
+
+        def answer(case: dict[str, Any]) -> Any:
+            return ask(**case["input"], **case["parameters"]) if asks else ask(case["input"])
+
     answers: list[Any] = []
     for number, case in enumerate(document["cases"]):
         try:
-            got = ask(**case["input"], **case["parameters"]) if asks else ask(case["input"])
+            got = answer(case)
             answers.append(got if isinstance(got, list) else [got])
         except KeyboardInterrupt:
             raise
@@ -170,8 +278,12 @@ def compare(args: argparse.Namespace) -> None:
     theirs = json.loads(args.reference.read_text())
     asked = document["cases"]
     model = open_model(args.model, RawSettings({}))
-    more = {} if document["task"] == "qa" else {"top_k": 2}
-    judge: Callable[..., str] = judged_answer if document["task"] == "qa" else judged_labels
+    more = {"top_k": 2} if document["task"] == "classification" else {}
+    judge: Callable[..., str] = {
+        "qa": judged_answer,
+        "zero_shot": judged_zero_shot,
+        "reranking": judged_ranks,
+    }.get(document["task"], judged_labels)
     classes: Counter[str] = Counter()
     for at in range(0, len(asked), 32):
         part = asked[at : at + 32]
@@ -181,7 +293,9 @@ def compare(args: argparse.Namespace) -> None:
         )
         for case, reply, answer in zip(part, replies, theirs["answers"][at : at + 32], strict=True):
             ours = json.loads(reply.body)
-            if reply.status != 200:
+            if reply.status != 200 and (why := refusal(case, ours["message"])):
+                kind = why + (", there an error" if isinstance(answer, dict) else "")
+            elif reply.status != 200:
                 kind = f"refused here ({reply.status}), there " + (
                     answer["error"] if isinstance(answer, dict) else "answered"
                 )
@@ -203,6 +317,43 @@ def compare(args: argparse.Namespace) -> None:
     print(json.dumps(result, indent=1))
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def refusal(case: dict[str, Any], message: str) -> str | None:
+    """The documented reason for which a request is refused here, if it is one."""
+    listed = case["input"].get("texts", case["parameters"].get("candidate_labels"))
+    if listed is None:
+        return None
+    if message.endswith("is empty"):
+        return "an empty text or label is refused here"
+    if "'hypothesis_template' must hold '{}' once" in message:
+        return "a template without a place is refused here"
+    return None
+
+
+def judged_zero_shot(case: dict[str, Any], ours: list[Any], theirs: list[Any]) -> str:
+    """Whether two answers are the same; equal labels may be in another order."""
+    (mine,), (other,) = ours, theirs
+    pairs = [sorted(zip(one["labels"], one["scores"], strict=True)) for one in (mine, other)]
+    if mine["sequence"] != other["sequence"] or not all(
+        a[0] == b[0] and abs(a[1] - b[1]) <= TOLERANCE for a, b in zip(*pairs, strict=True)
+    ):
+        return "other"
+    if mine["labels"] == other["labels"]:
+        return "same"
+    near = zip(mine["scores"], other["scores"], strict=True)
+    same = all(abs(a - b) <= TOLERANCE for a, b in near)
+    return "equal scores in another order" if same else "other"
+
+
+def judged_ranks(case: dict[str, Any], ours: list[Any], theirs: list[Any]) -> str:
+    """Whether two lists of candidates have the same scores in the same order."""
+    near = all(abs(a["score"] - b["score"]) <= TOLERANCE for a, b in zip(ours, theirs, strict=True))
+    mine, other = ({one["index"]: one["score"] for one in side} for side in (ours, theirs))
+    if not near or any(abs(mine[i] - other[i]) > TOLERANCE for i in other):
+        return "other"
+    same = [*mine] == [*other]
+    return "same" if same else "equal scores in another order"
 
 
 def judged_labels(case: dict[str, Any], ours: list[Any], theirs: list[Any]) -> str:
@@ -252,14 +403,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("cases")
-    one.add_argument("--task", choices=("qa", "classification"), required=True)
+    one.add_argument(
+        "--task", choices=("qa", "classification", "zero_shot", "reranking"), required=True
+    )
     one.add_argument("--count", type=int, default=3000)
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--output", type=Path, required=True)
     one.set_defaults(run=cases)
     two = commands.add_parser("reference")
     two.add_argument("--base", required=True)
-    two.add_argument("--adapter", required=True)
+    two.add_argument("--adapter")
     two.add_argument("--cases", type=Path, required=True)
     two.add_argument("--output", type=Path, required=True)
     two.set_defaults(run=reference)
