@@ -218,6 +218,8 @@ def documents(section: str) -> list[object]:
         ("Sequence classification", "sequence_classification", 5),
         ("Question answering", "question_answering", 1),
         ("Token classification", "token_classification", 3),
+        ("Reranking", "reranking", 4),
+        ("Zero-shot classification", "zero_shot_classification", 4),
         ("Open Inference v2", "sequence_classification", 1),
     ],
 )
@@ -255,6 +257,8 @@ def test_documented_parameters_are_known() -> None:
         ("Sequence", "sequence_classification"),
         ("Question", "question_answering"),
         ("Token", "token_classification"),
+        ("Reranking", "reranking"),
+        ("Zero-shot", "zero_shot_classification"),
     ):
         section = next(s for s in sections if s.startswith(title))
         assert set(rows(section)) == {f.name for f in fields(tasks.get(mode).parameters)}
