@@ -21,6 +21,7 @@ import argparse
 import csv
 import gzip
 import json
+import math
 import os
 import random
 import sys
@@ -31,6 +32,8 @@ from typing import Any
 
 SHARED = Path(os.environ.get("FT_HANDLER_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 TOLERANCE = 1e-4
+#: Of embeddings.
+COSINE_TOLERANCE = 1e-5
 
 QA_SETTINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -86,7 +89,8 @@ def mutated(text: str, rng: random.Random) -> str:
 def cases(args: argparse.Namespace) -> None:
     """Draw and mutate; written once, so that both sides get the same."""
     rng = random.Random(args.seed)
-    drawn = questions(args.count, rng) if args.task == "qa" else texts(args.count, rng)
+    draw = {"qa": questions, "classification": texts, "embeddings": alone}[args.task]
+    drawn = draw(args.count, rng)
     args.output.write_text(json.dumps({"task": args.task, "cases": drawn}))
 
 
@@ -124,8 +128,43 @@ def texts(count: int, rng: random.Random) -> list[dict[str, Any]]:
     return drawn
 
 
+def alone(count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """The same without pairs, to be embedded in several ways."""
+    drawn = texts(count, rng)
+    for case in drawn:
+        case["input"].pop("text_pair", None)
+        case["parameters"] = rng.choice(({}, {}, {"dimensions": 128}, {"prompt": "query: "}))
+    return drawn
+
+
+def embedded(args: argparse.Namespace, asked: list[dict[str, Any]]) -> dict[str, Any]:
+    """What sentence-transformers makes of every case; dimensions are cut, then normalised."""
+    import sentence_transformers
+    import torch
+    import transformers
+
+    model = sentence_transformers.SentenceTransformer(args.base, device="cpu")
+    answers: list[Any] = []
+    for case in asked:
+        options = dict(case["parameters"])
+        if dimensions := options.pop("dimensions", None):
+            options |= {"truncate_dim": dimensions, "normalize_embeddings": True}
+        vector = model.encode(case["input"]["text"], show_progress_bar=False, **options)
+        answers.append([{"embedding": vector.tolist()}])
+    return {
+        "sentence_transformers": sentence_transformers.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "answers": answers,
+    }
+
+
 def reference(args: argparse.Namespace) -> None:
     """Ask transformers' pipeline, case by case, and write down its answers and its errors."""
+    document = json.loads(args.cases.read_text())
+    if document["task"] == "embeddings":
+        args.output.write_text(json.dumps(embedded(args, document["cases"])))
+        return
     import torch
     import transformers
     from peft import PeftModel
@@ -136,7 +175,6 @@ def reference(args: argparse.Namespace) -> None:
         pipeline,
     )
 
-    document = json.loads(args.cases.read_text())
     tokenizer = AutoTokenizer.from_pretrained(args.base, model_max_length=512)
     asks = document["task"] == "qa"
     auto = BertForQuestionAnswering if asks else BertForSequenceClassification
@@ -162,16 +200,22 @@ def reference(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Ask our pipeline in batches, and count what agrees and what differs, by class."""
-    from ft_handler.config import RawSettings
+    from ft_handler.config import RawSettings, model_yaml
     from ft_handler.runtime import open_model
     from ft_handler.types import Incoming
 
     document = json.loads(args.cases.read_text())
     theirs = json.loads(args.reference.read_text())
     asked = document["cases"]
-    model = open_model(args.model, RawSettings({}))
-    more = {} if document["task"] == "qa" else {"top_k": 2}
-    judge: Callable[..., str] = judged_answer if document["task"] == "qa" else judged_labels
+    # With the settings beside it: how long texts may be is the checkpoint's to say.
+    raw = RawSettings.of_model_dir(args.model, model_yaml(args.model))
+    model = open_model(args.model, raw)
+    more = {"top_k": 2} if document["task"] == "classification" else {}
+    judge: Callable[..., str] = {
+        "qa": judged_answer,
+        "classification": judged_labels,
+        "embeddings": judged_vector,
+    }[document["task"]]
     classes: Counter[str] = Counter()
     for at in range(0, len(asked), 32):
         part = asked[at : at + 32]
@@ -197,6 +241,7 @@ def compare(args: argparse.Namespace) -> None:
         "cases": len(asked),
         "transformers": theirs["transformers"],
         "torch": theirs["torch"],
+        **{k: theirs[k] for k in ("sentence_transformers",) if k in theirs},
         "tolerance": TOLERANCE,
         "classes": dict(classes.most_common()),
     }
@@ -218,6 +263,17 @@ def judged_labels(case: dict[str, Any], ours: list[Any], theirs: list[Any]) -> s
             abs(mine[k] - other[k]) <= TOLERANCE for k in mine
         )
     return "same" if same else "other"
+
+
+def judged_vector(case: dict[str, Any], ours: list[Any], theirs: list[Any]) -> str:
+    """Whether two vectors point the same way: 1 - cosine is at most 1e-5, and their lengths."""
+    a, b = ours[0]["embedding"], theirs[0]["embedding"]
+    if len(a) != len(b):
+        return "other"
+    lengths = [math.sqrt(math.fsum(x * x for x in v)) for v in (a, b)]
+    product = math.fsum(x * y for x, y in zip(a, b, strict=True))
+    same = 1 - product / (lengths[0] * lengths[1]) <= COSINE_TOLERANCE
+    return "same" if same and abs(lengths[0] - lengths[1]) <= COSINE_TOLERANCE else "other"
 
 
 def judged_answer(case: dict[str, Any], ours: list[Any], theirs: list[Any]) -> str:
@@ -252,14 +308,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("cases")
-    one.add_argument("--task", choices=("qa", "classification"), required=True)
+    one.add_argument("--task", choices=("qa", "classification", "embeddings"), required=True)
     one.add_argument("--count", type=int, default=3000)
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--output", type=Path, required=True)
     one.set_defaults(run=cases)
     two = commands.add_parser("reference")
     two.add_argument("--base", required=True)
-    two.add_argument("--adapter", required=True)
+    two.add_argument("--adapter", help="not for embeddings")
     two.add_argument("--cases", type=Path, required=True)
     two.add_argument("--output", type=Path, required=True)
     two.set_defaults(run=reference)
