@@ -102,7 +102,8 @@ class Decoder(Generic[InputT, ParamsT]):
         fields: dict[str, object] = {}
         for name, value in incoming.fields.items():
             value = utf8(value) if isinstance(value, (bytes, bytearray)) else value
-            fields[name] = _scalar(value) if name in self._parameter_names else value
+            spelt = name in self._parameter_names and name not in self._task.textual
+            fields[name] = _scalar(value) if spelt else value
         if incoming.body is not None:
             return self._payload(incoming, self._read(fields, self._defaults, ""))
         return Request((self._input(fields, self._defaults, ""),), SINGLE)

@@ -148,6 +148,7 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     required    keys that a request's input must have; their values are texts
     optional    keys that it may have
     lists       those of both whose values are lists of texts
+    textual     parameters whose values are texts, in forms too
     ignored     keys that are accepted and mean nothing
     bare        the key that a plain string stands for; None: an input is always an object
     nested      whether the answers to one text in `inputs` are a list in a list, as the hub has it
@@ -169,6 +170,7 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     required: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
     lists: ClassVar[tuple[str, ...]] = ()
+    textual: ClassVar[tuple[str, ...]] = ()
     ignored: ClassVar[tuple[str, ...]] = ()
     bare: ClassVar[str | None] = None
     nested: ClassVar[bool] = False

@@ -54,7 +54,7 @@ class Parameters:
     normalize             to length 1; None leaves the choice to the model
     dimensions            only the first so many, normalised afterwards; None is all of them
     prompt_name           the model's prompt to put before the text; None is the default one
-    prompt                a prompt itself, which wins over the name
+    prompt                a prompt itself, which wins over the name; null is none at all
     truncation            whether too long a text is cut, else refused
     truncation_direction  which end of it is cut
     """
@@ -323,7 +323,9 @@ class Embeddings(Task[TextInput, Parameters, Encoding[TextInput], EmbeddingSetti
     labelled = False
     required = ("text",)
     bare = "text"
+    textual = ("prompt", "prompt_name")
     parameters = Parameters
+    nulls: ClassVar[Mapping[str, object]] = {"prompt": ""}
     aliases: ClassVar[Mapping[str, Alias]] = {"truncate": Alias("truncation")}
     settings = EmbeddingSettings
     columns_of: ClassVar[Mapping[str, Column]] = {

@@ -6,7 +6,7 @@ normalisation. Each has a folder with its configuration. What is not served is r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -114,36 +114,33 @@ def _object(files: Files, name: str) -> Mapping[str, Any]:
     return found or {}
 
 
-def _modules(document: object) -> Iterator[tuple[str, str]]:
+def _modules(document: object) -> list[tuple[str, str]]:
     """Kind and folder of each module, checked to be those served in their order."""
     if document is None:
-        return
+        return []
     try:
-        found = [(str(m["type"]), str(m["path"])) for m in cast(list[dict[str, Any]], document)]
+        found = [(str(m["type"]), str(m["path"])) for m in cast("list[dict[str, Any]]", document)]
     except (TypeError, KeyError):
         raise ModelError("its modules.json is not a list of modules") from None
-    kinds = []
+    served = ["Transformer", "Pooling", "Dense", "Normalize"]
+    modules = []
     for name, path in found:
         kind = name.rpartition(".")[2]
-        if kind == "Dropout" and name.startswith(_OURS):  # of training
-            continue
-        if kind not in ("Transformer", "Pooling", "Dense", "Normalize") or not name.startswith(
-            _OURS
-        ):
+        if not name.startswith(_OURS) or kind not in (*served, "Dropout"):
             raise ModelError(f"its modules.json has a module {name}, which is not served")
         if kind == "Transformer" and path:
             raise ModelError(
                 f"its encoder is in the folder {path}: trace that folder, with --pooling"
             )
-        kinds.append(kind)
-        yield kind, path
-    served = ["Transformer", "Pooling", "Dense", "Normalize"]
-    wanted = [kind for kind in served if kind in kinds]
-    if kinds != wanted or kinds[:2] != served[:2]:
+        if kind != "Dropout":  # of training
+            modules.append((kind, path))
+    kinds = [kind for kind, _ in modules]
+    if kinds != [kind for kind in served if kind in kinds] or kinds[:2] != served[:2]:
         raise ModelError(
             f"its modules.json chains {', '.join(kinds)}; served: {', '.join(served)}, of which "
             "the last two may be missing"
         )
+    return modules
 
 
 def _pooling(config: Mapping[str, Any]) -> Pooling:

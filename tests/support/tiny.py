@@ -11,6 +11,7 @@ import torch
 
 SEQUENCE_CLASSIFICATION = "sequence_classification"
 QUESTION_ANSWERING = "question_answering"
+EMBEDDINGS = "embeddings"
 MODES = (SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING)
 
 WORD_LIST = """
@@ -70,9 +71,11 @@ def write_tiny_bert(folder: Path, head: str = "sequence_classification", **setti
         BertConfig,
         BertForQuestionAnswering,
         BertForSequenceClassification,
+        BertModel,
     )
 
     classes = {
+        "embeddings": BertModel,
         "sequence_classification": BertForSequenceClassification,
         "question_answering": BertForQuestionAnswering,
     }
