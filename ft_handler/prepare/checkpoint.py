@@ -17,6 +17,7 @@ from ft_handler import architectures, tasks
 from ft_handler.architectures.base import Architecture, Weights, listed
 from ft_handler.errors import ModelError
 from ft_handler.prepare.adapters import UNSAFE_PICKLE, Adapter, merge_adapter, read_adapter
+from ft_handler.prepare.beside import Beside
 from ft_handler.prepare.hf import first_line, import_transformers, quiet_transformers
 from ft_handler.prepare.hub import Source, resolve
 from ft_handler.prepare.wrapped import SAFE_FILE, state_dict, unwrapped, wrapping_of
@@ -76,7 +77,7 @@ def load_checkpoint(
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{config_name or origin}: {first_line(error)}") from error
     with _said_of(origin):
-        tailored = tasks.get(mode).tailored(lambda name: source.file(name, cache_dir), wishes or {})
+        tailored = tasks.get(mode).tailored(Beside(source, cache_dir), wishes or {})
         task = tailored.task
         architecture = architectures.get(str(getattr(config, "model_type", None)))
         architecture.check(config)

@@ -52,12 +52,14 @@ def unwrapped(found: Mapping[str, Any], architecture: Architecture) -> dict[str,
         state = {n.removeprefix(prefix): value for n, value in state.items()}
 
 
-def state_dict(source: Source, cache_dir: str | None) -> dict[str, Any]:
+def state_dict(source: Source, cache_dir: str | None, folder: str = "") -> dict[str, Any]:
     """The content of a checkpoint's files of weights; raises ModelError where there are none.
+
+    folder  where they lie in it, such as "2_Dense/"
 
     Raises pickle.UnpicklingError for a pickled file that holds more than tensors.
     """
-    for name in _FILES:
+    for name in (folder + file for file in _FILES):
         paths = [one for one in [source.file(name, cache_dir)] if one is not None]
         index = source.file(f"{name}.index.json", cache_dir) if not paths else None
         if index is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any, cast
 
 import numpy as np
 
@@ -96,8 +98,10 @@ class OpenInference:
             sizes = shape
             flat: object = data
             if column.vector:
-                vectors = np.array(data)
-                sizes, flat = [*shape, vectors.shape[1]], vectors.reshape(-1)
+                vectors = cast("list[Any]", data)
+                sizes = [*shape, len(vectors[0])]
+                arrays = isinstance(vectors[0], np.ndarray)
+                flat = np.concatenate(vectors) if arrays else list(chain.from_iterable(vectors))
             outputs.append(
                 {"name": name, "shape": sizes, "datatype": column.datatype, "data": flat}
             )

@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 from ft_handler.config import SettingsT
 from ft_handler.errors import ModelError
@@ -22,8 +22,6 @@ from ft_handler.text.template import Template
 from ft_handler.types import Encoding, Form, InputT, Item, Outputs, Prediction
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from ft_handler.model.heads import HeadModule
@@ -135,6 +133,16 @@ class Alias:
     truths: Mapping[bool, object] | None = None
 
 
+class Files(Protocol):
+    """What lies beside a checkpoint's configuration and the encoder's weights."""
+
+    def json(self, name: str) -> Any:
+        """What a JSON file holds, None where there is none; raises ModelError."""
+
+    def tensors(self, folder: str) -> Mapping[str, Tensor]:
+        """The weights in a folder of the checkpoint; raises ModelError where there are none."""
+
+
 class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     """One kind of model.
 
@@ -187,12 +195,9 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     def head(self) -> Head:
         """The head most architectures have; one with another says so in its own file."""
 
-    def tailored(
-        self, files: Callable[[str], Path | None], wishes: Mapping[str, object]
-    ) -> Tailored:
+    def tailored(self, files: Files, wishes: Mapping[str, object]) -> Tailored:
         """The task as a checkpoint's files have it.
 
-        files   finds a file of the checkpoint by its name
         wishes  option of `ft-handler trace` -> its value, which wins over what the files say
 
         Raises ModelError for what is not served.

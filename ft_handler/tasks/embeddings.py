@@ -7,7 +7,7 @@ are done here, since a request may ask for either.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
@@ -18,13 +18,11 @@ from pydantic.dataclasses import dataclass
 
 from ft_handler.config import LARGEST_WHOLE, AnyCase, Flag, Settings, Text, Whole, setting
 from ft_handler.errors import ConfigError, ModelError, UnusableRequest
-from ft_handler.tasks.base import Alias, Body, Column, Head, Loaded, Runner, Tailored, Task
+from ft_handler.tasks.base import Alias, Body, Column, Files, Head, Loaded, Runner, Tailored, Task
 from ft_handler.tasks.sentence_modules import POOLINGS, Dense, Pooling, read_sentences
 from ft_handler.types import Encoding, Floats, Form, Ids, Item, Outputs, Prediction
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
 #: Below this length a vector is divided by it instead of by its own, as torch's normalize does.
@@ -56,7 +54,7 @@ class Parameters:
     normalize             to length 1; None leaves the choice to the model
     dimensions            only the first so many, normalised afterwards; None is all of them
     prompt_name           the model's prompt to put before the text; None is the default one
-    prompt                a prompt itself, which wins over the name
+    prompt                a prompt itself, which wins over the name; null is none at all
     truncation            whether too long a text is cut, else refused
     truncation_direction  which end of it is cut
     """
@@ -299,8 +297,6 @@ def pooled_by_torch(
     pooling: Pooling, dense: Dense | None, outputs: tuple[Tensor, ...], mask: Tensor
 ) -> tuple[Tensor]:
     """The head once more, over transformers' padded hidden states `[B,S,H]`, as a definition."""
-    import torch
-
     hidden, kept = outputs[0], mask.bool()[:, :, None]
     match pooling:
         case "cls":
@@ -314,8 +310,8 @@ def pooled_by_torch(
             pooled = (hidden * kept).sum(1) / kept.sum(1)
     if dense is None:
         return (pooled,)
-    out = torch.nn.functional.linear(pooled, dense.weight, dense.bias)
-    return (torch.tanh(out) if dense.curve == "Tanh" else out,)
+    out = pooled @ dense.weight.t() + dense.bias
+    return (out.tanh() if dense.curve == "Tanh" else out,)
 
 
 class Embeddings(Task[TextInput, Parameters, Encoding[TextInput], EmbeddingSettings]):
@@ -327,7 +323,9 @@ class Embeddings(Task[TextInput, Parameters, Encoding[TextInput], EmbeddingSetti
     labelled = False
     required = ("text",)
     bare = "text"
+    textual = ("prompt", "prompt_name")
     parameters = Parameters
+    nulls: ClassVar[Mapping[str, object]] = {"prompt": ""}
     aliases: ClassVar[Mapping[str, Alias]] = {"truncate": Alias("truncation")}
     settings = EmbeddingSettings
     columns_of: ClassVar[Mapping[str, Column]] = {
@@ -340,9 +338,7 @@ class Embeddings(Task[TextInput, Parameters, Encoding[TextInput], EmbeddingSetti
         self._pooling: Pooling = pooling
         self._dense = dense
 
-    def tailored(
-        self, files: Callable[[str], Path | None], wishes: Mapping[str, object]
-    ) -> Tailored:
+    def tailored(self, files: Files, wishes: Mapping[str, object]) -> Tailored:
         """Pooling, dense layer, normalisation, prompts and lengths as sentence-transformers'
         files say."""
         pooling = wishes.get("pooling")

@@ -6,22 +6,18 @@ normalisation. Each has a folder with its configuration. What is not served is r
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from ft_handler.errors import ModelError
+from ft_handler.tasks.base import Files
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
 Pooling = Literal["cls", "mean", "max", "last"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
-#: Finds a checkpoint's file by its name.
-Files: TypeAlias = "Callable[[str], Path | None]"
 
 _OURS = "sentence_transformers."
 #: Keys of a pooling's configuration, true for those it uses -> their names, in sentence-
@@ -81,7 +77,7 @@ def read_sentences(files: Files, pooling: Pooling | None, normalize: bool | None
 
     Without a modules.json it is the mean, not normalised, as in sentence-transformers.
     """
-    modules = _read(files, "modules.json")
+    modules = files.json("modules.json")
     found: Pooling = "mean"
     normalized, dense = False, None
     for kind, path in _modules(modules):
@@ -110,54 +106,41 @@ def read_sentences(files: Files, pooling: Pooling | None, normalize: bool | None
     )
 
 
-def _read(files: Files, name: str) -> Any:
-    path = files(name)
-    if path is None:
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"its {name} is not JSON: {error}") from error
-
-
 def _object(files: Files, name: str) -> Mapping[str, Any]:
     """A file's object; empty where there is no such file."""
-    found = _read(files, name)
+    found = files.json(name)
     if found is not None and not isinstance(found, dict):
         raise ModelError(f"its {name} is not a JSON object")
     return found or {}
 
 
-def _modules(document: object) -> Iterator[tuple[str, str]]:
+def _modules(document: object) -> list[tuple[str, str]]:
     """Kind and folder of each module, checked to be those served in their order."""
     if document is None:
-        return
+        return []
     try:
-        found = [(str(m["type"]), str(m["path"])) for m in cast(list[dict[str, Any]], document)]
+        found = [(str(m["type"]), str(m["path"])) for m in cast("list[dict[str, Any]]", document)]
     except (TypeError, KeyError):
         raise ModelError("its modules.json is not a list of modules") from None
-    kinds = []
+    served = ["Transformer", "Pooling", "Dense", "Normalize"]
+    modules = []
     for name, path in found:
         kind = name.rpartition(".")[2]
-        if kind == "Dropout" and name.startswith(_OURS):  # of training
-            continue
-        if kind not in ("Transformer", "Pooling", "Dense", "Normalize") or not name.startswith(
-            _OURS
-        ):
+        if not name.startswith(_OURS) or kind not in (*served, "Dropout"):
             raise ModelError(f"its modules.json has a module {name}, which is not served")
         if kind == "Transformer" and path:
             raise ModelError(
                 f"its encoder is in the folder {path}: trace that folder, with --pooling"
             )
-        kinds.append(kind)
-        yield kind, path
-    served = ["Transformer", "Pooling", "Dense", "Normalize"]
-    wanted = [kind for kind in served if kind in kinds]
-    if kinds != wanted or kinds[:2] != served[:2]:
+        if kind != "Dropout":  # of training
+            modules.append((kind, path))
+    kinds = [kind for kind, _ in modules]
+    if kinds != [kind for kind in served if kind in kinds] or kinds[:2] != served[:2]:
         raise ModelError(
             f"its modules.json chains {', '.join(kinds)}; served: {', '.join(served)}, of which "
             "the last two may be missing"
         )
+    return modules
 
 
 def _pooling(config: Mapping[str, Any]) -> Pooling:
@@ -188,9 +171,6 @@ def _check_names(config: Mapping[str, Any], kind: str) -> None:
 
 
 def _dense(files: Files, path: str, config: Mapping[str, Any]) -> Dense:
-    import torch
-    from safetensors.torch import load_file
-
     _check_names(config, "Dense")
     # sentence-transformers' own default.
     curve = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
@@ -199,17 +179,12 @@ def _dense(files: Files, path: str, config: Mapping[str, Any]) -> Dense:
         raise ModelError(
             f"its Dense has the activation {curve}{also}; served: {', '.join(_CURVES)}"
         )
-    if (safe := files(f"{path}/model.safetensors")) is not None:
-        tensors = load_file(str(safe))
-    elif (pickled := files(f"{path}/pytorch_model.bin")) is not None:
-        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-    else:
-        raise ModelError(f"its {path} has no weights")
+    tensors = files.tensors(path)
     try:
         weight = tensors["linear.weight"].float()
     except KeyError:
         raise ModelError(f"its {path} has no linear.weight") from None
-    bias = tensors.get("linear.bias", torch.zeros(len(weight))).float()
+    bias = tensors.get("linear.bias", weight.new_zeros(len(weight))).float()
     return Dense(path, curve, weight, bias)
 
 

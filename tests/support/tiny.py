@@ -12,6 +12,7 @@ import torch
 SEQUENCE_CLASSIFICATION = "sequence_classification"
 QUESTION_ANSWERING = "question_answering"
 TOKEN_CLASSIFICATION = "token_classification"
+EMBEDDINGS = "embeddings"
 MODES = (SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING)
 #: In an order of no meaning; one without a prefix.
 TOKEN_LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
@@ -74,12 +75,14 @@ def write_tiny_bert(folder: Path, head: str = "sequence_classification", **setti
         BertForQuestionAnswering,
         BertForSequenceClassification,
         BertForTokenClassification,
+        BertModel,
     )
 
     classes = {
         SEQUENCE_CLASSIFICATION: BertForSequenceClassification,
         QUESTION_ANSWERING: BertForQuestionAnswering,
         TOKEN_CLASSIFICATION: BertForTokenClassification,
+        EMBEDDINGS: BertModel,
     }
     values: dict[str, Any] = {
         "vocab_size": len(tiny_vocabulary()),
