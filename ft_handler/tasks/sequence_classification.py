@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import fields
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -12,7 +13,15 @@ from pydantic.dataclasses import dataclass
 
 from ft_handler.config import LARGEST_WHOLE, AnyCase, Flag, Settings, Whole, setting
 from ft_handler.errors import ConfigError, UnusableRequest
-from ft_handler.tasks.base import Alias, Column, Head, Loaded, Runner, Task
+from ft_handler.tasks.base import Alias, AnyTask, Column, Head, Loaded, Runner, Task
+from ft_handler.tasks.occlusion import (
+    EXPLANATIONS,
+    Explainable,
+    Explained,
+    OcclusionRunner,
+    Part,
+    Reason,
+)
 from ft_handler.tasks.scores import sigmoid, softmax
 from ft_handler.text.template import longest_first
 from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
@@ -92,6 +101,16 @@ class TextInput:
         return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
 
 
+@plain_dataclass(slots=True, eq=False)
+class TextEncoding(Encoding[TextInput]):
+    """The sequence of a text or a pair.
+
+    kept  how many tokens of each text it has
+    """
+
+    kept: tuple[int, ...]
+
+
 def default_function(problem_type: str | None, num_labels: int) -> Function:
     """As transformers: regression none, multi-label or one label sigmoid, else softmax."""
     if problem_type == "regression":
@@ -108,7 +127,7 @@ def apply(function: Function, logits: Floats) -> Floats:
     return sigmoid(logits) if function == "sigmoid" else logits
 
 
-class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
+class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
     """Texts to sequences of at most `max_length` tokens; logits `[inputs, labels]` to labels."""
 
     def __init__(self, settings: ClassificationSettings, loaded: Loaded) -> None:
@@ -122,13 +141,13 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
         if self.longest <= self._template.pair_specials:
             raise ConfigError(f"setting 'max_length' ({self.longest}) leaves no room for text")
 
-    def encode(self, items: Sequence[Item[TextInput]]) -> list[Encoding[TextInput]]:
+    def encode(self, items: Sequence[Item[TextInput]]) -> list[TextEncoding]:
         """One sequence an item; too long a text without truncation is refused."""
         inputs = [item.input for item in items]
         firsts = self._reader.ids([i.text for i in inputs])
         pairs = [i.text_pair for i in inputs if i.text_pair is not None]
         seconds = iter(self._reader.ids(pairs) if pairs else ())
-        out: list[Encoding[TextInput]] = []
+        out: list[TextEncoding] = []
         for item, first in zip(items, firsts, strict=True):
             try:
                 if item.input.text_pair is None:
@@ -139,16 +158,17 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
                 item.result = error
         return out
 
-    def _single(self, item: Item[TextInput], ids: Ids) -> Encoding[TextInput]:
+    def _single(self, item: Item[TextInput], ids: Ids) -> TextEncoding:
         before, after = self._template.single_before, self._template.single_after
         room = self.longest - len(before) - len(after)
         room -= self._less(item)
         if len(ids) > room:
             self._check(item, len(ids), 0, room)
         sequence = np.concatenate((before, ids[:room], after))
-        return Encoding(item, [sequence], [len(sequence)], len(ids) > room)
+        kept = (min(len(ids), room),)
+        return TextEncoding(item, [sequence], [len(sequence)], len(ids) > room, kept)
 
-    def _pair(self, item: Item[TextInput], first: Ids, second: Ids) -> Encoding[TextInput]:
+    def _pair(self, item: Item[TextInput], first: Ids, second: Ids) -> TextEncoding:
         template = self._template
         count = len(first) + len(second)
         room = self.longest - template.pair_specials - self._less(item)
@@ -165,7 +185,8 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
             )
         )
         split = template.split(keep_first, len(sequence))
-        return Encoding(item, [sequence], [split], count > room)
+        kept = (keep_first, keep_second)
+        return TextEncoding(item, [sequence], [split], count > room, kept)
 
     def _less(self, item: Item[TextInput]) -> int:
         """How many tokens fewer than the model's setting an input may have."""
@@ -193,9 +214,7 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
             )
         return (first - over, second) if cut_first else (first, second - over)
 
-    def predict(
-        self, encodings: Sequence[Encoding[TextInput]], outputs: Outputs
-    ) -> list[Prediction]:
+    def predict(self, encodings: Sequence[TextEncoding], outputs: Outputs) -> list[Prediction]:
         """`{"label", "score"}`, or with `top_k` a list of them sorted by score."""
         groups: dict[Parameters, list[int]] = {}
         for i, encoding in enumerate(encodings):
@@ -227,10 +246,40 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
             for row, row_scores in zip(order.tolist(), scores.tolist(), strict=True)
         ]
 
+    def parts(self, encoding: TextEncoding) -> list[list[Part]]:
+        """The text, or both of the pair, up to where they are cut."""
+        template, kept = self._template, encoding.kept
+        if len(kept) == 1:
+            return [[Part(0, 0, kept[0], len(template.single_before))]]
+        first = len(template.before)
+        second = first + kept[0] + len(template.between)
+        return [[Part(0, 0, kept[0], first), Part(1, 0, kept[1], second)]]
 
-class SequenceClassification(
-    Task[TextInput, Parameters, Encoding[TextInput], ClassificationSettings]
-):
+    def explained(self, encoding: TextEncoding, outputs: Outputs) -> Explained:
+        """The logit of the best label, or of the one that the request names."""
+        params = encoding.item.input.params
+        logits = outputs.values[:1]
+        label = self._target(params)
+        if label is None:
+            label = int(logits[0].argmax())
+        scores = apply(params.function_to_apply or self._function, logits)
+        answer = {"label": self._labels[label], "score": float(scores[0, label])}
+        return Explained(answer, 0, (Reason("importances", "delta", label),))
+
+    def _target(self, params: Parameters) -> int | None:
+        """The label that a request names; raises UnusableRequest where there is no such label."""
+        target = params.target if isinstance(params, ExplanationParameters) else None
+        if isinstance(target, str) and target in self._labels:
+            return self._labels.index(target)
+        if isinstance(target, str) or not 0 <= (target or 0) < len(self._labels):
+            raise UnusableRequest(
+                "'target' must be the name of a label or its number, of which the last is "
+                f"{len(self._labels) - 1}"
+            )
+        return target
+
+
+class SequenceClassification(Task[TextInput, Parameters, TextEncoding, ClassificationSettings]):
     """A label, or several, for a text or a pair of texts."""
 
     name = "sequence_classification"
@@ -239,7 +288,7 @@ class SequenceClassification(
     labelled = True
     required = ("text",)
     optional = ("text_pair",)
-    ignored = ("target",)  # TorchServe's published sample has it
+    ignored: ClassVar[tuple[str, ...]] = ("target",)  # TorchServe's published sample has it
     bare = "text"
     parameters = Parameters
     nulls: ClassVar[Mapping[str, object]] = {"top_k": ALL_LABELS}
@@ -276,9 +325,60 @@ class SequenceClassification(
         """A text, or a pair."""
         return TextInput(texts["text"], texts.get("text_pair"), params)
 
-    def runner(self, settings: ClassificationSettings, loaded: Loaded) -> ClassificationRunner:
+    def runner(
+        self, settings: ClassificationSettings, loaded: Loaded
+    ) -> Runner[TextInput, Parameters, Any]:
         """Labels come from the archive, else from the traced file."""
         return ClassificationRunner(settings, loaded)
+
+    def explanation(self) -> AnyTask:
+        """What each word does for a label."""
+        return ClassificationExplanation()
+
+
+@dataclass(frozen=True, slots=True, config=ConfigDict(strict=True))
+class ExplanationParameters(Parameters):
+    """How one text is explained; of the labels one is explained, whatever `top_k` says.
+
+    target  a label or its number; None is the best one
+    """
+
+    target: int | str | None = None
+
+
+class ExplainedClassificationRunner(ClassificationRunner):
+    """Classification whose requests may name the label they ask about."""
+
+    def __init__(self, settings: ClassificationSettings, loaded: Loaded) -> None:
+        super().__init__(settings, loaded)
+        self.defaults = ExplanationParameters(
+            **{field.name: getattr(self.defaults, field.name) for field in fields(Parameters)}
+        )
+
+    def encode(self, items: Sequence[Item[TextInput]]) -> list[TextEncoding]:
+        """As for a prediction; a target that is no label is refused."""
+        for item in items:
+            try:
+                self._target(item.input.params)
+            except UnusableRequest as error:
+                item.result = error
+        return super().encode([item for item in items if item.result is None])
+
+
+class ClassificationExplanation(SequenceClassification):
+    """What each word of a text or a pair does for a label."""
+
+    ignored = ()
+    parameters = ExplanationParameters
+    listed: ClassVar[Mapping[str, object]] = {}
+    columns_of: ClassVar[Mapping[str, Column]] = {}
+    answers_as = EXPLANATIONS
+
+    def runner(
+        self, settings: ClassificationSettings, loaded: Loaded
+    ) -> Runner[TextInput, Parameters, Any]:
+        """One word after the other is left out."""
+        return OcclusionRunner(self, ExplainedClassificationRunner(settings, loaded), loaded)
 
 
 TASK = SequenceClassification()
