@@ -40,6 +40,8 @@ class ModelInfo:
     op_interface    which interface of the library the module calls
     function_to_apply  what the checkpoint's configuration makes of logits; None leaves the choice
                        to the task
+    checkpoint      the hub's name of what was traced; None where it was a folder
+    adapter         the name of the adapter's folder, if one was merged
     """
 
     format_version: int
@@ -63,6 +65,8 @@ class ModelInfo:
     versions: dict[str, str]
     op_interface: int = 1
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
+    checkpoint: str | None = None
+    adapter: str | None = None
 
     def to_json(self) -> str:
         """The text of the file's `ft_handler.json`."""

@@ -136,7 +136,7 @@ def describe(
 ) -> ModelInfo:
     """The metadata of the file to write."""
     config, architecture = checkpoint.config, checkpoint.architecture
-    spec = architecture.spec(config)
+    spec, name = architecture.spec(config), options.model_name_or_path
     return ModelInfo(
         format_version=FORMAT_VERSION,
         mode=task.name,
@@ -164,4 +164,7 @@ def describe(
         },
         op_interface=OP_INTERFACE,
         function_to_apply=checkpoint.function_to_apply,
+        # Whoever may ask a server for these words need not know its folders.
+        checkpoint=None if Path(name).expanduser().is_dir() else name,
+        adapter=None if options.adapter is None else options.adapter.resolve().name,
     )

@@ -126,6 +126,8 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     columns_of  prediction fields as Open Inference tensors, in their order; none where answers do
                 not fit tensors
     answers_as  what KServe v1 calls the answers
+    measured_as what `ft-handler verify` measures in answers, a family of its measures; None: they
+                cannot be verified
     sample      a request that every model of the task can answer
     """
 
@@ -144,6 +146,7 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     settings: type[SettingsT]
     columns_of: ClassVar[Mapping[str, Column]]
     answers_as: ClassVar[str] = "predictions"
+    measured_as: ClassVar[str | None] = None
     sample: ClassVar[Mapping[str, str]]
 
     @abstractmethod

@@ -421,6 +421,7 @@ class QuestionAnswering(Task[QuestionInput, Parameters, QuestionEncoding, Questi
         "start": Column("INT64", 0),
         "end": Column("INT64", 0),
     }
+    measured_as = "spans"
     sample: ClassVar[Mapping[str, str]] = {
         "question": "When does the library open?",
         "context": "The town library opens at nine in the morning and closes at six.",

@@ -302,6 +302,7 @@ class SequenceClassification(Task[TextInput, Parameters, TextEncoding, Classific
         "label": Column("BYTES", ""),
         "score": Column("FP32", 0.0),
     }
+    measured_as = "labels"
     sample: ClassVar[Mapping[str, str]] = {
         "text": "A warm, funny film that never overstays its welcome."
     }
