@@ -30,7 +30,7 @@ from ft_handler.config import RawSettings
 from ft_handler.engine.base import Engine
 from ft_handler.engine.cpu import CpuEngine
 from ft_handler.request.pipeline import Pipeline
-from ft_handler.runtime import runner_of, settle
+from ft_handler.runtime import loaded_of, settle
 from ft_handler.servers.torchserve.adapter import incoming
 from ft_handler.stats import STAGES, BatchStats
 from ft_handler.types import Floats, PackedBatch
@@ -179,7 +179,7 @@ def main() -> None:
     def new_pipeline() -> Pipeline[Any, Any, Any]:
         return Pipeline(
             settled.task,
-            runner_of(settled, args.model),
+            settled.task.runner(settled.own, loaded_of(settled, args.model)),
             engine,
             settled.core,
             max_positions=model.info.max_positions,

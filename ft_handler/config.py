@@ -148,6 +148,9 @@ def _only(accepted: bool, why: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+#: Where the setting does not say otherwise.
+MOST_EXPLAINED_WORDS = 256
+
 #: What the setting `device` takes.
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -281,8 +284,16 @@ class CoreSettings(Settings):
         "Older word for what the archive holds; the traced file is served whatever it says, and "
         "`pretrained` is noted in the log.",
     )
-    captum_explanation: Annotated[Flag, _only(False, "explanations are not offered")] = setting(
-        False, "Explanations are not offered; only false is accepted."
+    captum_explanation: Flag = setting(
+        False,
+        "Answer `/explanations/NAME` and KServe's `:explain` (docs/explanations.md); false answers "
+        "them 501.",
+    )
+    max_explained_words: Whole = setting(
+        MOST_EXPLAINED_WORDS,
+        "Most words of one input that are explained, each of which is one more sequence to "
+        "compute; more answers 413.",
+        1,
     )
     embedding_name: Text | None = setting(
         None, "Older name of the embedding layer for explanations; has no effect."

@@ -3,6 +3,7 @@
 FtHandlerError
 ├── LibraryError              the shared library is missing or does not fit
 ├── ModelError                a checkpoint or traced file is refused
+├── DataError                 a file of examples is refused
 ├── ConfigError               settings are unknown or contradict each other
 ├── EnvironmentProblem        Java, TorchServe or a tool is missing
 ├── EngineError               a batch could not be computed
@@ -32,6 +33,10 @@ class LibraryError(FtHandlerError):
 
 class ModelError(FtHandlerError):
     """A checkpoint or a traced file is refused; the message says why."""
+
+
+class DataError(FtHandlerError):
+    """A file of examples is refused; the message says where it is wrong."""
 
 
 class ConfigError(FtHandlerError):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ft_handler.config import RawSettings, model_yaml
-from ft_handler.errors import ConfigError
+from ft_handler.errors import ConfigError, NotOffered
 from ft_handler.model.info import ModelInfo
 from ft_handler.runtime import Ready, open_model
 from ft_handler.servers import server_settings
@@ -21,7 +21,7 @@ class Predictor:
     """
 
     def __init__(self, ready: Ready) -> None:
-        self._pipeline = ready.pipeline
+        self._pipeline, self._explainer = ready.pipeline, ready.explainer
         self.info: ModelInfo = ready.info
         self.device = str(ready.device)
 
@@ -50,7 +50,9 @@ class Predictor:
         wishes = {"device": device, "num_threads": num_threads, **(settings or {})}
         raw = RawSettings.of_model_dir(source, model_yaml(source))
         given = {name: value for name, value in wishes.items() if value is not None}
-        return cls(open_model(source, raw.over(given), groups=server_settings(), gpu=0))
+        return cls(
+            open_model(source, raw.over(given), groups=server_settings(), gpu=0, explains=True)
+        )
 
     def predict(self, inputs: object, **parameters: object) -> object:
         """The answer to one input, or a list of them to a list, in the shape that HTTP gives.
@@ -62,3 +64,14 @@ class Predictor:
         Raises RequestError with its `status` for input that a server would refuse.
         """
         return self._pipeline.predict(Incoming(inputs, parameters))
+
+    def explain(self, inputs: object, **parameters: object) -> object:
+        """What each word does for the answer, as `/explanations` says it (docs/explanations.md).
+
+        inputs, parameters  as for `predict`, and of a classifier `target`, a label or its number
+
+        Raises RequestError with its `status`, NotOffered for a task that explains nothing.
+        """
+        if self._explainer is None:
+            raise NotOffered(f"answers of {self.info.mode} are not explained")
+        return self._explainer.predict(Incoming(inputs, parameters))

@@ -15,6 +15,7 @@ import torch
 
 from ft_handler import tasks
 from ft_handler.config import CoreSettings, RawSettings, Settings, limit_tokenizer_threads
+from ft_handler.engine.base import Engine
 from ft_handler.engine.select import engine_for
 from ft_handler.errors import ConfigError, EngineError, EnvironmentProblem
 from ft_handler.files import GEMM_TABLE, LABELS_FILE, OLDER_CONFIG_FILE
@@ -25,7 +26,7 @@ from ft_handler.request.work import bounds_of, tokens_in
 from ft_handler.tasks.base import AnyTask, Loaded, Runner
 from ft_handler.text.chunks import reader_of
 from ft_handler.text.pieces import Pieces
-from ft_handler.text.template import Template
+from ft_handler.text.template import Template, mask_of
 from ft_handler.text.tokenizer import load_tokenizer
 from ft_handler.types import Incoming, Reply
 
@@ -75,9 +76,15 @@ def settle(
 
 @dataclass(frozen=True)
 class Ready:
-    """A model that answers, and what it is."""
+    """A model that answers, and what it is.
+
+    explainer  explains the answers; None where nobody asked for it, or the task cannot
+    """
 
     pipeline: Pipeline[Any, Any, Any]
+    explainer: Pipeline[Any, Any, Any] | None
+    runner: Runner[Any, Any, Any]
+    engine: Engine
     info: ModelInfo
     task: AnyTask
     device: torch.device
@@ -94,6 +101,7 @@ def open_model(
     max_sequences: int = 128,
     model_file: str | None = None,
     answer_within: float | None = None,
+    explains: bool = False,
 ) -> Ready:
     """Load settings, library, model and tokenizer, and warm up.
 
@@ -101,6 +109,7 @@ def open_model(
     gpu                         the GPU that this process was given, None is a CPU worker
     max_sequences               sequences that a captured batch may have
     answer_within               seconds after which whoever asks gives a batch up; None is never
+    explains                    explain answers, where the task can, without a setting that says so
 
     Raises FtHandlerError naming what is missing, unknown or contradictory, and EngineError for a
     model that cannot answer its own sample.
@@ -112,7 +121,10 @@ def open_model(
     if core.num_threads is not None:
         torch.set_num_threads(core.num_threads)
         limit_tokenizer_threads(core.num_threads)  # before a tokenizer first works
-    runner = runner_of(settled, folder)
+    loaded = loaded_of(settled, folder)
+    runner = task.runner(settled.own, loaded)
+    explanation = task.explanation() if core.captum_explanation or explains else None
+    explaining = explanation and explanation.runner(settled.own, loaded)
     model = load_model(path, device, folder)
     if core.batch_invariant:
         model.fused.configure("batch_invariant")
@@ -136,18 +148,23 @@ def open_model(
     logger.info(
         "tokens at most: %s of a request, %s of what comes together", bounds.request, bounds.batch
     )
-    pipeline = Pipeline(
-        task, runner, engine, core, max_positions=info.max_positions, model=names, bounds=bounds
-    )
+
+    def pipeline_of(task: AnyTask, runner: Runner[Any, Any, Any]) -> Pipeline[Any, Any, Any]:
+        return Pipeline(
+            task, runner, engine, core, max_positions=info.max_positions, model=names, bounds=bounds
+        )
+
+    pipeline = pipeline_of(task, runner)
+    explainer = pipeline_of(explanation, explaining) if explanation and explaining else None
     if core.warmup:
         for _ in range(3):
             replies, _ = pipeline.run([Incoming(dict(task.sample))] * 4)
             _hold_sample(replies)
-    return Ready(pipeline, info, task, device)
+    return Ready(pipeline, explainer, runner, engine, info, task, device)
 
 
-def runner_of(settled: Settled, folder: Path | None) -> Runner[Any, Any, Any]:
-    """The task over the tokenizer and the labels of a folder, or of the traced file alone.
+def loaded_of(settled: Settled, folder: Path | None) -> Loaded:
+    """The tokenizer and the labels of a folder, or of the traced file alone.
 
     Raises ConfigError where they, the file and the settings do not fit each other.
     """
@@ -165,15 +182,16 @@ def runner_of(settled: Settled, folder: Path | None) -> Runner[Any, Any, Any]:
             f"for {info.vocab_size}: they do not belong together"
         )
     named = read_labels(folder, info) if folder and settled.task.labelled else None
-    loaded = Loaded(
+    return Loaded(
         info,
         named or info.labels,
         reader_of(tokenizer, core.remember_chunks),
         Template(tokenizer, info.type_vocab_size),
         core.max_length or info.max_positions,
         Pieces(tokenizer),
+        mask_of(tokenizer),
+        core.max_explained_words,
     )
-    return settled.task.runner(settled.own, loaded)
 
 
 def keep_out_of_collections() -> None:
@@ -235,6 +253,10 @@ def _check(path: Path, core: CoreSettings, info: ModelInfo, task: AnyTask) -> No
     if task.labelled and core.num_labels not in (None, 0, info.num_labels):
         raise ConfigError(
             f"setting 'num_labels' is {core.num_labels}, but the traced file has {info.num_labels}"
+        )
+    if core.captum_explanation and task.explanation() is None:
+        raise ConfigError(
+            f"setting 'captum_explanation' is true, but answers of {task.name} are not explained"
         )
     if core.max_length is not None and core.max_length > info.max_positions:
         raise ConfigError(

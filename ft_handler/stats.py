@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 STAGES = ("decode", "tokenize", "pack", "compute", "postprocess", "encode")
 
@@ -29,6 +29,14 @@ class BatchStats:
     failed: int = 0
     undecodable: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    def add(self, other: BatchStats) -> None:
+        """Count the figures of another part of the batch as well."""
+        for one in fields(self):
+            if one.name != "seconds":
+                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+        for stage, seconds in other.seconds.items():
+            self.seconds[stage] += seconds
 
 
 class Stopwatch:

@@ -18,6 +18,7 @@ from ft_handler.cli.predict import predict_command
 from ft_handler.cli.serve import serve_command
 from ft_handler.cli.trace import trace_command
 from ft_handler.cli.tune import tune_command
+from ft_handler.cli.verify import verify_command
 from ft_handler.errors import FtHandlerError
 from ft_handler.version import __version__
 
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "handler-path": handler_path_command,
     "serve": serve_command,
     "predict": predict_command,
+    "verify": verify_command,
     "inspect": inspect_command,
     "tune": tune_command,
     "doctor": doctor_command,

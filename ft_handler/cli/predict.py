@@ -34,6 +34,10 @@ def predict_command(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")
     ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Say what each word does for the answer, instead of it."),
+    ] = False,
     param: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,11 +60,12 @@ def predict_command(
     from ft_handler.predictor import Predictor
 
     predictor = Predictor.load(directory, device=device, num_threads=threads)
+    answers = predictor.explain if explain else predictor.predict
     refused = False
     for body in _bodies(texts):
         answer: object
         try:
-            answer = predictor.predict(_inputs(body), **parameters)
+            answer = answers(_inputs(body), **parameters)
         except RequestError as error:
             refused = True
             answer = {"code": error.status, "type": error.type, "message": str(error)}

@@ -41,6 +41,8 @@ class ModelInfo:
                        to the task
     chosen          what the task read in the checkpoint's files and needs to answer, its own to
                     interpret
+    checkpoint      the hub's name of what was traced; None where it was a folder
+    adapter         the name of the adapter's folder, if one was merged
     """
 
     format_version: int
@@ -65,6 +67,8 @@ class ModelInfo:
     op_interface: int = 1
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
     chosen: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    adapter: str | None = None
 
     def to_json(self) -> str:
         """The text of the file's `ft_handler.json`."""

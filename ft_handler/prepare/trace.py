@@ -142,7 +142,7 @@ def describe(
 ) -> ModelInfo:
     """The metadata of the file to write."""
     config, architecture = checkpoint.config, checkpoint.architecture
-    spec = architecture.spec(config)
+    spec, name = architecture.spec(config), options.model_name_or_path
     return ModelInfo(
         format_version=FORMAT_VERSION,
         mode=task.name,
@@ -171,4 +171,7 @@ def describe(
         op_interface=max(spec.op_interface, architecture.head(task).op_interface),
         function_to_apply=checkpoint.function_to_apply,
         chosen=dict(checkpoint.tailored.chosen),
+        # Whoever may ask a server for these words need not know its folders.
+        checkpoint=None if Path(name).expanduser().is_dir() else name,
+        adapter=None if options.adapter is None else options.adapter.resolve().name,
     )

@@ -17,11 +17,11 @@ from ft_handler.config import spelled
 from ft_handler.errors import MalformedRequest, RequestTooLarge, UnusableRequest
 from ft_handler.request.bodies import parse_json, read_body, read_text
 from ft_handler.request.forms import (
-    INSTANCES,
     LISTED,
     NESTED,
     SINGLE,
     TRUNCATED,
+    Instances,
     OpenInference,
 )
 from ft_handler.request.open_inference import (
@@ -167,7 +167,8 @@ class Decoder(Generic[InputT, ParamsT]):
             instances = document["instances"]
             if not isinstance(instances, list):
                 raise UnusableRequest("'instances' must be a list")
-            return Request(self._inputs(instances, params, "instances"), INSTANCES)
+            form = Instances(self._task.answers_as)
+            return Request(self._inputs(instances, params, "instances"), form)
         return self._one(document, params)
 
     def _one(self, value: object, params: ParamsT) -> Request[InputT]:
@@ -184,6 +185,8 @@ class Decoder(Generic[InputT, ParamsT]):
         params: ParamsT,
         binary: memoryview | None,
     ) -> Request[InputT]:
+        if not self._task.columns_of:
+            raise UnusableRequest(f"{self._task.answers_as} are not answered as tensors")
         params = self._beside(document, _TENSOR_KEYS, params)
         params = self._read(model_parameters(document.get("parameters")), params, "")
         model = self._model

@@ -44,17 +44,19 @@ class Nested:
         return [prediction if isinstance(prediction, list) else [prediction]]
 
 
+@dataclass(frozen=True, slots=True)
 class Instances:
-    """KServe v1: `instances` in, `predictions` out."""
+    """KServe v1: `instances` in, `predictions` or what else the answers are called out."""
 
+    answers_as: str = "predictions"
     many = True
 
     def document(self, predictions: Sequence[Prediction]) -> object:
         """The predictions under their key."""
-        return {"predictions": list(predictions)}
+        return {self.answers_as: list(predictions)}
 
 
-SINGLE, LISTED, NESTED, INSTANCES = Single(), Listed(), Nested(), Instances()
+SINGLE, LISTED, NESTED = Single(), Listed(), Nested()
 
 #: An output that every task has: whether the input was cut.
 TRUNCATED = "truncated"

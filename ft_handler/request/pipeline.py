@@ -87,10 +87,13 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         limits = Limits(settings.max_inputs_per_request, settings.max_text_chars, runner.most_texts)
         self._decoder = Decoder(task, runner.defaults, limits, model)
 
-    def run(self, incoming: Sequence[Incoming | RequestError]) -> tuple[list[Reply], BatchStats]:
-        """One reply a request, in order, and the batch's figures.
+    def run(
+        self, incoming: Sequence[Incoming | RequestError], done: BatchStats | None = None
+    ) -> tuple[list[Reply], BatchStats]:
+        """One reply a request, in order, and their figures.
 
         incoming  requests, or why a server front refuses one already
+        done      what another pipeline did of the same batch before
 
         Raises EngineLost when the process has to be started again.
         """
@@ -98,7 +101,8 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         watch = Stopwatch(self._clock, stats.seconds)
         requests, items = self._decode(incoming)
         watch.lap("decode")
-        self._answer(requests, items, stats, watch)
+        bounds = self._bounds if done is None else self._bounds.after(done)
+        self._answer(requests, items, stats, watch, bounds)
         replies = assemble(requests, items)
         for reply in replies:
             stats.failed += reply.status >= 500
@@ -110,7 +114,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         """The answer to one request, as JSON would have it; raises RequestError and EngineLost."""
         stats = BatchStats(requests=1)
         requests, items = self._decode([incoming])
-        self._answer(requests, items, stats, Stopwatch(self._clock, stats.seconds))
+        self._answer(requests, items, stats, Stopwatch(self._clock, stats.seconds), self._bounds)
         (form,) = requests
         if isinstance(form, RequestError):
             raise form
@@ -148,10 +152,11 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         items: Sequence[Item[InputT]],
         stats: BatchStats,
         watch: Stopwatch,
+        bounds: Bounds,
     ) -> None:
         """Give every item its result, or its request the error that refuses it as a whole."""
         parts = parts_of(items) if self._engine.overlaps else [list(items)]
-        work: Work[EncodingT] = Work(self._bounds, self._clock)
+        work: Work[EncodingT] = Work(bounds, self._clock)
         lengths: list[int] = []
 
         def start(part: list[Item[InputT]]) -> _Part[EncodingT]:

@@ -16,6 +16,7 @@ from typing import Generic
 from ft_handler.config import CoreSettings
 from ft_handler.engine.base import Engine, synthetic_batch
 from ft_handler.errors import Overloaded, RequestError, RequestTooLarge
+from ft_handler.stats import BatchStats
 from ft_handler.tasks.base import EncodingT
 from ft_handler.types import InputT, Item
 
@@ -40,6 +41,12 @@ class Bounds:
     request: int | None = None
     batch: int | None = None
     seconds: float | None = None
+
+    def after(self, done: BatchStats) -> Bounds:
+        """What is left where a part of the batch is done."""
+        batch = None if self.batch is None else max(0, self.batch - done.tokens)
+        seconds = None if self.seconds is None else self.seconds - done.seconds["tokenize"]
+        return Bounds(self.request, batch, seconds)
 
 
 NO_BOUNDS = Bounds()

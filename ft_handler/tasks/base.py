@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
-from ft_handler.config import SettingsT
+from ft_handler.config import MOST_EXPLAINED_WORDS, SettingsT
 from ft_handler.errors import ModelError
 from ft_handler.text.pieces import Pieces
 from ft_handler.text.readers import Reader
@@ -76,6 +76,8 @@ class Loaded:
     labels      names of the outputs, numbered from 0; empty where they have none
     max_length  most tokens of a sequence
     pieces      what the tokens spell
+    mask        id of the token that stands for a word nobody sees; None where there is none
+    most_words  of one input that are explained
     """
 
     info: ModelInfo
@@ -84,6 +86,8 @@ class Loaded:
     template: Template
     max_length: int
     pieces: Pieces
+    mask: int | None = None
+    most_words: int = MOST_EXPLAINED_WORDS
 
 
 class Runner(ABC, Generic[InputT, ParamsT, EncodingT]):
@@ -166,7 +170,11 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     listed      parameters of one text in `inputs`, which Hugging Face's clients want a list for,
                 where neither the request nor the settings say otherwise
     settings    what the handler's configuration may say
-    columns_of  prediction fields as Open Inference tensors, in their order
+    columns_of  prediction fields as Open Inference tensors, in their order; none where answers do
+                not fit tensors
+    answers_as  what KServe v1 calls the answers
+    measured_as what `ft-handler verify` measures in answers, a family of its measures; None: they
+                cannot be verified
     sample      a request that every model of the task can answer
     """
 
@@ -189,6 +197,8 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     listed: ClassVar[Mapping[str, object]] = {}
     settings: type[SettingsT]
     columns_of: ClassVar[Mapping[str, Column]]
+    answers_as: ClassVar[str] = "predictions"
+    measured_as: ClassVar[str | None] = None
     sample: ClassVar[Mapping[str, object]]
 
     @abstractmethod
@@ -231,6 +241,10 @@ class Task(ABC, Generic[InputT, ParamsT, EncodingT, SettingsT]):
     @abstractmethod
     def runner(self, settings: SettingsT, loaded: Loaded) -> Runner[InputT, ParamsT, EncodingT]:
         """The task over a loaded model; raises ConfigError for settings the model contradicts."""
+
+    def explanation(self) -> AnyTask | None:
+        """The task of explaining this one's answers with the same model; None: there is none."""
+        return None
 
     def sample_text(self) -> str:
         """The sample as the body of a plain-text request."""

@@ -21,7 +21,15 @@ from pydantic.dataclasses import dataclass
 
 from ft_handler.config import LARGEST_WHOLE, Flag, Settings, Whole, setting
 from ft_handler.errors import ConfigError, UnusableRequest
-from ft_handler.tasks.base import Alias, Column, Head, Loaded, Runner, Task
+from ft_handler.tasks.base import Alias, AnyTask, Column, Head, Loaded, Runner, Task
+from ft_handler.tasks.occlusion import (
+    EXPLANATIONS,
+    Explainable,
+    Explained,
+    OcclusionRunner,
+    Part,
+    Reason,
+)
 from ft_handler.tasks.spans import best_spans
 from ft_handler.tasks.windows import window_spans
 from ft_handler.text.readers import Origins
@@ -126,7 +134,7 @@ def _most_of(tokens: int) -> int:
     return tokens * 3 // 4
 
 
-class QuestionRunner(Runner[QuestionInput, Parameters, QuestionEncoding]):
+class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
     """Questions to windows; start and end logits `[2, total]` of all windows to answers."""
 
     def __init__(self, settings: QuestionSettings, loaded: Loaded) -> None:
@@ -291,6 +299,66 @@ class QuestionRunner(Runner[QuestionInput, Parameters, QuestionEncoding]):
                 predictions.append([_answer(a) for a in answers[: params.top_k]])
         return predictions
 
+    def parts(self, encoding: QuestionEncoding) -> list[list[Part]]:
+        """The question and a part of the context, in every window."""
+        begin = len(self._template.before)
+        question = Part(0, 0, encoding.first - len(self._template.between) - begin, begin)
+        return [
+            [question, Part(1, start, stop - start, encoding.first)]
+            for start, stop in encoding.spans
+        ]
+
+    def explained(self, encoding: QuestionEncoding, outputs: Outputs) -> Explained:
+        """The start and the end of the best answer, in the window where it is likeliest."""
+        (prediction,) = self.predict([encoding], outputs)
+        answer = prediction[0] if isinstance(prediction, list) else prediction
+        window, start, end = self._tokens(encoding, outputs, answer)
+        return Explained(
+            answer,
+            window,
+            (
+                Reason("importances_answer_start", "delta_start", 0, start),
+                Reason("importances_answer_end", "delta_end", 1, end),
+            ),
+        )
+
+    def _tokens(
+        self, encoding: QuestionEncoding, outputs: Outputs, answer: Mapping[str, object]
+    ) -> tuple[int, int, int]:
+        """The window of an answer, and there its first and its last token."""
+        params = encoding.item.input.params
+        impossible = params.handle_impossible_answer and not answer["answer"]
+        begins, ends = encoding.origins[:, [2, 3] if params.align_to_words else [0, 1]].T
+        firsts = np.flatnonzero(begins == answer["start"])
+        lasts = np.flatnonzero(ends == answer["end"])
+        stops, first = np.cumsum(outputs.lengths), encoding.first
+        found: list[tuple[float, int, int, int]] = []
+        for window, (begin, stop) in enumerate(encoding.spans):
+            at = stops[window] - outputs.lengths[window]
+            context = outputs.values[:, at + first :][:, : stop - begin]
+            # The empty answer lies at the first token, and is as likely as its least window says.
+            allowed = np.column_stack((outputs.values[:, at], context))
+            log_p = allowed - _log_sum_exp(allowed)
+            if impossible:
+                found.append((-float(log_p[:, 0].sum()), window, 0, 0))
+                continue
+            inside = [places[(places >= begin) & (places < stop)] for places in (firsts, lasts)]
+            found += [
+                (float(log_p[0, 1 + s] + log_p[1, 1 + e]), window, first + s, first + e)
+                for s in (inside[0] - begin).tolist()
+                for e in (inside[1] - begin).tolist()
+                if s <= e
+            ]
+        _, window, start, end = max(found)
+        return window, start, end
+
+
+def _log_sum_exp(logits: Floats) -> Floats:
+    """log(sum(exp(logits))) over the last axis, which stays; [rows, columns]."""
+    top = logits.max(axis=1, keepdims=True)
+    total: Floats = top + np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
+    return total
+
 
 #: Score, first character, end, text.
 _Answer = tuple[float, int, int, str]
@@ -343,6 +411,7 @@ class QuestionAnswering(Task[QuestionInput, Parameters, QuestionEncoding, Questi
         "start": Column("INT64", 0),
         "end": Column("INT64", 0),
     }
+    measured_as = "spans"
     sample: ClassVar[Mapping[str, object]] = {
         "question": "When does the library open?",
         "context": "The town library opens at nine in the morning and closes at six.",
@@ -379,9 +448,28 @@ class QuestionAnswering(Task[QuestionInput, Parameters, QuestionEncoding, Questi
             for question, context in zip(questions, contexts, strict=True)
         ]
 
-    def runner(self, settings: QuestionSettings, loaded: Loaded) -> QuestionRunner:
+    def runner(
+        self, settings: QuestionSettings, loaded: Loaded
+    ) -> Runner[QuestionInput, Parameters, Any]:
         """Windows of at most `max_seq_len` tokens."""
         return QuestionRunner(settings, loaded)
+
+    def explanation(self) -> AnyTask:
+        """What each word does for where the answer starts and ends."""
+        return QuestionExplanation()
+
+
+class QuestionExplanation(QuestionAnswering):
+    """What each word of a question and its context does for where the answer starts and ends."""
+
+    columns_of: ClassVar[Mapping[str, Column]] = {}
+    answers_as = EXPLANATIONS
+
+    def runner(
+        self, settings: QuestionSettings, loaded: Loaded
+    ) -> Runner[QuestionInput, Parameters, Any]:
+        """One word after the other is left out."""
+        return OcclusionRunner(self, QuestionRunner(settings, loaded), loaded)
 
 
 TASK = QuestionAnswering()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -12,7 +13,15 @@ from pydantic.dataclasses import dataclass
 
 from ft_handler.config import LARGEST_WHOLE, AnyCase, Flag, Settings, Whole, setting
 from ft_handler.errors import ConfigError, UnusableRequest
-from ft_handler.tasks.base import Alias, Column, Head, Loaded, Runner, Task
+from ft_handler.tasks.base import Alias, AnyTask, Column, Head, Loaded, Runner, Task
+from ft_handler.tasks.occlusion import (
+    EXPLANATIONS,
+    Explainable,
+    Explained,
+    OcclusionRunner,
+    Part,
+    Reason,
+)
 from ft_handler.tasks.pairs import Truncation, kept
 from ft_handler.tasks.scores import sigmoid, softmax
 from ft_handler.tasks.windows import default_overlap, even_spans
@@ -93,6 +102,16 @@ class TextInput:
         return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
 
 
+@plain_dataclass(slots=True, eq=False)
+class TextEncoding(Encoding[TextInput]):
+    """The sequence of a text or a pair, or its windows.
+
+    kept  how many tokens of each text it has; nothing where the input is in windows
+    """
+
+    kept: tuple[int, ...]
+
+
 def default_function(problem_type: str | None, num_labels: int) -> Function:
     """As transformers: regression none, multi-label or one label sigmoid, else softmax."""
     if problem_type == "regression":
@@ -109,7 +128,7 @@ def apply(function: Function, logits: Floats) -> Floats:
     return sigmoid(logits) if function == "sigmoid" else logits
 
 
-class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
+class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
     """Texts to sequences of at most `max_length` tokens; logits `[inputs, labels]` to labels."""
 
     def __init__(self, settings: ClassificationSettings, loaded: Loaded) -> None:
@@ -139,13 +158,13 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
         template = self._template
         return self.longest - len(template.single_before) - len(template.single_after)
 
-    def encode(self, items: Sequence[Item[TextInput]]) -> list[Encoding[TextInput]]:
+    def encode(self, items: Sequence[Item[TextInput]]) -> list[TextEncoding]:
         """One sequence an item, or windows; too long a text without truncation is refused."""
         inputs = [item.input for item in items]
         firsts = self._reader.ids([i.text for i in inputs])
         pairs = [i.text_pair for i in inputs if i.text_pair is not None]
         seconds = iter(self._reader.ids(pairs) if pairs else ())
-        out: list[Encoding[TextInput]] = []
+        out: list[TextEncoding] = []
         for item, first in zip(items, firsts, strict=True):
             try:
                 if item.input.text_pair is None:
@@ -156,31 +175,32 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
                 item.result = error
         return out
 
-    def _single(self, item: Item[TextInput], ids: Ids) -> Encoding[TextInput]:
+    def _single(self, item: Item[TextInput], ids: Ids) -> TextEncoding:
         room = self._room_alone() - self._less(item)
         over = len(ids) > room
-        if over and item.input.params.long_texts != "truncate":
+        if over and _in_windows(item):
             parts = [self._alone(part) for part in self._windows(item, ids, room)]
-            return Encoding(item, parts, [len(part) for part in parts], False)
+            return TextEncoding(item, parts, [len(part) for part in parts], False, ())
         if over:
             self._check(item, len(ids), 0, room)
-        sequence = self._alone(ids[:room])
-        return Encoding(item, [sequence], [len(sequence)], over)
+        ids = ids[:room]
+        sequence = self._alone(ids)
+        return TextEncoding(item, [sequence], [len(sequence)], over, (len(ids),))
 
-    def _pair(self, item: Item[TextInput], first: Ids, second: Ids) -> Encoding[TextInput]:
+    def _pair(self, item: Item[TextInput], first: Ids, second: Ids) -> TextEncoding:
         template = self._template
         count = len(first) + len(second)
         room = self.longest - template.pair_specials - self._less(item)
         over = count > room
-        if over and item.input.params.long_texts != "truncate":
+        if over and _in_windows(item):
             pairs = self._pair_windows(item, first, second, room)
             parts, splits = zip(*(template.pair(a, b) for a, b in pairs), strict=True)
-            return Encoding(item, [*parts], [*splits], False)
+            return TextEncoding(item, [*parts], [*splits], False, ())
         if over:
             keep_first, keep_second = self._check(item, len(first), len(second), room)
             first, second = first[:keep_first], second[:keep_second]
         sequence, split = template.pair(first, second)
-        return Encoding(item, [sequence], [split], over)
+        return TextEncoding(item, [sequence], [split], over, (len(first), len(second)))
 
     def _alone(self, ids: Ids) -> Ids:
         return np.concatenate((self._template.single_before, ids, self._template.single_after))
@@ -223,9 +243,7 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
         limit = self.longest - self._less(item)
         return kept(first, second, room, limit, item.input.params.truncation)
 
-    def predict(
-        self, encodings: Sequence[Encoding[TextInput]], outputs: Outputs
-    ) -> list[Prediction]:
+    def predict(self, encodings: Sequence[TextEncoding], outputs: Outputs) -> list[Prediction]:
         """`{"label", "score"}`, or with `top_k` a list of them sorted by score."""
         groups: dict[Parameters, list[int]] = {}
         for i, encoding in enumerate(encodings):
@@ -256,8 +274,46 @@ class ClassificationRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
             for row, row_scores in zip(order.tolist(), scores.tolist(), strict=True)
         ]
 
+    def parts(self, encoding: TextEncoding) -> list[list[Part]]:
+        """The text, or both of the pair, up to where they are cut."""
+        template, kept = self._template, encoding.kept
+        if len(kept) == 1:
+            return [[Part(0, 0, kept[0], len(template.single_before))]]
+        first = len(template.before)
+        second = first + kept[0] + len(template.between)
+        return [[Part(0, 0, kept[0], first), Part(1, 0, kept[1], second)]]
 
-def _of_windows(encodings: Sequence[Encoding[TextInput]], logits: Floats) -> Floats:
+    def explained(self, encoding: TextEncoding, outputs: Outputs) -> Explained:
+        """The logit of the best label, or of the one that the request names."""
+        params = encoding.item.input.params
+        logits = outputs.values[:1]
+        label = self._target(params)
+        if label is None:
+            label = int(logits[0].argmax())
+        scores = apply(params.function_to_apply or self._function, logits)
+        answer = {"label": self._labels[label], "score": float(scores[0, label])}
+        return Explained(answer, 0, (Reason("importances", "delta", label),))
+
+    def _target(self, params: Parameters) -> int | None:
+        """The label that a request names; raises UnusableRequest where there is no such label."""
+        target = params.target if isinstance(params, ExplanationParameters) else None
+        if isinstance(target, str) and target in self._labels:
+            return self._labels.index(target)
+        if isinstance(target, str) or not 0 <= (target or 0) < len(self._labels):
+            raise UnusableRequest(
+                "'target' must be the name of a label or its number, of which the last is "
+                f"{len(self._labels) - 1}"
+            )
+        return target
+
+
+def _in_windows(item: Item[TextInput]) -> bool:
+    """Whether too long an input is read whole; what is explained is what one sequence holds."""
+    params = item.input.params
+    return params.long_texts != "truncate" and not isinstance(params, ExplanationParameters)
+
+
+def _of_windows(encodings: Sequence[TextEncoding], logits: Floats) -> Floats:
     """Logits `[windows, labels]` of all inputs' windows as one row an input."""
     if len(logits) == len(encodings):
         return logits
@@ -269,9 +325,7 @@ def _of_windows(encodings: Sequence[Encoding[TextInput]], logits: Floats) -> Flo
     return rows
 
 
-class SequenceClassification(
-    Task[TextInput, Parameters, Encoding[TextInput], ClassificationSettings]
-):
+class SequenceClassification(Task[TextInput, Parameters, TextEncoding, ClassificationSettings]):
     """A label, or several, for a text or a pair of texts."""
 
     name = "sequence_classification"
@@ -280,7 +334,7 @@ class SequenceClassification(
     labelled = True
     required = ("text",)
     optional = ("text_pair",)
-    ignored = ("target",)  # TorchServe's published sample has it
+    ignored: ClassVar[tuple[str, ...]] = ("target",)  # TorchServe's published sample has it
     bare = "text"
     nested = True
     parameters = Parameters
@@ -295,6 +349,7 @@ class SequenceClassification(
         "label": Column("BYTES", ""),
         "score": Column("FP32", 0.0),
     }
+    measured_as = "labels"
     sample: ClassVar[Mapping[str, object]] = {
         "text": "A warm, funny film that never overstays its welcome."
     }
@@ -318,9 +373,60 @@ class SequenceClassification(
         """A text, or a pair."""
         return TextInput(texts["text"], texts.get("text_pair"), params)
 
-    def runner(self, settings: ClassificationSettings, loaded: Loaded) -> ClassificationRunner:
+    def runner(
+        self, settings: ClassificationSettings, loaded: Loaded
+    ) -> Runner[TextInput, Parameters, Any]:
         """Labels come from the archive, else from the traced file."""
         return ClassificationRunner(settings, loaded)
+
+    def explanation(self) -> AnyTask:
+        """What each word does for a label."""
+        return ClassificationExplanation()
+
+
+@dataclass(frozen=True, slots=True, config=ConfigDict(strict=True))
+class ExplanationParameters(Parameters):
+    """How one text is explained; of the labels one is explained, whatever `top_k` says.
+
+    target  a label or its number; None is the best one
+    """
+
+    target: int | str | None = None
+
+
+class ExplainedClassificationRunner(ClassificationRunner):
+    """Classification whose requests may name the label they ask about."""
+
+    def __init__(self, settings: ClassificationSettings, loaded: Loaded) -> None:
+        super().__init__(settings, loaded)
+        self.defaults = ExplanationParameters(
+            **{field.name: getattr(self.defaults, field.name) for field in fields(Parameters)}
+        )
+
+    def encode(self, items: Sequence[Item[TextInput]]) -> list[TextEncoding]:
+        """As for a prediction; a target that is no label is refused."""
+        for item in items:
+            try:
+                self._target(item.input.params)
+            except UnusableRequest as error:
+                item.result = error
+        return super().encode([item for item in items if item.result is None])
+
+
+class ClassificationExplanation(SequenceClassification):
+    """What each word of a text or a pair does for a label."""
+
+    ignored = ()
+    parameters = ExplanationParameters
+    listed: ClassVar[Mapping[str, object]] = {}
+    columns_of: ClassVar[Mapping[str, Column]] = {}
+    answers_as = EXPLANATIONS
+
+    def runner(
+        self, settings: ClassificationSettings, loaded: Loaded
+    ) -> Runner[TextInput, Parameters, Any]:
+        """One word after the other is left out."""
+        return OcclusionRunner(self, ExplainedClassificationRunner(settings, loaded), loaded)
 
 
 TASK = SequenceClassification()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -23,6 +25,24 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
         short = room // 2
         long = short + room % 2
     return (long, short) if first > second else (short, long)
+
+
+#: How tokenizers spell the token that pre-training puts in the place of a word.
+_MASKS = ("[MASK]", "<mask>")
+
+
+def mask_of(tokenizer: Tokenizer) -> int | None:
+    """The token that stands for a word nobody sees: the mask, else the unknown token, if any."""
+    known = (tokenizer.token_to_id(name) for name in _MASKS)
+    mask = next((number for number in known if number is not None), None)
+    if mask is not None:
+        return int(mask)
+    model = json.loads(tokenizer.to_str())["model"]
+    if model.get("unk_id") is not None:  # of a unigram model
+        return int(model["unk_id"])
+    unknown = model.get("unk_token")
+    number = None if unknown is None else tokenizer.token_to_id(unknown)
+    return None if number is None else int(number)
 
 
 class Template:

@@ -39,6 +39,9 @@ class FakePredictor:
             raise UnusableRequest("unknown parameter")
         return {"inputs": inputs, **parameters}
 
+    def explain(self, inputs: object, **parameters: object) -> object:
+        return {"explained": inputs, **parameters}
+
 
 @pytest.fixture(autouse=True)
 def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +136,11 @@ def test_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict(str(tmp_path), "--device", "cpu", "--threads", "2", *more, "--", "--text") == 0
     assert FakePredictor.loaded == (tmp_path, "cpu", 2)
     assert answers(capsys) == [{"inputs": "--text", **dict(parameters.values())}]
+
+
+def test_explanations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict(str(tmp_path), "--explain", "a film", "--param", "target=1") == 0
+    assert answers(capsys) == [{"explained": "a film", "target": 1}]
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_arguments_win_over_files(tmp_path):
         ({"doc_stride": 5}, PUBLISHED, "'doc_stride'.* question_answering"),
         ({"max_seq_len": 64}, None, "'max_seq_len'"),
         ({"save_mode": "eager"}, None, "'save_mode'"),
-        ({"captum_explanation": True}, None, "'captum_explanation'"),
+        ({"max_explained_words": 0}, None, "'max_explained_words'"),
         ({"FasterTransformer": False}, None, "'FasterTransformer'"),
         ({"BetterTransformer": True}, None, "'BetterTransformer'"),
         ({"model_parallel": True}, None, "'model_parallel'"),

@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "prepare tuning",
         "runtime",
         "servers",
-        "predictor entry doctor",
+        "predictor entry doctor verify",
         "cli",
         "__main__",
     )

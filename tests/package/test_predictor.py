@@ -74,6 +74,16 @@ def test_refusals_are_exceptions_with_their_status(classifier: Predictor) -> Non
         classifier.predict("a", top_k=0)
 
 
+def test_answers_are_explained_whatever_the_settings_say(classifier: Predictor) -> None:
+    one: Any = classifier.explain(TEXTS[0])
+    assert one["words"] == TEXTS[0].split()
+    assert len(one["importances"]) == 3
+    many: Any = classifier.explain(TEXTS[:2], target="neutral")
+    assert [m["label"] for m in many] == ["neutral", "neutral"]
+    with pytest.raises(UnusableRequest, match="'target'"):
+        classifier.explain("a", target="terrible")
+
+
 def test_what_cannot_be_loaded_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder or file"):
         Predictor.load(tmp_path / "nothing")

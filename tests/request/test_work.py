@@ -19,7 +19,8 @@ from ft_handler.config import CoreSettings
 from ft_handler.engine.base import Done
 from ft_handler.errors import ConfigError
 from ft_handler.request import work
-from ft_handler.request.work import Bounds, bounds_of, tokens_in
+from ft_handler.request.work import NO_BOUNDS, Bounds, bounds_of, tokens_in
+from ft_handler.stats import BatchStats
 from ft_handler.text.tokenizer import load_tokenizer
 from ft_handler.types import Incoming, PackedBatch
 
@@ -236,3 +237,11 @@ def test_an_opened_model_refuses_what_its_settings_say(
     pipeline = open_model(tmp_path, raw, answer_within=60).pipeline
     replies, _ = pipeline.run([classified(11), classified(5, 5), classified(5, 6)])
     assert [r.status for r in replies] == [413, 200, 413]
+
+
+def test_what_is_done_of_a_batch_is_taken_from_what_may_be_done() -> None:
+    done = BatchStats(tokens=30)
+    done.seconds.update(tokenize=2.0, compute=9.0)
+    assert Bounds(50, 100, 5.0).after(done) == Bounds(50, 70, 3.0)
+    assert Bounds(50, 20).after(done) == Bounds(50, 0)
+    assert NO_BOUNDS.after(done) == NO_BOUNDS

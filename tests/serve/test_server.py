@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -27,6 +28,8 @@ from malformed import CASES
 from odd_requests import Odd, odd_requests
 from tiny import WORD_LIST
 
+from ft_handler.predictor import Predictor
+from ft_handler.servers.torchserve.archive import archive
 from ft_handler.servers.torchserve.metrics import METRICS
 
 Expected = Callable[[str], dict[str, float]]
@@ -499,6 +502,41 @@ def test_setup_config_json(
     assert running.describe("older")["batchSize"] == 8
     assert right(running.predict("older", SENTENCE).json(), SENTENCE, expected)
     assert running.manage("DELETE", "/models/older").status_code == 200
+
+
+def test_explanations_through_the_server(
+    running: Any, traced: Mapping[str, Path], store: Path, tmp_path: Path
+) -> None:
+    """Switched on in the older settings file, as TorchServe's example has it."""
+    folder = shutil.copytree(traced["sequence_classification"], tmp_path / "explained")
+    settings = {"captum_explanation": True, "embedding_name": "bert"}
+    (folder / "setup_config.json").write_text(json.dumps(settings))
+    archive(folder, model_name="explained", export_path=store)
+    answer = running.manage(
+        "POST", "/models", url="explained.mar", initial_workers=1, synchronous="true"
+    )
+    assert answer.status_code == 200, answer.text
+
+    def explain(path: str, document: Any) -> requests.Response:
+        return requests.post(f"{running.server.inference}{path}", json=document, timeout=60)
+
+    wanted: Any = Predictor.load(folder).explain({"text": SENTENCE, "target": 1})
+    one = explain("/explanations/explained", {"text": SENTENCE, "target": 1})
+    assert one.status_code == 200, one.text
+    body = [{"data": SENTENCE, "target": 1}, {"text": SENTENCE, "target": "neutral"}]
+    v1 = explain("/v1/models/explained:explain", {"instances": body})
+    for found in (one.json(), *v1.json()["explanations"]):
+        assert found.keys() == wanted.keys()
+        assert (found["words"], found["label"]) == (SENTENCE.split(), "neutral")
+        # What shares a batch moves the last bits.
+        assert found["importances"] == pytest.approx(wanted["importances"], abs=1e-5)
+        assert found["delta"] == pytest.approx(wanted["delta"], abs=1e-5)
+    refused = explain("/explanations/explained", {"text": SENTENCE, "target": 7})
+    assert (refused.status_code, refused.json()["type"]) == (422, "UnusableRequest")
+    assert running.predict("explained", SENTENCE).status_code == 200
+    # Another model of the same server, where nobody switched it on.
+    assert explain("/explanations/cls", {"text": SENTENCE}).status_code == 501
+    assert running.manage("DELETE", "/models/explained").status_code == 200
 
 
 def test_every_metric_is_declared() -> None:

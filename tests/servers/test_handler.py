@@ -73,6 +73,48 @@ def test_what_is_no_prediction_is_answered_as_what_it_is(archive):
     assert bodies[2] == json.loads(model_info().to_json())
 
 
+def test_explanations_are_answered_where_they_are_switched_on(archive):
+    handler, context = ready(archive, {"captum_explanation": True})
+    context.request_headers = {i: {"Host": "x", "explain": "True"} for i in (0, 2, 3, 5)} | {
+        4: {"Host": "x", "describe": "True"}
+    }
+    asked = [
+        {"body": "a good film"},
+        {"body": "a good film"},
+        {"body": {"text": "a good film", "target": "neutral"}},
+        {"body": {"text": "a good film", "target": "dreadful"}},
+        {},
+        {"body": {"instances": ["a good film", {"data": "warm", "target": 0}]}},
+    ]
+    bodies = [json.loads(b) for b in handler.handle(asked, context)]
+    assert context.statuses == {3: 422}
+    assert bodies[0]["words"] == ["a", "good", "film"]
+    assert len(bodies[0]["importances"]) == 3
+    assert {k: bodies[0][k] for k in ("label", "score")} == bodies[1]
+    assert bodies[2]["label"] == "neutral"
+    assert bodies[3]["type"] == "UnusableRequest"
+    assert bodies[4] == json.loads(model_info().to_json())
+    first, second = bodies[5]["explanations"]
+    assert first == bodies[0]
+    assert (second["words"], second["label"]) == (["warm"], "negative")
+    emitted = {name: value for name, value, *_ in context.emitted}
+    assert emitted["ft_requests_total"] == 5
+    # Of each explanation n words make n + 2 sequences of n + 2 tokens.
+    assert emitted["ft_tokens_total"] == 5 + 3 * 25 + 9
+    assert emitted["ft_refused_total"] == 1
+
+
+def test_explanations_get_what_predictions_leave_of_the_work(archive):
+    handler, context = ready(archive, {"captum_explanation": True, "max_work_tokens": 25})
+    context.request_headers = {0: {"Host": "x", "explain": "True"}}
+    asked = [{"body": "a good film"}, {"body": "warm"}]
+    handler.handle(asked[:1], context)
+    assert context.statuses == {}
+    bodies = [json.loads(b) for b in handler.handle(asked, context)]
+    assert context.statuses == {0: 503}
+    assert "label" in bodies[1]
+
+
 def test_a_batch_may_hold_no_prediction_at_all(archive):
     handler, context = ready(archive)
     context.request_headers = {0: {"Host": "x", "describe": "True"}}

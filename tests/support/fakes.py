@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ft_handler import tasks
-from ft_handler.config import CoreSettings, RawSettings
+from ft_handler.config import MOST_EXPLAINED_WORDS, CoreSettings, RawSettings
 from ft_handler.engine.base import Engine
 from ft_handler.model.info import ModelInfo
 from ft_handler.request.pipeline import Pipeline
@@ -17,7 +17,7 @@ from ft_handler.request.work import Bounds
 from ft_handler.tasks.base import AnyTask, Loaded, Runner
 from ft_handler.text.chunks import reader_of
 from ft_handler.text.pieces import Pieces
-from ft_handler.text.template import Template
+from ft_handler.text.template import Template, mask_of
 from ft_handler.types import Floats, Item, PackedBatch
 
 
@@ -54,6 +54,7 @@ def loaded(
     info: ModelInfo,
     labels: Mapping[int, str] | None = None,
     max_length: int | None = None,
+    most_words: int = MOST_EXPLAINED_WORDS,
 ) -> Loaded:
     """What a worker has loaded when it asks a task for a runner."""
     return Loaded(
@@ -63,6 +64,8 @@ def loaded(
         Template(tokenizer, info.type_vocab_size),
         max_length or info.max_positions,
         Pieces(tokenizer),
+        mask_of(tokenizer),
+        most_words,
     )
 
 
@@ -91,15 +94,24 @@ def pipeline_of(
     info: ModelInfo | None = None,
     clock: Callable[[], float] | None = None,
     bounds: Bounds | None = None,
+    explains: bool = False,
     **settings: object,
 ) -> Pipeline[Any, Any, Any]:
-    """A pipeline over an engine, with settings as a configuration file has them."""
+    """A pipeline over an engine, with settings as a configuration file has them.
+
+    explains  it explains the task's answers instead of giving them
+    """
     task: AnyTask = tasks.get(mode)
+    if explains:
+        explanation = task.explanation()
+        assert explanation is not None
+        task = explanation
     raw = RawSettings({"the test": settings})
     raw.refuse_unknown((CoreSettings, task.settings), {})
     core, info = raw.read(CoreSettings), info or model_info(mode)
     runner = task.runner(
-        raw.read(task.settings), loaded(tokenizer, info, max_length=core.max_length)
+        raw.read(task.settings),
+        loaded(tokenizer, info, max_length=core.max_length, most_words=core.max_explained_words),
     )
     return Pipeline(
         task,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ft_handler import tasks
 from ft_handler.config import Settings, Whole, setting
-from ft_handler.errors import ConfigError, UnusableRequest
+from ft_handler.errors import ConfigError, NotOffered, UnusableRequest
 from ft_handler.model.heads import HeadModule
 from ft_handler.predictor import Predictor
 from ft_handler.prepare.options import TraceOptions
@@ -226,6 +226,13 @@ def test_settings_of_the_task_are_its_own(traced: Path) -> None:
         Predictor.load(traced, settings={"most": 6})
     with pytest.raises(ConfigError, match=r"'doc_stride' .* question_answering"):
         Predictor.load(traced, settings={"doc_stride": 3})
+
+
+def test_what_a_task_does_not_explain_is_refused(traced: Path) -> None:
+    with pytest.raises(NotOffered, match="answers of toy are not explained"):
+        Predictor.load(traced).explain("a good film")
+    with pytest.raises(ConfigError, match=r"'captum_explanation' .* toy"):
+        Predictor.load(traced, settings={"captum_explanation": True})
 
 
 def test_the_folder_has_what_the_task_says(traced: Path) -> None:

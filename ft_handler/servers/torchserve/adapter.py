@@ -45,10 +45,12 @@ def incoming(
 ) -> Incoming | RequestError:
     """One element of TorchServe's `data` as a request, or why it is none.
 
-    why  what the request is for, as `purpose` says
+    why  what the request is for, as `purpose` says, unless that is offered
     """
     if why is EXPLAIN:
-        return NotOffered("explanations are not offered; /predictions answers")
+        return NotOffered(
+            "explanations are not offered (setting captum_explanation); /predictions answers"
+        )
     bodies = [name for name in _BODIES if name in item]
     if len(bodies) > 1:
         return MalformedRequest("send either 'body' or 'data', not both")

@@ -13,8 +13,9 @@ from ft_handler.config import RawSettings
 from ft_handler.errors import EngineLost, FtHandlerError
 from ft_handler.runtime import Ready, keep_out_of_collections, open_model
 from ft_handler.servers.torchserve import envelope, metrics, receive
-from ft_handler.servers.torchserve.adapter import DESCRIBE, incoming, over_grpc, purpose
+from ft_handler.servers.torchserve.adapter import DESCRIBE, EXPLAIN, incoming, over_grpc, purpose
 from ft_handler.servers.torchserve.settings import TorchServeSettings
+from ft_handler.stats import BatchStats
 from ft_handler.types import Reply
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class Worker:
     """One worker's model, asked batch by batch."""
 
     def __init__(self, ready: Ready, settings: TorchServeSettings) -> None:
-        self._pipeline = ready.pipeline
+        self._pipeline, self._explainer = ready.pipeline, ready.explainer
         self._metrics = settings.metrics
         self._description = Reply(200, "OK", ready.info.to_json().encode())
 
@@ -36,26 +37,46 @@ class Worker:
         headers = [ctx.get_all_request_header(index) for index in range(len(data))]
         asked = [purpose(own) for own in headers]
         try:
-            replies, stats = self._pipeline.run(
-                [
-                    incoming(item, own, why)
-                    for item, own, why in zip(data, headers, asked, strict=True)
-                    if why is not DESCRIBE
-                ]
-            )
+            replies, stats = self._replies(data, headers, asked)
         except EngineLost as error:
             # TorchServe starts a worker that ends again; one that raises would stay broken.
             logger.critical("the device is lost, this worker ends: %s", error)
             sys.exit(1)
-        for index, why in enumerate(asked):
-            if why is DESCRIBE:
-                replies.insert(index, self._description)
         for index, reply in enumerate(replies):
             _answer(ctx, index, reply, over_grpc(headers[index]))
         stats.undecodable = receive.undecodable.take()
         if self._metrics:
             metrics.emit(ctx.metrics, stats)
         return [reply.body for reply in replies]
+
+    def _replies(
+        self,
+        data: Sequence[Mapping[str, object]],
+        headers: Sequence[Mapping[str, str]],
+        asked: Sequence[str | None],
+    ) -> tuple[list[Reply], BatchStats]:
+        """One reply a request; predictions are computed before explanations, which are long."""
+        everyone = range(len(data))
+        explains = self._explainer is not None
+        explained = [i for i in everyone if asked[i] is EXPLAIN and explains]
+        others = {i for i in everyone if asked[i] is DESCRIBE}.union(explained)
+        predicted = [i for i in everyone if i not in others]
+        answered, stats = self._pipeline.run(
+            [incoming(data[i], headers[i], asked[i]) for i in predicted]
+        )
+        if len(answered) == len(data):
+            return answered, stats
+        replies = [self._description] * len(data)
+        for index, reply in zip(predicted, answered, strict=True):
+            replies[index] = reply
+        if self._explainer is not None and explained:
+            answered, more = self._explainer.run(
+                [incoming(data[i], headers[i]) for i in explained], stats
+            )
+            stats.add(more)
+            for index, reply in zip(explained, answered, strict=True):
+                replies[index] = reply
+        return replies, stats
 
 
 def load(ctx: Any) -> Worker:
