@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ft_handler.architectures.base import CLASSIFIERS, Architecture, summary_head, weight_and_bias
 from ft_handler.model.heads import PooledHead
+from ft_handler.model.spec import EncoderSpec
 from ft_handler.tasks.base import Head
 
 _EMBEDDINGS = "{base}.embeddings."
@@ -53,6 +55,10 @@ class Albert(Architecture):
     heads: ClassVar[Mapping[str, Head]] = {
         CLASSIFIERS: summary_head(PooledHead, "{base}.pooler", "classifier")
     }
+
+    def spec(self, config: Any) -> EncoderSpec:
+        """BERT's, with a width of the embeddings."""
+        return dataclasses.replace(super().spec(config), embedding_size=config.embedding_size)
 
 
 ARCHITECTURE = Albert()

@@ -65,7 +65,7 @@ def test_bfloat16_is_at_most_twice_as_wrong(model_type: str, kind: str) -> None:
     ("model_type", "changes"),
     [
         *(("bert", {"hidden_act": name}) for name in ACTIVATIONS),
-        ("bert", {"type_vocab_size": 1}),
+        ("bert", {"type_vocab_size": 1, "embedding_size": 7}),  # a stray field
         ("roberta", {"type_vocab_size": 2, "pad_token_id": 3}),
         ("distilbert", {"activation": "relu"}),
         ("electra", {"embedding_size": 64, "hidden_act": "relu"}),
