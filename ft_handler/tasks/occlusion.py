@@ -59,13 +59,13 @@ class Reason(NamedTuple):
 class Explained(NamedTuple):
     """What is explained of one answer.
 
-    answer    what it says, such as a label and its score
-    sequence  which of the encoding's sequences it comes from
-    reasons   its outputs there
+    answer     what it says, such as a label and its score
+    sequences  which of the encoding's sequences it comes from; of several the mean is explained
+    reasons    its outputs there
     """
 
     answer: Mapping[str, object]
-    sequence: int
+    sequences: Sequence[int]
     reasons: Sequence[Reason]
 
 
@@ -143,7 +143,7 @@ class OcclusionRunner(Runner[InputT, ParamsT, OccludedEncoding[InputT, EncodingT
     ) -> list[Prediction]:
         """Words with their importances, and what is explained.
 
-        A word outside the sequence that the answer comes from does nothing for it: it has 0.
+        A word outside the sequences that the answer comes from does nothing for it: it has 0.
         """
         ends = np.cumsum(outputs.lengths)
         first = 0
@@ -153,16 +153,17 @@ class OcclusionRunner(Runner[InputT, ParamsT, OccludedEncoding[InputT, EncodingT
             wholes = first + np.cumsum(groups) - groups
             first += int(groups.sum())
             explained = self._runner.explained(encoding.whole, self._wholes(outputs, ends, wholes))
-            chosen = explained.sequence
-            rows = wholes[chosen] + np.arange(groups[chosen])
-            words = encoding.runs[chosen][:, 0]
             answer = self._words(encoding)
             for reason in explained.reasons:
-                logits = self._logits(outputs, ends, rows, reason)
                 importances = np.zeros(len(encoding.places))
-                importances[words] = logits[0] - logits[1:-1]
+                everything = 0.0  # what all words do together
+                for sequence in explained.sequences:
+                    rows = wholes[sequence] + np.arange(groups[sequence])
+                    logits = self._logits(outputs, ends, rows, reason) / len(explained.sequences)
+                    importances[encoding.runs[sequence][:, 0]] += logits[0] - logits[1:-1]
+                    everything += logits[0] - logits[-1]
                 answer[reason.importances] = importances.tolist()
-                answer[reason.delta] = float(importances.sum() - (logits[0] - logits[-1]))
+                answer[reason.delta] = float(importances.sum() - everything)
             predictions.append({**answer, **explained.answer})
         return predictions
 

@@ -105,10 +105,10 @@ class TextInput:
 class TextEncoding(Encoding[TextInput]):
     """The sequence of a text or a pair.
 
-    kept  how many tokens of each text it has
+    parts  where the texts stand in it
     """
 
-    kept: tuple[int, ...]
+    parts: list[list[Part]]
 
 
 def default_function(problem_type: str | None, num_labels: int) -> Function:
@@ -165,8 +165,8 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
         if len(ids) > room:
             self._check(item, len(ids), 0, room)
         sequence = np.concatenate((before, ids[:room], after))
-        kept = (min(len(ids), room),)
-        return TextEncoding(item, [sequence], [len(sequence)], len(ids) > room, kept)
+        parts = [[Part(0, 0, min(len(ids), room), len(before))]]
+        return TextEncoding(item, [sequence], [len(sequence)], len(ids) > room, parts)
 
     def _pair(self, item: Item[TextInput], first: Ids, second: Ids) -> TextEncoding:
         template = self._template
@@ -185,8 +185,10 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
             )
         )
         split = template.split(keep_first, len(sequence))
-        kept = (keep_first, keep_second)
-        return TextEncoding(item, [sequence], [split], count > room, kept)
+        at = len(template.before)
+        second_at = at + keep_first + len(template.between)
+        parts = [[Part(0, 0, keep_first, at), Part(1, 0, keep_second, second_at)]]
+        return TextEncoding(item, [sequence], [split], count > room, parts)
 
     def _less(self, item: Item[TextInput]) -> int:
         """How many tokens fewer than the model's setting an input may have."""
@@ -248,12 +250,7 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
 
     def parts(self, encoding: TextEncoding) -> list[list[Part]]:
         """The text, or both of the pair, up to where they are cut."""
-        template, kept = self._template, encoding.kept
-        if len(kept) == 1:
-            return [[Part(0, 0, kept[0], len(template.single_before))]]
-        first = len(template.before)
-        second = first + kept[0] + len(template.between)
-        return [[Part(0, 0, kept[0], first), Part(1, 0, kept[1], second)]]
+        return encoding.parts
 
     def explained(self, encoding: TextEncoding, outputs: Outputs) -> Explained:
         """The logit of the best label, or of the one that the request names."""
@@ -264,7 +261,7 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
             label = int(logits[0].argmax())
         scores = apply(params.function_to_apply or self._function, logits)
         answer = {"label": self._labels[label], "score": float(scores[0, label])}
-        return Explained(answer, 0, (Reason("importances", "delta", label),))
+        return Explained(answer, (0,), (Reason("importances", "delta", label),))
 
     def _target(self, params: Parameters) -> int | None:
         """The label that a request names; raises UnusableRequest where there is no such label."""
