@@ -21,6 +21,9 @@ from ft_handler.tasks.base import AnyTask, EncodingT, Loaded, ParamsT, Runner
 from ft_handler.text.readers import Origins
 from ft_handler.types import Encoding, Floats, Ids, InputT, Item, Outputs, Prediction
 
+#: An input's sequences are at most so many times those that its words would make in one window:
+#: a request may ask for windows that nearly all have the same words.
+MOST_WINDOWS = 4
 #: What KServe v1 calls the answers of a task that explains.
 EXPLANATIONS = "explanations"
 
@@ -120,11 +123,10 @@ class OcclusionRunner(Runner[InputT, ParamsT, OccludedEncoding[InputT, EncodingT
         for encoding in encodings:
             own = [next(origins) for _ in encoding.item.input.texts]
             places, runs = words_of(self._runner.parts(encoding), own)
-            if len(places) > self._most:
-                encoding.item.result = RequestTooLarge(
-                    f"the model reads {len(places)} words of this input, at most {self._most} are "
-                    "explained: send a shorter text"
-                )
+            try:
+                self._check(len(places), sum(len(words) + 2 for words in runs))
+            except RequestTooLarge as error:
+                encoding.item.result = error
                 continue
             sequences: list[Ids] = []
             splits: list[int] = []
@@ -137,6 +139,20 @@ class OcclusionRunner(Runner[InputT, ParamsT, OccludedEncoding[InputT, EncodingT
                 )
             )
         return out
+
+    def _check(self, words: int, sequences: int) -> None:
+        """Raise RequestTooLarge for an input that is not explained."""
+        if words > self._most:
+            raise RequestTooLarge(
+                f"the model reads {words} words of this input, at most {self._most} are explained: "
+                "send a shorter text"
+            )
+        most = MOST_WINDOWS * (self._most + 2)
+        if sequences > most:
+            raise RequestTooLarge(
+                f"with its windows this input is explained by {sequences} sequences, at most "
+                f"{most} are computed: send a shorter text, or have longer windows that share less"
+            )
 
     def predict(
         self, encodings: Sequence[OccludedEncoding[InputT, EncodingT]], outputs: Outputs

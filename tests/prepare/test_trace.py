@@ -15,7 +15,7 @@ import yaml
 from model_support import hf_logits
 from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, tiny_vocabulary
 
-from ft_handler import load_model, precisions
+from ft_handler import load_model, precisions, tasks
 from ft_handler.cli.main import main
 from ft_handler.cli.trace import trace_command
 from ft_handler.config import CoreSettings, RawSettings
@@ -25,7 +25,7 @@ from ft_handler.model.info import FORMAT_VERSION
 from ft_handler.prepare import checkpoint
 from ft_handler.prepare.options import TraceOptions
 from ft_handler.prepare.tokenizer import HARD_TEXTS
-from ft_handler.prepare.trace import trace
+from ft_handler.prepare.trace import describe, trace
 
 transformers = pytest.importorskip("transformers")
 
@@ -81,6 +81,23 @@ def test_the_file_describes_itself(classifier: Path) -> None:
     assert info.versions["torch"] == torch.__version__
     assert info.versions["transformers"] == transformers.__version__
     assert info.format_version == FORMAT_VERSION
+
+
+def test_the_file_names_its_checkpoint_but_no_folder(
+    classifier: Path, tiny_classification: Path, tmp_path: Path
+) -> None:
+    info = read_info(classifier / "traced_model.pt")
+    assert (info.checkpoint, info.adapter) == (None, None)
+    read = checkpoint.load_checkpoint(SEQUENCE_CLASSIFICATION, str(tiny_classification))
+    options = TraceOptions(
+        mode=SEQUENCE_CLASSIFICATION,
+        model_name_or_path="owner/model",
+        output=tmp_path,
+        adapter=tmp_path / "lora" / ".." / "other",
+    )
+    info = describe(options, tasks.get(SEQUENCE_CLASSIFICATION), read, True)
+    assert (info.checkpoint, info.adapter) == ("owner/model", "other")
+    assert str(tmp_path) not in info.to_json()
 
 
 def test_the_file_carries_the_tokenizer(classifier: Path) -> None:

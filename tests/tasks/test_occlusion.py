@@ -315,6 +315,16 @@ def test_words_of_other_windows_have_no_importance(tokenizer: Tokenizer) -> None
     assert max(windows) == 20
 
 
+def test_windows_that_share_nearly_everything_are_refused(tokenizer: Tokenizer) -> None:
+    engine = FakeEngine(QA)
+    pipeline = pipeline_of(tokenizer, engine, QA, explains=True, max_explained_words=40)
+    asked: dict[str, Any] = {"question": "who built it", "context": CONTEXT}
+    with pytest.raises(RequestTooLarge, match="by 297 sequences, at most 168"):
+        pipeline.predict(Incoming({**asked, "max_seq_len": 10, "doc_stride": 3}))
+    assert engine.batches == []
+    assert pipeline.predict(Incoming({**asked, "max_seq_len": 20, "doc_stride": 3}))
+
+
 def test_the_empty_answer_is_explained_at_the_first_token(tokenizer: Tokenizer) -> None:
     class Impossible(FakeEngine):
         """Sees no answer, and says so the louder the more of the film is in sight."""
