@@ -109,7 +109,8 @@ def open_model(
     gpu                         the GPU that this process was given, None is a CPU worker
     max_sequences               sequences that a captured batch may have
     answer_within               seconds after which whoever asks gives a batch up; None is never
-    explains                    explain answers, where the task can, without a setting that says so
+    explains                    explain answers, where that can be done, without a setting that asks
+                                for it
 
     Raises FtHandlerError naming what is missing, unknown or contradictory, and EngineError for a
     model that cannot answer its own sample.
@@ -123,7 +124,8 @@ def open_model(
         limit_tokenizer_threads(core.num_threads)  # before a tokenizer first works
     loaded = loaded_of(settled, folder)
     runner = task.runner(settled.own, loaded)
-    explanation = task.explanation() if core.captum_explanation or explains else None
+    explains = core.captum_explanation or (explains and loaded.mask is not None)
+    explanation = task.explanation() if explains else None
     explaining = explanation and explanation.runner(settled.own, loaded)
     model = load_model(path, device, folder)
     if core.batch_invariant:

@@ -21,6 +21,9 @@ from ft_handler.tasks.base import AnyTask, EncodingT, Loaded, ParamsT, Runner
 from ft_handler.text.readers import Origins
 from ft_handler.types import Encoding, Floats, Ids, InputT, Item, Outputs, Prediction
 
+#: An input's sequences are at most so many times those that its words would make in one window:
+#: a request may ask for windows that nearly all have the same words.
+MOST_WINDOWS = 4
 #: What KServe v1 calls the answers of a task that explains.
 EXPLANATIONS = "explanations"
 
@@ -59,13 +62,13 @@ class Reason(NamedTuple):
 class Explained(NamedTuple):
     """What is explained of one answer.
 
-    answer    what it says, such as a label and its score
-    sequence  which of the encoding's sequences it comes from
-    reasons   its outputs there
+    answer     what it says, such as a label and its score
+    sequences  which of the encoding's sequences it comes from; of several the mean is explained
+    reasons    its outputs there
     """
 
     answer: Mapping[str, object]
-    sequence: int
+    sequences: Sequence[int]
     reasons: Sequence[Reason]
 
 
@@ -120,11 +123,10 @@ class OcclusionRunner(Runner[InputT, ParamsT, OccludedEncoding[InputT, EncodingT
         for encoding in encodings:
             own = [next(origins) for _ in encoding.item.input.texts]
             places, runs = words_of(self._runner.parts(encoding), own)
-            if len(places) > self._most:
-                encoding.item.result = RequestTooLarge(
-                    f"the model reads {len(places)} words of this input, at most {self._most} are "
-                    "explained: send a shorter text"
-                )
+            try:
+                self._check(len(places), sum(len(words) + 2 for words in runs))
+            except RequestTooLarge as error:
+                encoding.item.result = error
                 continue
             sequences: list[Ids] = []
             splits: list[int] = []
@@ -138,12 +140,26 @@ class OcclusionRunner(Runner[InputT, ParamsT, OccludedEncoding[InputT, EncodingT
             )
         return out
 
+    def _check(self, words: int, sequences: int) -> None:
+        """Raise RequestTooLarge for an input that is not explained."""
+        if words > self._most:
+            raise RequestTooLarge(
+                f"the model reads {words} words of this input, at most {self._most} are explained: "
+                "send a shorter text"
+            )
+        most = MOST_WINDOWS * (self._most + 2)
+        if sequences > most:
+            raise RequestTooLarge(
+                f"with its windows this input is explained by {sequences} sequences, at most "
+                f"{most} are computed: send a shorter text, or have longer windows that share less"
+            )
+
     def predict(
         self, encodings: Sequence[OccludedEncoding[InputT, EncodingT]], outputs: Outputs
     ) -> list[Prediction]:
         """Words with their importances, and what is explained.
 
-        A word outside the sequence that the answer comes from does nothing for it: it has 0.
+        A word outside the sequences that the answer comes from does nothing for it: it has 0.
         """
         ends = np.cumsum(outputs.lengths)
         first = 0
@@ -153,16 +169,17 @@ class OcclusionRunner(Runner[InputT, ParamsT, OccludedEncoding[InputT, EncodingT
             wholes = first + np.cumsum(groups) - groups
             first += int(groups.sum())
             explained = self._runner.explained(encoding.whole, self._wholes(outputs, ends, wholes))
-            chosen = explained.sequence
-            rows = wholes[chosen] + np.arange(groups[chosen])
-            words = encoding.runs[chosen][:, 0]
             answer = self._words(encoding)
             for reason in explained.reasons:
-                logits = self._logits(outputs, ends, rows, reason)
                 importances = np.zeros(len(encoding.places))
-                importances[words] = logits[0] - logits[1:-1]
+                everything = 0.0  # what all words do together
+                for sequence in explained.sequences:
+                    rows = wholes[sequence] + np.arange(groups[sequence])
+                    logits = self._logits(outputs, ends, rows, reason) / len(explained.sequences)
+                    importances[encoding.runs[sequence][:, 0]] += logits[0] - logits[1:-1]
+                    everything += logits[0] - logits[-1]
                 answer[reason.importances] = importances.tolist()
-                answer[reason.delta] = float(importances.sum() - (logits[0] - logits[-1]))
+                answer[reason.delta] = float(importances.sum() - everything)
             predictions.append({**answer, **explained.answer})
         return predictions
 

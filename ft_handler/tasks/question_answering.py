@@ -315,7 +315,7 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
         window, start, end = self._tokens(encoding, outputs, answer)
         return Explained(
             answer,
-            window,
+            (window,),
             (
                 Reason("importances_answer_start", "delta_start", 0, start),
                 Reason("importances_answer_end", "delta_end", 1, end),

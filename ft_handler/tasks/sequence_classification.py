@@ -106,10 +106,10 @@ class TextInput:
 class TextEncoding(Encoding[TextInput]):
     """The sequence of a text or a pair, or its windows.
 
-    kept  how many tokens of each text it has; nothing where the input is in windows
+    spans  of each sequence the tokens [begin, end) of each text that it has
     """
 
-    kept: tuple[int, ...]
+    spans: list[tuple[tuple[int, int], ...]]
 
 
 def default_function(problem_type: str | None, num_labels: int) -> Function:
@@ -178,35 +178,38 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
     def _single(self, item: Item[TextInput], ids: Ids) -> TextEncoding:
         room = self._room_alone() - self._less(item)
         over = len(ids) > room
-        if over and _in_windows(item):
-            parts = [self._alone(part) for part in self._windows(item, ids, room)]
-            return TextEncoding(item, parts, [len(part) for part in parts], False, ())
+        if over and item.input.params.long_texts != "truncate":
+            spans = self._windows(item, len(ids), room)
+            parts = [self._alone(ids[begin:end]) for begin, end in spans]
+            return TextEncoding(item, parts, [*map(len, parts)], False, [(s,) for s in spans])
         if over:
             self._check(item, len(ids), 0, room)
         ids = ids[:room]
         sequence = self._alone(ids)
-        return TextEncoding(item, [sequence], [len(sequence)], over, (len(ids),))
+        return TextEncoding(item, [sequence], [len(sequence)], over, [((0, len(ids)),)])
 
     def _pair(self, item: Item[TextInput], first: Ids, second: Ids) -> TextEncoding:
         template = self._template
         count = len(first) + len(second)
         room = self.longest - template.pair_specials - self._less(item)
         over = count > room
-        if over and _in_windows(item):
-            pairs = self._pair_windows(item, first, second, room)
-            parts, splits = zip(*(template.pair(a, b) for a, b in pairs), strict=True)
-            return TextEncoding(item, [*parts], [*splits], False, ())
+        if over and item.input.params.long_texts != "truncate":
+            spans = self._pair_windows(item, len(first), len(second), room)
+            pairs = [template.pair(first[a:b], second[c:d]) for (a, b), (c, d) in spans]
+            parts, splits = zip(*pairs, strict=True)
+            return TextEncoding(item, [*parts], [*splits], False, spans)
         if over:
             keep_first, keep_second = self._check(item, len(first), len(second), room)
             first, second = first[:keep_first], second[:keep_second]
         sequence, split = template.pair(first, second)
-        return TextEncoding(item, [sequence], [split], over, (len(first), len(second)))
+        whole = (0, len(first)), (0, len(second))
+        return TextEncoding(item, [sequence], [split], over, [whole])
 
     def _alone(self, ids: Ids) -> Ids:
         return np.concatenate((self._template.single_before, ids, self._template.single_after))
 
-    def _windows(self, item: Item[TextInput], ids: Ids, room: int) -> list[Ids]:
-        """A text in overlapping parts of `room` tokens; raises UnusableRequest without a way."""
+    def _windows(self, item: Item[TextInput], tokens: int, room: int) -> list[tuple[int, int]]:
+        """Overlapping parts of `room` tokens of a text; raises UnusableRequest without a way."""
         if room < 1:
             raise UnusableRequest("'max_length' leaves no room for text")
         stride = item.input.params.stride
@@ -216,22 +219,22 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
                 f"neighbours share {stride}"
             )
         overlap = default_overlap(room) if stride is None else stride
-        return [ids[begin:end] for begin, end in even_spans(len(ids), room, overlap)]
+        return even_spans(tokens, room, overlap)
 
     def _pair_windows(
-        self, item: Item[TextInput], first: Ids, second: Ids, room: int
-    ) -> list[tuple[Ids, Ids]]:
+        self, item: Item[TextInput], first: int, second: int, room: int
+    ) -> list[tuple[tuple[int, int], ...]]:
         """The shorter text of a pair beside every part of the longer one."""
-        shorter = min(len(first), len(second))
+        shorter = min(first, second)
         if shorter > room // 2:
             raise UnusableRequest(
                 f"the shorter text of the pair has {shorter} tokens; read in windows, it may have "
                 f"{max(room, 0) // 2}, half of one"
             )
         room -= shorter
-        if len(first) > len(second):
-            return [(part, second) for part in self._windows(item, first, room)]
-        return [(first, part) for part in self._windows(item, second, room)]
+        if first > second:
+            return [(part, (0, second)) for part in self._windows(item, first, room)]
+        return [((0, first), part) for part in self._windows(item, second, room)]
 
     def _less(self, item: Item[TextInput]) -> int:
         """How many tokens fewer than the model's setting an input may have."""
@@ -275,24 +278,35 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
         ]
 
     def parts(self, encoding: TextEncoding) -> list[list[Part]]:
-        """The text, or both of the pair, up to where they are cut."""
-        template, kept = self._template, encoding.kept
-        if len(kept) == 1:
-            return [[Part(0, 0, kept[0], len(template.single_before))]]
-        first = len(template.before)
-        second = first + kept[0] + len(template.between)
-        return [[Part(0, 0, kept[0], first), Part(1, 0, kept[1], second)]]
+        """The text, or both of the pair, as far as each sequence has them."""
+        template = self._template
+        alone = len(encoding.spans[0]) == 1
+        out = []
+        for spans in encoding.spans:
+            at = len(template.single_before if alone else template.before)
+            parts = []
+            for text, (begin, end) in enumerate(spans):
+                parts.append(Part(text, begin, end - begin, at))
+                at += end - begin + len(template.between)
+            out.append(parts)
+        return out
 
     def explained(self, encoding: TextEncoding, outputs: Outputs) -> Explained:
-        """The logit of the best label, or of the one that the request names."""
+        """The logit of the best label, or of the one that the request names.
+
+        Of several windows it is the mean of all, or that of the one where it is largest.
+        """
         params = encoding.item.input.params
-        logits = outputs.values[:1]
+        logits = _of_windows([encoding], outputs.values)
         label = self._target(params)
         if label is None:
             label = int(logits[0].argmax())
         scores = apply(params.function_to_apply or self._function, logits)
         answer = {"label": self._labels[label], "score": float(scores[0, label])}
-        return Explained(answer, 0, (Reason("importances", "delta", label),))
+        windows: Sequence[int] = range(len(outputs.values))
+        if params.long_texts == "max":
+            windows = (int(outputs.values[:, label].argmax()),)
+        return Explained(answer, windows, (Reason("importances", "delta", label),))
 
     def _target(self, params: Parameters) -> int | None:
         """The label that a request names; raises UnusableRequest where there is no such label."""
@@ -305,12 +319,6 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
                 f"{len(self._labels) - 1}"
             )
         return target
-
-
-def _in_windows(item: Item[TextInput]) -> bool:
-    """Whether too long an input is read whole; what is explained is what one sequence holds."""
-    params = item.input.params
-    return params.long_texts != "truncate" and not isinstance(params, ExplanationParameters)
 
 
 def _of_windows(encodings: Sequence[TextEncoding], logits: Floats) -> Floats:

@@ -85,6 +85,21 @@ def test_windows_may_not_be_longer_than_sequences(folder, model, monkeypatch):
     assert opened(folder, num_labels=0).task.name == "question_answering"
 
 
+@pytest.mark.parametrize("mask", [4, None])
+def test_explanations_need_a_mask_where_a_setting_asks_for_them(folder, model, monkeypatch, mask):
+    says(monkeypatch)
+    monkeypatch.setattr(runtime, "mask_of", lambda tokenizer: mask)
+    assert opened(folder).explainer is None
+    ready = open_model(folder, RawSettings({}), explains=True)
+    assert (ready.explainer is None) is (mask is None)
+    if mask is None:
+        with pytest.raises(ConfigError, match="neither a mask nor an unknown token"):
+            opened(folder, captum_explanation=True)
+    else:
+        explainer = opened(folder, captum_explanation=True).explainer
+        assert explainer.predict(Incoming("a film"))["words"] == ["a", "film"]
+
+
 def test_a_task_nobody_knows_is_refused_in_words(folder, model, monkeypatch):
     changed = model_info()
     monkeypatch.setattr(

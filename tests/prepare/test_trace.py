@@ -30,7 +30,7 @@ from ft_handler.model.info import FORMAT_VERSION
 from ft_handler.prepare import checkpoint
 from ft_handler.prepare.options import TraceOptions
 from ft_handler.prepare.tokenizer import HARD_TEXTS
-from ft_handler.prepare.trace import trace
+from ft_handler.prepare.trace import describe, trace
 
 transformers = pytest.importorskip("transformers")
 
@@ -96,6 +96,23 @@ def test_the_file_says_which_interface_it_needs(
     later = dataclasses.replace(task.head(), op_interface=3)
     monkeypatch.setattr(type(task), "head", lambda _: later)
     assert read_info(traced(tiny_classification, tmp_path) / "traced_model.pt").op_interface == 3
+
+
+def test_the_file_names_its_checkpoint_but_no_folder(
+    classifier: Path, tiny_classification: Path, tmp_path: Path
+) -> None:
+    info = read_info(classifier / "traced_model.pt")
+    assert (info.checkpoint, info.adapter) == (None, None)
+    read = checkpoint.load_checkpoint(SEQUENCE_CLASSIFICATION, str(tiny_classification))
+    options = TraceOptions(
+        mode=SEQUENCE_CLASSIFICATION,
+        model_name_or_path="owner/model",
+        output=tmp_path,
+        adapter=tmp_path / "lora" / ".." / "other",
+    )
+    info = describe(options, tasks.get(SEQUENCE_CLASSIFICATION), read, True)
+    assert (info.checkpoint, info.adapter) == ("owner/model", "other")
+    assert str(tmp_path) not in info.to_json()
 
 
 def test_the_file_carries_the_tokenizer(classifier: Path) -> None:

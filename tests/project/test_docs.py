@@ -233,6 +233,46 @@ def test_documented_requests_are_understood(title: str, mode: str, count: int) -
         assert decoder.decode(Incoming(request)).inputs
 
 
+def test_documented_explanations_are_understood() -> None:
+    explanation = tasks.get("sequence_classification").explanation()
+    assert explanation is not None
+    decoder = Decoder(explanation, explanation.parameters(), Limits(128, 250_000), {})
+    requests = documents(page("docs/explanations.md"))
+    assert len(requests) == 4
+    for request in requests:
+        assert decoder.decode(Incoming(request)).inputs
+
+
+def test_documented_data_is_what_is_read() -> None:
+    from ft_handler.verify import data
+
+    text = page("docs/verify.md")
+    table = {name: cells for name, cells in rows(text).items() if name in data.FORMATS}
+    assert list(table) == list(data.FORMATS)
+    for name, cells in table.items():
+        suffixes = re.findall(r"`\.(\w+)`", cells[0])
+        assert suffixes == [s for s, kind in data._SUFFIXES.items() if kind == name]
+    named = text.split("known by these names:")[1].split("Others are")[0]
+    assert re.findall(r"`(\w+)`", named.replace("and for the answer", "")) == [
+        name for key in ("text", "text_pair", "question", "context", "tokens", "label")
+        for name, known in data._NAMES.items() if known == key
+    ]  # fmt: skip
+
+
+def test_documented_metrics_are_reported() -> None:
+    from ft_handler.verify import entities, labels, spans
+
+    text = page("docs/verify.md").split("## What is reported")[1].split("## The verdict")[0]
+    named = set(re.findall(r"`(\w+)`", text)) - {"handle_impossible_answer"}
+    sources = "".join(Path(m.__file__ or "").read_text() for m in (entities, labels, spans))
+    counts = {"precision", "recall", "f1"}
+    assert (
+        named
+        == set(re.findall(r'"(accuracy|\w*f1\w*|matthews|exact_match|pearson|spearman)"', sources))
+        | counts
+    )
+
+
 def test_documented_errors_are_the_errors() -> None:
     text = page("docs/http.md")
 

@@ -315,6 +315,16 @@ def test_words_of_other_windows_have_no_importance(tokenizer: Tokenizer) -> None
     assert max(windows) == 20
 
 
+def test_windows_that_share_nearly_everything_are_refused(tokenizer: Tokenizer) -> None:
+    engine = FakeEngine(QA)
+    pipeline = pipeline_of(tokenizer, engine, QA, explains=True, max_explained_words=40)
+    asked: dict[str, Any] = {"question": "who built it", "context": CONTEXT}
+    with pytest.raises(RequestTooLarge, match="by 297 sequences, at most 168"):
+        pipeline.predict(Incoming({**asked, "max_seq_len": 10, "doc_stride": 3}))
+    assert engine.batches == []
+    assert pipeline.predict(Incoming({**asked, "max_seq_len": 20, "doc_stride": 3}))
+
+
 def test_the_empty_answer_is_explained_at_the_first_token(tokenizer: Tokenizer) -> None:
     class Impossible(FakeEngine):
         """Sees no answer, and says so the louder the more of the film is in sight."""
@@ -390,3 +400,46 @@ def test_importances_are_those_of_transformers_one_sequence_at_a_time(
             importances = [float(logit(whole) - logit(outputs({word}))) for word in words]
             assert answer[name] == pytest.approx(importances, abs=1e-4)
             assert max(importances) > 0.01
+
+
+def test_an_answer_of_several_sequences_is_their_mean(tokenizer: Tokenizer) -> None:
+    """Two windows of one text, whose logits of a label are averaged."""
+    from fakes import items_of, runner_of
+
+    from ft_handler.tasks.occlusion import Explained, OcclusionRunner, Reason
+    from ft_handler.tasks.sequence_classification import Parameters, TextInput
+    from ft_handler.types import Outputs
+
+    base: Any = runner_of("sequence_classification", tokenizer)
+
+    class Windows(type(base)):  # type: ignore[misc]
+        """The text in two halves of two words, with one word in common."""
+
+        def encode(self, items: Any) -> Any:
+            (encoding,) = super().encode(items)
+            whole = encoding.sequences[0]
+            encoding.sequences = [whole[:3], whole[2:4]]
+            encoding.splits = [3, 2]
+            encoding.parts = [[Part(0, 0, 2, 1)], [Part(0, 1, 2, 0)]]
+            return [encoding]
+
+        def explained(self, encoding: Any, outputs: Outputs) -> Explained:
+            assert outputs.values.tolist() == [[10.0], [20.0]]
+            return Explained({}, (0, 1), (Reason("importances", "delta", 0),))
+
+    base.__class__ = Windows
+    task = tasks.get("sequence_classification")
+    info = model_info()
+    loaded = Loaded(info, info.labels, reader_of(tokenizer), Template(tokenizer, 2), 128, 4)
+    runner = OcclusionRunner(task, base, loaded)
+    encodings = runner.encode(items_of([TextInput("a good film", None, Parameters())]))
+    logits = np.array([[10], [9], [7], [2], [20], [14], [12], [4]], np.float32)
+    lengths = np.array([3] * 4 + [2] * 4)
+    (answer,) = runner.predict(encodings, Outputs(logits, lengths))
+    assert answer == {
+        "words": ["a", "good", "film"],
+        "offsets": [[0, 1], [2, 6], [7, 11]],
+        "fields": ["text"] * 3,
+        "importances": [0.5, 1.5 + 3, 4],
+        "delta": 9 - 12,
+    }
