@@ -219,6 +219,7 @@ def documents(section: str) -> list[object]:
     [
         ("Sequence classification", "sequence_classification", 5),
         ("Question answering", "question_answering", 1),
+        ("Embeddings", "embeddings", 4),
         ("Open Inference v2", "sequence_classification", 1),
     ],
 )
@@ -255,6 +256,7 @@ def test_documented_parameters_are_known() -> None:
     for title, mode in (
         ("Sequence", "sequence_classification"),
         ("Question", "question_answering"),
+        ("Embeddings", "embeddings"),
     ):
         section = next(s for s in sections if s.startswith(title))
         assert set(rows(section)) == {f.name for f in fields(tasks.get(mode).parameters)}

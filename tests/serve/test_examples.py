@@ -86,6 +86,14 @@ def test_question_answering_page(tmp_path: Path) -> None:
     assert '"answer":"two sisters"' in text
 
 
+def test_embeddings_page(tmp_path: Path) -> None:
+    text = run_page("examples/embeddings/README.md", tmp_path)
+    assert "note: embeddings: pooling mean, normalised" in text
+    assert re.search(r"^\[\[-?0\.\d+", text, re.M)
+    assert '"usage":{"prompt_tokens":8,"total_tokens":8}' in text
+    assert "\n0.486  The library lends musical instruments" in text
+
+
 def test_readme_page(tmp_path: Path) -> None:
     text = run_page("README.md", tmp_path)
     assert '{"label":"positive","score":0.99' in text
