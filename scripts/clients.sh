@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Environments of their own for other servers' clients, under build/clients/, which
-# tests/serve/test_clients.py asks a running server with. What is there already is kept. With CI set
+# tests/serve asks a running server with. What is there already is kept. With CI set
 # it fails when one cannot be installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,6 +25,7 @@ running=()
 make kserve "kserve==0.21.0" & running+=($!)
 make tritonclient "tritonclient[http]==2.73.0" & running+=($!)
 make mlserver "mlserver==1.7.1" & running+=($!)
+make openai "openai==3.57.0" & running+=($!)
 failed=0
 for job in "${running[@]}"; do
     wait "$job" || failed=1

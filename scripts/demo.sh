@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Both demo models in TorchServe: answers to a few questions over HTTP, then everything stops.
+# The demo's models in TorchServe: answers to a few questions over HTTP, then everything stops.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,7 +10,7 @@ metrics=http://127.0.0.1:$((port + 2))
 
 scripts/models.sh
 
-echo "== starting TorchServe with sentiment; qa follows through the management API"
+echo "== starting TorchServe with sentiment; the others follow through the management API"
 # Authorization off and the model API on: this server lives for a minute, on loopback.
 ft-handler serve --models sentiment.mar --no-token-auth --enable-model-api \
     --port "$port" --grpc-port "${GRPC_PORT:-7070}" &
@@ -46,6 +46,7 @@ ask() { show curl -sSf "$@"; }
 say() { printf '\n== %s\n' "$1"; }
 
 ask -X POST "$management/models?url=qa.mar&initial_workers=1&synchronous=true"
+ask -X POST "$management/models?url=embeddings.mar&initial_workers=1&synchronous=true"
 
 say "plain text"
 ask "$inference/predictions/sentiment" -H 'Content-Type: text/plain' \
@@ -64,6 +65,10 @@ ask "$inference/predictions/qa" -H 'Content-Type: application/json' --data '{
 say "a list: one answer an element, in its order"
 ask "$inference/predictions/sentiment" -H 'Content-Type: application/json' \
     --data '["Great fun.", "I want those ninety minutes back.", "The actors are fine, the dialogue is not, and the ending, which the whole town had guessed by the first scene, takes half an hour."]'
+
+say "a vector of a text, as OpenAI's clients ask for it, cut to four dimensions"
+ask "$inference/predictions/embeddings" -H 'Content-Type: application/json' \
+    --data '{"input": "The ferry leaves every hour.", "model": "all-MiniLM-L6-v2", "dimensions": 4}'
 
 say "one bad request: refused alone"
 show curl -sS "$inference/predictions/sentiment" -H 'Content-Type: application/json' \

@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
-# Traces and archives the two demo models into model_store/, unless they are there already.
+# Traces and archives the demo's models into model_store/, unless they are there already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 base=sentence-transformers/all-MiniLM-L6-v2
 library=$(python -c 'import ft_handler; print(ft_handler.load_library())')
 
-# make_model NAME MODE EXAMPLE
+# make_model NAME MODE [TRACE-OPTION...]
 make_model() {
-    local archive=model_store/$1.mar
+    local name=$1 mode=$2
+    shift 2
+    local archive=model_store/$name.mar
     if [[ $archive -nt $library ]]; then
         echo "== $archive is up to date"
         return
     fi
-    echo "== tracing $1 (base model and LoRA adapter)"
-    ft-handler trace --mode "$2" --model_name_or_path "$base" \
-        --adapter "examples/$3/adapter" --output "build/demo/$1"
-    echo "== archiving $1"
-    ft-handler archive "build/demo/$1" --model-name "$1" --export-path model_store --force
+    echo "== tracing $name"
+    ft-handler trace --mode "$mode" --model_name_or_path "$base" "$@" --output "build/demo/$name"
+    echo "== archiving $name"
+    ft-handler archive "build/demo/$name" --model-name "$name" --export-path model_store --force
 }
 
 mkdir -p model_store
-make_model sentiment sequence_classification sequence_classification
-make_model qa question_answering question_answering
+make_model sentiment sequence_classification --adapter examples/sequence_classification/adapter
+make_model qa question_answering --adapter examples/question_answering/adapter
+make_model embeddings embeddings

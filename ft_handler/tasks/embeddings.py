@@ -93,11 +93,10 @@ class EmbeddingSettings(Settings):
     )
 
 
-@dataclass(frozen=True, slots=True, config=ConfigDict(strict=True))
+@dataclass(frozen=True, slots=True, config=ConfigDict(strict=True, extra="ignore"))
 class Chosen:
-    """What the traced file says of its embeddings."""
+    """What of `ModelInfo.chosen` is needed to answer; the pooling is in the head already."""
 
-    pooling: Pooling
     normalize: bool = False
     prompts: dict[str, str] = Field(default_factory=dict)
     default_prompt_name: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,36 @@ def test_what_the_files_ask_for_in_vain_is_said_of_the_checkpoint(
     write_modules(checkpoint, "cls", dense="Tanh", width=32)
     with pytest.raises(ModelError, match="its Dense takes 32 inputs"):
         traced(checkpoint, tmp_path)
+
+
+def test_an_adapter_is_merged(checkpoint: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModel
+
+    write_modules(checkpoint, "mean")
+    settings = peft.LoraConfig(r=4, target_modules=["query", "dense"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an old name
+        adapted = peft.get_peft_model(AutoModel.from_pretrained(checkpoint), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = Path(shutil.copytree(checkpoint, tmp_path / "merged"))
+    adapted.merge_and_unload().save_pretrained(merged)
+    plain = Predictor.load(traced(checkpoint, tmp_path / "plain"))
+    folder = traced(checkpoint, tmp_path / "adapted", adapter=tmp_path / "adapter")
+    (found,) = Predictor.load(folder).predict({"inputs": TEXTS[0]})  # type: ignore[misc]
+    assert found == pytest.approx(by_transformers(merged, TEXTS[0], "mean"), abs=1e-5)
+    assert found != pytest.approx(plain.predict({"inputs": TEXTS[0]})[0], abs=1e-2)  # type: ignore[index]
+
+
+def test_checkpoints_of_language_models_are_encoders_too(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """all-mpnet-base-v2 calls itself one; a pooler that is missing is not needed."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(5)
+    model = BertForMaskedLM(BertConfig.from_pretrained(tiny_encoder)).eval()
+    folder = Path(shutil.copytree(tiny_encoder, tmp_path / "masked"))
+    model.save_pretrained(folder)
+    (found,) = Predictor.load(traced(folder, tmp_path)).predict({"inputs": TEXTS[0]})  # type: ignore[misc]
+    assert found == pytest.approx(by_transformers(folder, TEXTS[0], "mean"), abs=1e-5)

@@ -220,6 +220,7 @@ def documents(section: str) -> list[object]:
         ("Token classification", "token_classification", 3),
         ("Reranking", "reranking", 4),
         ("Zero-shot classification", "zero_shot_classification", 4),
+        ("Embeddings", "embeddings", 4),
         ("Open Inference v2", "sequence_classification", 1),
     ],
 )
@@ -299,6 +300,7 @@ def test_documented_parameters_are_known() -> None:
         ("Token", "token_classification"),
         ("Reranking", "reranking"),
         ("Zero-shot", "zero_shot_classification"),
+        ("Embeddings", "embeddings"),
     ):
         section = next(s for s in sections if s.startswith(title))
         assert set(rows(section)) == {f.name for f in fields(tasks.get(mode).parameters)}

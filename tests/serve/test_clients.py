@@ -15,13 +15,13 @@ TEXTS = ("the film was great", "a bad plot", "caf\u00e9 in the old harbour")
 Expected = Callable[[str], dict[str, float]]
 
 
-def ask(client: str, running: Any) -> dict[str, Any]:
+def ask(client: str, running: Any, *models: str) -> dict[str, Any]:
     """What a client library understood, by what was asked; skips where it is not installed."""
     python = ROOT / "build" / "clients" / client / "bin" / "python"
     if not python.exists():
         pytest.skip(f"{client} is not installed (scripts/clients.sh)")
     script = ROOT / "tests" / "clients" / f"{client}_client.py"
-    command = [python, script, running.server.inference, "cls", "qa", *TEXTS]
+    command = [python, script, running.server.inference, *models, *TEXTS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -50,7 +50,7 @@ def check(found: dict[str, Any], running: Any, expected: Expected) -> None:
 
 @pytest.mark.parametrize("client", ["kserve", "tritonclient", "mlserver"])
 def test_clients_of_other_servers(client: str, running: Any, expected: Expected) -> None:
-    found = ask(client, running)
+    found = ask(client, running, "cls", "qa")
     check(found, running, expected)
     if client == "tritonclient":
         status, message = found["gzip"]

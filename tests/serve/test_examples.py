@@ -103,6 +103,14 @@ def test_token_classification_page(tmp_path: Path) -> None:
     assert '"word":"tomas berg","start":4174,"end":4184' in text
 
 
+def test_embeddings_page(tmp_path: Path) -> None:
+    text = run_page("examples/embeddings/README.md", tmp_path)
+    assert "note: embeddings: pooling mean, normalised" in text
+    assert re.search(r"^\[\[-?0\.\d+", text, re.M)
+    assert '"usage":{"prompt_tokens":8,"total_tokens":8}' in text
+    assert "\n0.486  The library lends musical instruments" in text
+
+
 def test_readme_page(tmp_path: Path) -> None:
     text = run_page("README.md", tmp_path)
     assert '{"label":"positive","score":0.99' in text

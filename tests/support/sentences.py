@@ -48,7 +48,8 @@ def write_modules(
     if dense is not None:
         from safetensors.torch import save_file
 
-        activation = f"torch.nn.modules.activation.{dense}"
+        home = "linear" if dense == "Identity" else "activation"
+        activation = f"torch.nn.modules.{home}.{dense}"
         write_json(
             folder, "2_Dense/config.json",
             {"in_features": width, "out_features": outputs, "activation_function": activation},
