@@ -146,9 +146,8 @@ class Decoder(Generic[InputT, ParamsT]):
             raise UnusableRequest("the body must be text, an object or a list of inputs")
         if (foreign := self._task.foreign(document)) is not None:
             params = self._read(foreign.parameters, params, "") if foreign.parameters else params
-            if not foreign.form.many:
-                return Request([self._input(v, params, "") for v in foreign.inputs], foreign.form)
-            return Request(self._inputs(foreign.inputs, params, "inputs"), foreign.form)
+            name = "inputs" if foreign.form.many else ""
+            return Request(self._inputs(foreign.inputs, params, name), foreign.form)
         if "inputs" in document:
             inputs = document["inputs"]
             if is_tensors(inputs):
@@ -201,13 +200,16 @@ class Decoder(Generic[InputT, ParamsT]):
     # -- inputs and parameters --
 
     def _inputs(self, values: Sequence[object], params: ParamsT, name: str) -> list[InputT]:
+        """The inputs of a list, which messages call by `name` and place where it has one."""
         if not values:
             raise UnusableRequest("the list of inputs is empty")
         if len(values) > self._limits.inputs:
             raise RequestTooLarge(
                 f"the request has {len(values)} inputs, the limit is {self._limits.inputs}"
             )
-        return [self._input(v, params, f"{name}[{i}]: ") for i, v in enumerate(values)]
+        return [
+            self._input(v, params, f"{name}[{i}]: " if name else "") for i, v in enumerate(values)
+        ]
 
     def _input(self, value: object, params: ParamsT, where: str) -> InputT:
         while isinstance(value, dict):

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ft_handler.config import LARGEST_WHOLE, AnyCase, Flag, Settings, Text, Whole, setting
@@ -41,12 +41,6 @@ def _is_encodable(value: str) -> bool:
     return True
 
 
-def _encodable(value: str) -> str:
-    if not _is_encodable(value):
-        raise ValueError("must not hold a lone surrogate")
-    return value
-
-
 @dataclass(frozen=True, slots=True, config=ConfigDict(strict=True))
 class Parameters:
     """How one text is read, and what becomes of its vector.
@@ -62,7 +56,7 @@ class Parameters:
     normalize: bool | None = None
     dimensions: Annotated[int, Field(ge=1, le=LARGEST_WHOLE)] | None = None
     prompt_name: str | None = None
-    prompt: Annotated[str, AfterValidator(_encodable)] | None = None
+    prompt: str | None = None
     truncation: bool = True
     truncation_direction: Annotated[Literal["right", "left"], AnyCase] = "right"
 

@@ -111,6 +111,22 @@ def test_embeddings_page(tmp_path: Path) -> None:
     assert "\n0.486  The library lends musical instruments" in text
 
 
+def test_reranking_page(tmp_path: Path) -> None:
+    text = run_page("examples/reranking/README.md", tmp_path)
+    assert '[{"index":1,"score":0.' in text
+    assert re.search(
+        r'{"results":\[{"index":1,"relevance_score":0\.\d+,"document":{"text":"The ferry', text
+    )
+    assert re.search(r'\[\[{"index":0,"score":[\d.e-]+}\],\[{"index":1,"score":', text)
+
+
+def test_zero_shot_classification_page(tmp_path: Path) -> None:
+    text = run_page("examples/zero_shot_classification/README.md", tmp_path)
+    assert '"labels":["sports",' in text
+    assert text.count('"labels":["politics","music"]') == 2
+    assert '[{"label":"music","score":0.' in text
+
+
 def test_readme_page(tmp_path: Path) -> None:
     text = run_page("README.md", tmp_path)
     assert '{"label":"positive","score":0.99' in text

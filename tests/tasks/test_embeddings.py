@@ -197,7 +197,7 @@ def test_long_texts_are_cut_at_one_end_and_say_so(ask, vector, left):
         ({"input": "a", "dimensions": 17}, 422, "'dimensions' must be at most 16"),
         ({"text": "a", "dimensions": 0}, 422, "'dimensions' must be at least 1"),
         ({"text": "a", "prompt_name": "no"}, 422, "'prompt_name' must be one of query, document"),
-        ({"text": "a", "prompt": "\ud800"}, 422, "'prompt' must not hold a lone surrogate"),
+        ({"text": "a", "prompt": "\ud800"}, 400, "'prompt' holds a lone surrogate"),
         ({"text": "a", "normalize": "yes"}, 422, "'normalize' must be true or false"),
         ({"text": "a", "truncation_direction": "up"}, 422, "must be one of right, left"),
         ({"text": ["a"]}, 422, "'text' must be a string"),
