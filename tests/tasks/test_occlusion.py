@@ -21,6 +21,7 @@ from ft_handler.request.work import Bounds
 from ft_handler.tasks.base import Loaded
 from ft_handler.tasks.occlusion import Part, occluded, words_of
 from ft_handler.text.chunks import reader_of
+from ft_handler.text.pieces import Pieces
 from ft_handler.text.template import Template, mask_of
 from ft_handler.text.tokenizer import load_tokenizer
 from ft_handler.types import Incoming
@@ -112,7 +113,15 @@ def test_the_unknown_token_of_a_unigram_model() -> None:
 def test_without_a_mask_nothing_can_be_explained(tokenizer: Tokenizer) -> None:
     explanation: Any = tasks.get("sequence_classification").explanation()
     info = model_info()
-    loaded = Loaded(info, info.labels, reader_of(tokenizer), Template(tokenizer, 2), 128, None)
+    loaded = Loaded(
+        info,
+        info.labels,
+        reader_of(tokenizer),
+        Template(tokenizer, 2),
+        128,
+        Pieces(tokenizer),
+        None,
+    )
     with pytest.raises(ConfigError, match="neither a mask nor an unknown token"):
         explanation.runner(explanation.settings(), loaded)
 
@@ -420,8 +429,10 @@ def test_an_answer_of_several_sequences_is_their_mean(tokenizer: Tokenizer) -> N
             whole = encoding.sequences[0]
             encoding.sequences = [whole[:3], whole[2:4]]
             encoding.splits = [3, 2]
-            encoding.parts = [[Part(0, 0, 2, 1)], [Part(0, 1, 2, 0)]]
             return [encoding]
+
+        def parts(self, encoding: Any) -> list[list[Part]]:
+            return [[Part(0, 0, 2, 1)], [Part(0, 1, 2, 0)]]
 
         def explained(self, encoding: Any, outputs: Outputs) -> Explained:
             assert outputs.values.tolist() == [[10.0], [20.0]]
@@ -430,7 +441,9 @@ def test_an_answer_of_several_sequences_is_their_mean(tokenizer: Tokenizer) -> N
     base.__class__ = Windows
     task = tasks.get("sequence_classification")
     info = model_info()
-    loaded = Loaded(info, info.labels, reader_of(tokenizer), Template(tokenizer, 2), 128, 4)
+    loaded = Loaded(
+        info, info.labels, reader_of(tokenizer), Template(tokenizer, 2), 128, Pieces(tokenizer), 4
+    )
     runner = OcclusionRunner(task, base, loaded)
     encodings = runner.encode(items_of([TextInput("a good film", None, Parameters())]))
     logits = np.array([[10], [9], [7], [2], [20], [14], [12], [4]], np.float32)
@@ -443,3 +456,34 @@ def test_an_answer_of_several_sequences_is_their_mean(tokenizer: Tokenizer) -> N
         "importances": [0.5, 1.5 + 3, 4],
         "delta": 9 - 12,
     }
+
+
+@pytest.mark.parametrize("pair", [None, "a warm plot"])
+@pytest.mark.parametrize("rule", ["mean", "max"])
+def test_of_a_text_in_windows_those_that_count_are_explained(
+    tokenizer: Tokenizer, rule: Any, pair: str | None
+) -> None:
+    """Every part stands where it says, and the windows are those that the answer is made of."""
+    from fakes import items_of, runner_of
+
+    from ft_handler.tasks.sequence_classification import Parameters, TextInput
+    from ft_handler.types import Outputs
+
+    runner: Any = runner_of("sequence_classification", tokenizer, max_length=12)
+    texts = [" ".join(["a good film with", "the story"] * 5), *([pair] if pair else [])]
+    given = TextInput(texts[0], pair, Parameters(long_texts=rule, stride=2))
+    (encoding,) = runner.encode(items_of([given]))
+    assert len(encoding.sequences) > 2
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    for sequence, parts in zip(encoding.sequences, runner.parts(encoding), strict=True):
+        assert [part.text for part in parts] == [*range(len(texts))]
+        for text, begin, tokens, at in parts:
+            assert tokens > 0
+            assert sequence[at : at + tokens].tolist() == ids[text][begin : begin + tokens]
+    count = len(encoding.sequences)
+    logits = np.zeros((count, 2), np.float32)
+    logits[1] = [3, 1]
+    found = runner.explained(encoding, Outputs(logits, np.full(count, 12)))
+    assert list(found.sequences) == ([1] if rule == "max" else list(range(count)))
+    (reason,) = found.reasons
+    assert reason.column == 0
