@@ -79,11 +79,18 @@ def write_tokenizer(options: TraceOptions, output: Path, vocab_size: int) -> Wri
                 use_fast=True,
                 **extra,
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except ImportError as error:
+            # What slow tokenizers are made of; to install it would lead to the refusal below.
+            named = _settings(source.file(TOKENIZER_SETTINGS_FILES[0], options.cache_dir))
+            raise ModelError(
+                f"tokenizer {wanted}: {named.get('tokenizer_class', 'its class')} cannot be read "
+                f"here, and only one with a fast form can be served: {hf.first_line(error)}"
+            ) from error
+        except Exception as error:  # the tokenizers library raises bare Exception
             raise ModelError(f"tokenizer {wanted}: {hf.first_line(error)}") from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise ModelError(f"tokenizer {wanted}: has no fast form")
+            raise ModelError(f"tokenizer {wanted}: {type(tokenizer).__name__} has no fast form")
         names = [TOKENIZER_FILE, *dict(tokenizer.vocab_files_names).values()]
         files = {name: source.file(name, options.cache_dir) for name in dict.fromkeys(names)}
         if not any(files.values()):
@@ -227,6 +234,8 @@ def _write_words(served: Tokenizer, output: Path, lower_case: bool) -> None:
     if json.loads(served.to_str())["model"].get("type") != "WordPiece":
         return
     vocabulary = served.get_vocab(with_added_tokens=True)
+    if not {"[CLS]", "[SEP]"} <= vocabulary.keys():  # another family's marks, such as MPNet's
+        return
     words = sorted(vocabulary, key=vocabulary.__getitem__)
     if any("\n" in word or word != word.strip() for word in words):
         return

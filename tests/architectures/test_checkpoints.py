@@ -112,6 +112,9 @@ def test_a_classifier_without_its_head_is_refused(model_type: str, tmp_path: Pat
         ("roberta", {"pad_token_id": None}, "pad_token_id=None is not served"),
         ("roberta", {"is_decoder": True}, "is_decoder=True"),
         ("electra", {"add_cross_attention": True}, "add_cross_attention=True"),
+        ("albert", {"num_hidden_groups": 2}, "num_hidden_groups=2 is not served; it must be 1"),
+        ("albert", {"inner_group_num": 2}, "inner_group_num=2 is not served; it must be 1"),
+        ("mpnet", {"relative_attention_num_buckets": 64}, "num_buckets=64 is not served; it must"),
     ],
 )
 def test_what_is_refused_by_name(model_type: str, changes: dict[str, Any], words: str) -> None:

@@ -6,52 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, POSITIONS, logits_of, random_model
-from model_support import packed_of, ragged
+from families import FAMILIES, KINDS, POSITIONS, apart, batch, fused, logits_of, random_model
+from model_support import packed_of
 from torch import Tensor
 
-from ft_handler import architectures, precisions, tasks
-from ft_handler.prepare.fuse import fuse
+from ft_handler import architectures
+from ft_handler.architectures.base import ACTIVATIONS
+from ft_handler.architectures.mpnet import buckets
 from ft_handler.tasks.base import AnyTask
 
 pytest.importorskip("transformers")
 
-#: One task of each class that transformers reads models with: their heads are all there are.
-KINDS = {t.auto_class: t for t in map(tasks.get, reversed(tasks.names())) if "For" in t.auto_class}
 LENGTHS = [[1], [7], [113], [POSITIONS], [33, 1, 128, 7, 64]]
-
-
-def fused(model: Any, task: AnyTask, data_type: str) -> Any:
-    """The scripted module made of a transformers model."""
-    architecture = architectures.get(model.config.model_type)
-    architecture.check(model.config)
-    return fuse(
-        task,
-        architecture.head(task),
-        architecture.spec(model.config),
-        architecture.weights(task, model.config, model.state_dict()),
-        precisions.get(data_type),
-        task.columns(model.config),
-    )
-
-
-def batch(model: Any, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Random padded ids of any but the pad, mask and types that the model knows."""
-    architecture, config = architectures.get(model.config.model_type), model.config
-    ids, mask, types = ragged(lengths)
-    pad = architecture.pad(config) or 0
-    ids = torch.where(ids <= pad, ids + pad + 1, ids)
-    return (
-        torch.where(mask.bool(), ids, pad),
-        mask,
-        types if architecture.token_types(config) > 1 else types * 0,
-    )
-
-
-def apart(task: AnyTask, found: Any, wanted: list[Tensor], mask: Tensor) -> float:
-    """The largest difference of outputs that count."""
-    kept = mask.bool() if task.per_token else slice(None)
-    return max(float((a - b)[kept].abs().max()) for a, b in zip(found, wanted, strict=True))
 
 
 def packed_form(task: AnyTask, wanted: list[Tensor], mask: Tensor) -> Tensor:
@@ -93,6 +59,52 @@ def test_bfloat16_is_at_most_twice_as_wrong(model_type: str, kind: str) -> None:
         theirs = max(theirs, apart(task, logits_of(model, *inputs), exact, inputs[1]))
         ours = max(ours, apart(task, half(*inputs), exact, inputs[1]))
     assert 0 < ours <= 2 * theirs
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        *(("bert", {"hidden_act": name}) for name in ACTIVATIONS),
+        ("bert", {"type_vocab_size": 1}),
+        ("roberta", {"type_vocab_size": 2, "pad_token_id": 3}),
+        ("distilbert", {"activation": "relu"}),
+        ("electra", {"embedding_size": 64, "hidden_act": "relu"}),
+        ("albert", {"embedding_size": 64, "num_hidden_layers": 5}),
+        ("albert", {"hidden_act": "gelu"}),
+        ("mpnet", {"pad_token_id": 0}),
+    ],
+    ids=str,
+)
+def test_what_configurations_vary(model_type: str, changes: dict[str, Any]) -> None:
+    task = KINDS["AutoModelForSequenceClassification"]
+    model = random_model(model_type, task, **changes)
+    inputs = batch(model, LENGTHS[-1])
+    found = fused(model, task, "fp32")(*inputs)
+    assert apart(task, found, logits_of(model, *inputs), inputs[1]) < 1e-4
+
+
+def test_buckets_of_distances_are_transformers() -> None:
+    from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+
+    distances = torch.arange(-600, 601)
+    ours = buckets()[distances.clamp(-128, 128) + 128]
+    assert torch.equal(ours, MPNetEncoder.relative_position_bucket(distances))
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "mpnet"])
+def test_a_pad_inside_a_text_is_a_token(model_type: str) -> None:
+    """transformers leaves it out when it counts positions; here it has one of its own."""
+    task = KINDS["AutoModelForSequenceClassification"]
+    model = random_model(model_type, task)
+    architecture = architectures.get(model_type)
+    ids, mask, types = batch(model, [9])
+    ids[0, 4] = architecture.pad(model.config)
+    found = fused(model, task, "fp32")(ids, mask, types)[0]
+    positions = torch.arange(9)[None] + architecture.first_position(model.config)
+    with torch.no_grad():
+        counted = model(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(found, counted, rtol=0, atol=1e-4)
+    assert float((found - logits_of(model, ids, mask, types)[0]).abs().max()) > 1e-3
 
 
 def test_as_many_positions_as_the_longest_have() -> None:

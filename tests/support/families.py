@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model_support import ragged
 from tiny import WORD_LIST, tiny_vocabulary
 from tokenizers import (
     AddedToken,
@@ -24,12 +25,15 @@ from tokenizers import (
 )
 from torch import Tensor
 
-from ft_handler import tasks
+from ft_handler import architectures, precisions, tasks
+from ft_handler.prepare.fuse import fuse
 from ft_handler.tasks.base import AnyTask
 
 LABELS = 3
 POSITIONS = 160
 INNER = {"distilbert": "hidden_dim"}
+#: One task of each class that transformers reads models with: their heads are all there are.
+KINDS = {t.auto_class: t for t in map(tasks.get, reversed(tasks.names())) if "For" in t.auto_class}
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ def random_model(
         # transformers starts biases at 0 and norms at 1, which would hide a swap.
         if name.endswith("bias") or "norm" in name.lower():
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        if "relative" in name:  # so large that one at another distance shows
+            parameter.data.mul_(10)
     return model
 
 
@@ -103,6 +109,39 @@ def logits_of(model: Any, ids: Tensor, mask: Tensor, types: Tensor) -> list[Tens
         inputs["token_type_ids"] = types
     with torch.no_grad():
         return [part.float() for part in model(**inputs, return_dict=False)]
+
+
+def fused(model: Any, task: AnyTask, data_type: str) -> Any:
+    """The scripted module made of a transformers model."""
+    architecture = architectures.get(model.config.model_type)
+    architecture.check(model.config)
+    return fuse(
+        task,
+        architecture.head(task),
+        architecture.spec(model.config),
+        architecture.weights(task, model.config, model.state_dict()),
+        precisions.get(data_type),
+        task.columns(model.config),
+    )
+
+
+def batch(model: Any, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Random padded ids of any but the pad, mask and types that the model knows."""
+    architecture, config = architectures.get(model.config.model_type), model.config
+    ids, mask, types = ragged(lengths)
+    pad = architecture.pad(config) or 0
+    ids = torch.where(ids <= pad, ids + pad + 1, ids)
+    return (
+        torch.where(mask.bool(), ids, pad),
+        mask,
+        types if architecture.token_types(config) > 1 else types * 0,
+    )
+
+
+def apart(task: AnyTask, found: Any, wanted: list[Tensor], mask: Tensor) -> float:
+    """The largest difference of outputs that count."""
+    kept = mask.bool() if task.per_token else slice(None)
+    return max(float((a - b)[kept].abs().max()) for a, b in zip(found, wanted, strict=True))
 
 
 # -- tokenizers ----------------------------------------------------------------------------------
