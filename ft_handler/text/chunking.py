@@ -1,7 +1,7 @@
 """Where texts may be cut so that the parts read alone as they read together.
 
 A part, a chunk, is a blank and what follows it, up to the next blank that begins one; a text's
-first chunk has no blank before it. For every kind of tokenizer that is known to keep to this there
+first chunk has no blank before it, and a blank at a text's end nothing behind it. For every kind of tokenizer that is known to keep to this there
 is a class here. What a class is not certain of it says: a text with such a chunk is read whole.
 """
 
@@ -55,7 +55,10 @@ class Chunking(ABC):
 
     @abstractmethod
     def certain(self, chunk: str, first: bool) -> bool:
-        """Whether a chunk, without the blank before it, reads alike whatever stands around it."""
+        """Whether a chunk, without the blank before it, reads alike whatever stands around it.
+
+        first  whether it is its text's first
+        """
 
 
 class BertWords(Chunking):
@@ -116,8 +119,8 @@ class NormalizedWords(Chunking):
 class ByteWords(NormalizedWords):
     """Byte-level BPE: a word takes in the blank before it.
 
-    Whitespace of other kinds joins with blanks before it, so a blank that it follows begins no
-    chunk, and a blank before an added token stands alone or joins what precedes it.
+    Whitespace of other kinds joins with the blanks before it, and with a text's last one. A blank
+    before an added token stands alone or joins what precedes it.
     """
 
     mark = "Ġ"
@@ -129,7 +132,8 @@ class ByteWords(NormalizedWords):
     def certain(self, chunk: str, first: bool) -> bool:
         if self._normalizes:
             return super().certain(chunk, first)
-        return first or not chunk[0].isspace()
+        ends = chunk[-1:] if first else chunk[0] + chunk[-1]
+        return not any(c.isspace() and not c.isascii() for c in ends)
 
     @staticmethod
     def fits(tokenizer: Tokenizer) -> bool:

@@ -109,6 +109,8 @@ class _Text(_Chunks):
             opens[:-1] &= ~_SPACES[self._codes[1:]]
             opens[leads + 1] = False  # a blank that a text begins with is part of its first chunk
             opens[leads] = True
+            tails = leads + sizes  # one that a text ends with is a chunk without anything in it
+            opens[tails] |= (self._codes[tails] == ord(" ")) & ~_SPACES[self._codes[tails - 1]]
         opens[-1] = False
         blanks = np.flatnonzero(opens)
         self.begins = blanks + 1
@@ -319,10 +321,12 @@ class RememberedChunks:
         others = [chunk[1:].decode() for chunk in chunks if not chunk.startswith(_FIRST)]
         certain = self._chunking.certain
         alone = [[chunk] for chunk in firsts if certain(chunk, True)]
-        others = [chunk for chunk in others if certain(chunk, False)]
+        words = [chunk for chunk in others if chunk and certain(chunk, False)]
+        together = [[_BEFORE, *words[i : i + _GROUP]] for i in range(0, len(words), _GROUP)]
+        if "" in others:
+            together.append([_BEFORE, ""])  # what a text ends with
         places = dict.fromkeys(chunks, _WHOLE)
         places.update(self._tokenized(alone, _FIRST))
-        together = [[_BEFORE, *others[i : i + _GROUP]] for i in range(0, len(others), _GROUP)]
         places.update(self._tokenized(together, b" "))
         self._places.update(places)
         if chunks:
