@@ -10,7 +10,7 @@ environments of their own and hand over files:
     # in the package's environment; DIR is what `ft-handler trace --adapter ADAPTER` wrote
     python benchmarks/differential.py compare --model DIR --cases cases.json --reference ref.json
 
-Other architectures need no checkpoint: `model` writes a random one with a tokenizer of its kind or another's,
+Other architectures need no checkpoint: `model` writes a random one with a tokenizer of its kind,
 
     python benchmarks/tokenization.py train --kind bytes --output WORDS
     python benchmarks/differential.py model --family roberta --task qa --tokenizer WORDS \
