@@ -45,7 +45,8 @@ _BERT_FLAGS = {
 _BYTE_FLAGS = ("add_prefix_space", "trim_offsets")
 #: What SentencePiece's models are called, and the packages that transformers converts them with.
 _SENTENCEPIECE_FILES = (
-    "sentencepiece.bpe.model", "spiece.model", "spm.model", "sentencepiece.model", "tokenizer.model",
+    "sentencepiece.bpe.model", "sentencepiece.model", "spiece.model", "spm.model",
+    "tokenizer.model",
 )  # fmt: skip
 _SENTENCEPIECE_PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 #: Classes that take tokenizer.json as it is, whatever their settings say of case.
@@ -102,11 +103,7 @@ def write_tokenizer(options: TraceOptions, output: Path, vocab_size: int) -> Wri
                 f"here, and only one with a fast form can be served: {hf.first_line(error)}"
             ) from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise ModelError(
-                f"tokenizer {wanted}: {type(tokenizer).__name__} has no fast form; a tokenizer.json "
-                "that reads texts as it does would be served"
-            )
+        slow = f"{type(tokenizer).__name__} has no fast form"
         names = [TOKENIZER_FILE, *dict(tokenizer.vocab_files_names).values()]
         files = {name: source.file(name, options.cache_dir) for name in dict.fromkeys(names)}
         if not any(files.values()):
@@ -114,15 +111,23 @@ def write_tokenizer(options: TraceOptions, output: Path, vocab_size: int) -> Wri
                 f"tokenizer {wanted}: none of its files is there ({', '.join(files)}); "
                 "--tokenizer_name names another place"
             )
+        if backend is None and files[TOKENIZER_FILE] is None:
+            raise ModelError(f"tokenizer {wanted}: {slow}, and no {TOKENIZER_FILE} brings one")
         settings = _settings(source.file(TOKENIZER_SETTINGS_FILES[0], options.cache_dir))
         if settings.get("truncation_side", "right") != "right":
             raise ModelError(_LEFT.format(wanted, TOKENIZER_SETTINGS_FILES[0]))
         longest = int(tokenizer.model_max_length)
         tokenizer.save_pretrained(str(output))
     notes, doubts = [], []
-    made = Tokenizer.from_str(backend.to_str())
+    own = files[TOKENIZER_FILE]
+    if backend is None:
+        assert own is not None
+        made = _read(own, wanted)
+        doubts.append(f"tokenizer {wanted}: {slow}; its {TOKENIZER_FILE} is served")
+    else:
+        made = Tokenizer.from_str(backend.to_str())
     served = made
-    if (own := files[TOKENIZER_FILE]) is not None:
+    if own is not None:
         served = _own(own, wanted, settings, made, options.do_lower_case)
         if served.truncation and served.truncation.get("direction", "right").lower() != "right":
             raise ModelError(_LEFT.format(wanted, TOKENIZER_FILE))
@@ -195,6 +200,14 @@ def _settings(path: Path | None) -> Mapping[str, Any]:
     return {} if path is None else read_json_object(path)
 
 
+def _read(path: Path, wanted: str) -> Tokenizer:
+    """A tokenizer.json; raises ModelError in words."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"tokenizer {wanted}: {hf.first_line(error)}") from error
+
+
 def _own(
     path: Path,
     wanted: str,
@@ -207,10 +220,7 @@ def _own(
     made        what transformers makes of it
     lower_case  the user's wish
     """
-    try:
-        own = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ModelError(f"tokenizer {wanted}: {hf.first_line(error)}") from error
+    own = _read(path, wanted)
     normalizer = own.normalizer
     if isinstance(normalizer, BertNormalizer):
         if settings.get("tokenizer_class") not in _PLAIN_CLASSES:

@@ -1,8 +1,9 @@
 """Where texts may be cut so that the parts read alone as they read together.
 
 A part, a chunk, is a blank and what follows it, up to the next blank that begins one; a text's
-first chunk has no blank before it, and a blank at a text's end nothing behind it. For every kind of tokenizer that is known to keep to this there
-is a class here. What a class is not certain of it says: a text with such a chunk is read whole.
+first chunk has no blank before it, and a blank at a text's end nothing behind it. For every kind of
+tokenizer that is known to keep to this there is a class here. What a class is not certain of it
+says: a text with such a chunk is read whole.
 """
 
 from __future__ import annotations

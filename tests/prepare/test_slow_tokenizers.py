@@ -1,7 +1,8 @@
-"""Tokenizers that transformers has in Python alone: refused by name."""
+"""Tokenizers that transformers has in Python alone: refused by name, or served by their file."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 from families import write_model
 from tiny import SEQUENCE_CLASSIFICATION
+from tokenizers import Tokenizer
 
 from ft_handler.errors import ModelError
 from ft_handler.prepare.options import TraceOptions
+from ft_handler.prepare.tokenizer import alike
 from ft_handler.prepare.trace import trace
 
 pytest.importorskip("transformers")
@@ -37,7 +40,24 @@ def refusal(folder: Path, model_type: str, files: dict[str, str], **settings: An
 def test_tweets_and_vietnamese(name: str, tmp_path: Path) -> None:
     files = {"vocab.txt": "a 1\nb@@ 2\n", "bpe.codes": "a b 1\n"}
     said = refusal(tmp_path, "roberta", files, tokenizer_class=name)
-    assert said.endswith(f": {name} has no fast form")
+    assert said.endswith(f": {name} has no fast form, and no tokenizer.json brings one")
+
+
+def test_a_fast_form_of_the_checkpoints_own_is_served(tmp_path: Path) -> None:
+    write_model(tmp_path, "roberta", SEQUENCE_CLASSIFICATION)
+    (tmp_path / "vocab.txt").write_text("a 1\nb@@ 2\n")
+    (tmp_path / "bpe.codes").write_text("a b 1\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PhobertTokenizer"}')
+    options = TraceOptions(
+        mode=SEQUENCE_CLASSIFICATION, model_name_or_path=str(tmp_path), output=tmp_path / "out"
+    )
+    said: list[str] = []
+    folder = trace(options, said.append)
+    assert [line for line in said if "PhobertTokenizer has no fast form; its tok" in line]
+    ours, theirs = (Tokenizer.from_file(str(p / "tokenizer.json")) for p in (folder, tmp_path))
+    assert alike(ours, theirs)
+    with pytest.raises(ModelError, match=r"no fast form; .* \(--strict\)"):
+        trace(dataclasses.replace(options, strict=True))
 
 
 def test_japanese(tmp_path: Path) -> None:
