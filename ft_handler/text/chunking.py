@@ -33,14 +33,16 @@ _POST_PROCESSORS = ("TemplateProcessing", "BertProcessing", "RobertaProcessing",
 class Chunking(ABC):
     """How one kind of tokenizer lets texts be cut.
 
-    runs        whether a blank begins a chunk only where no more whitespace follows it
+    before      whether a blank begins a chunk only where no more whitespace stands before it
+    behind      whether it does so only where no more whitespace follows it
     mark        what stands before a word's entry in the vocabulary
     apart       whether a text's first chunk reads otherwise than the same characters later on
     lower       whether ASCII may be lower-cased beforehand
     uncertain   ids of tokens that reach beyond their chunk
     """
 
-    runs: ClassVar[bool] = True
+    before: ClassVar[bool] = False
+    behind: ClassVar[bool] = True
     mark: ClassVar[str] = ""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -66,7 +68,7 @@ class BertWords(Chunking):
     """BERT's words never reach over a blank. Added tokens are found within a chunk, whatever stands
     around it; only those that take in blanks reach into what is around them."""
 
-    runs = False
+    behind = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
@@ -97,7 +99,8 @@ class BertWords(Chunking):
 
 
 class NormalizedWords(Chunking):
-    """Words after a normalizer: a chunk is certain if that leaves one word of it, in its place."""
+    """Words after a normalizer: a chunk is certain if it has no whitespace at its ends, and is left
+    none by the normalizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
@@ -106,15 +109,17 @@ class NormalizedWords(Chunking):
         self._beside = "" if self._core is None else self._core.normalize_str("a")
 
     def certain(self, chunk: str, first: bool) -> bool:
-        if chunk.split() != [chunk]:
+        if chunk != chunk.strip() or not chunk:
             return False
         if self._core is None:
             return True
         # A mark may join with the blank before it, and through it with a letter that joins ahead.
         if unicodedata.category(chunk[0]).startswith("M"):
             return False
-        before, *words, after = self._core.normalize_str(f"a {chunk} a").split(" ")
-        return before == after == self._beside and len(words) == 1 and words[0].split() == words
+        left, right = f"{self._beside} ", f" {self._beside}"
+        found = self._core.normalize_str(f"a {chunk} a")
+        word = found[len(left) : -len(right)]
+        return found == f"{left}{word}{right}" and bool(word) and word == word.strip()
 
 
 class ByteWords(NormalizedWords):
@@ -151,6 +156,7 @@ class ByteWords(NormalizedWords):
 class MarkedWords(NormalizedWords):
     """SentencePiece's words, by unigrams or BPE: a mark stands for the blank before each."""
 
+    before = True
     mark = "▁"
 
     @staticmethod

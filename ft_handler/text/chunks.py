@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from ft_handler.text.chunking import chunking_of
+from ft_handler.text.chunking import Chunking, chunking_of
 from ft_handler.text.readers import (
     Origins,
     Reader,
@@ -93,20 +93,22 @@ class _Chunks:
 class _Text(_Chunks):
     """Texts in UTF-8, cut into chunks.
 
-    runs, apart  as in `Chunking`
+    cuts  how they are cut
 
     last_chunks  [texts] index of each text's last chunk
     """
 
-    def __init__(self, encoded: Sequence[bytes], runs: bool, apart: bool) -> None:
+    def __init__(self, encoded: Sequence[bytes], cuts: Chunking) -> None:
         joined = b" ".join([b"", *encoded, b""])
         super().__init__(joined)
         self._codes = np.frombuffer(joined, np.uint8)
         sizes = np.array([*map(len, encoded)], np.int64)
         leads = np.cumsum(sizes + 1) - sizes - 1
         opens = self._codes == ord(" ")
-        if runs:
+        if cuts.behind:
             opens[:-1] &= ~_SPACES[self._codes[1:]]
+            if cuts.before:
+                opens[1:] &= ~_SPACES[self._codes[:-1]]
             opens[leads + 1] = False  # a blank that a text begins with is part of its first chunk
             opens[leads] = True
             tails = leads + sizes  # one that a text ends with is a chunk without anything in it
@@ -118,7 +120,7 @@ class _Text(_Chunks):
         self._first_chunks = np.searchsorted(blanks, leads)
         self.last_chunks = np.append(self._first_chunks[1:], len(blanks)) - 1
         self.firsts = np.zeros(len(blanks), np.bool_)
-        if apart:
+        if cuts.apart:
             self.firsts[self._first_chunks] = True
 
     def characters(self) -> NDArray[np.int32]:
@@ -247,7 +249,7 @@ class RememberedChunks:
         encoded = [text.encode() for text in texts]
         if self._chunking.lower:
             encoded = [text if b"[" in text else text.lower() for text in encoded]
-        text = _Text(encoded, self._chunking.runs, self._chunking.apart)
+        text = _Text(encoded, self._chunking)
         places = self._look_up(text)
         counts = places & (1 << _SHIFT) - 1
         ends = np.cumsum(counts)
