@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.normalizers import BertNormalizer, Lowercase, Sequence
+from tokenizers.pre_tokenizers import ByteLevel
 
 from ft_handler.errors import ConfigError, ModelError
 from ft_handler.files import TOKENIZER_FILE, TOKENIZER_SETTINGS_FILES, VOCABULARY_FILE
@@ -17,10 +19,11 @@ from ft_handler.prepare import hf, hub
 from ft_handler.prepare.adapters import read_json_object
 from ft_handler.prepare.options import TraceOptions
 from ft_handler.text.template import Template
-from ft_handler.text.tokenizer import of_words
+from ft_handler.text.tokenizer import check_tokens, lower_cases, of_words
 
 #: What tokenizers of one vocabulary disagree about: case, accents, widths, ligatures, marks and
-#: blanks of every kind, Chinese characters, long words, special tokens inside a text.
+#: blanks of every kind, Chinese characters, long words, special tokens and the marks that stand for
+#: blanks inside a text.
 HARD_TEXTS = (
     "The Film's actors don't RE-ENTER; e.g. 1,234.56% of £5 & €10 (a_b@c.de)...",
     "Ünïcödé naïve CAFÉ cafe\u0301 Straße STRASSE İstanbul ıI ŒUVRE ǅ",
@@ -29,6 +32,7 @@ HARD_TEXTS = (
     "zero\u200bwidth soft\u00adhyphen \ufeffmark \ufffd replaced \u0007 bell",
     "中文字符 と日本語 한국어 ไทย हिन्दी עברית العربية",
     "hello [MASK] film, a[SEP]b [CLS] <s> <mask> [unused1]",
+    " hello</s> a <pad><unk>b  <mask> \u2581c \u2581 _d \u0120e ``f'' ",
     "emoji 😀 👩\u200d🚀 🇩🇪 — “quotes” ‘single’ … • § ¿",
     "UNAFFABLE " + "x" * 120 + " pneumonoultramicroscopicsilicovolcanoconiosis",
 )
@@ -37,6 +41,14 @@ _BERT_FLAGS = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
+#: Of byte-level BPE, which transformers sets as its own settings say, or as its class has them.
+_BYTE_FLAGS = ("add_prefix_space", "trim_offsets")
+#: What SentencePiece's models are called, and the packages that transformers converts them with.
+_SENTENCEPIECE_FILES = (
+    "sentencepiece.bpe.model", "sentencepiece.model", "spiece.model", "spm.model",
+    "tokenizer.model",
+)  # fmt: skip
+_SENTENCEPIECE_PACKAGES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 #: Classes that take tokenizer.json as it is, whatever their settings say of case.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -83,15 +95,17 @@ def write_tokenizer(
                 use_fast=True,
                 **extra,
             )
-        except ImportError as error:
+        except Exception as error:  # the tokenizers library raises bare Exception
+            if missing := _unconverted(source, options.cache_dir):
+                raise ModelError(f"tokenizer {wanted}: {missing}") from error
+            if not isinstance(error, ImportError):
+                raise ModelError(f"tokenizer {wanted}: {hf.first_line(error)}") from error
             # What slow tokenizers are made of; to install it would lead to the refusal below.
             named = _settings(source.file(TOKENIZER_SETTINGS_FILES[0], options.cache_dir))
             raise ModelError(
                 f"tokenizer {wanted}: {named.get('tokenizer_class', 'its class')} cannot be read "
                 f"here, and only one with a fast form can be served: {hf.first_line(error)}"
             ) from error
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise ModelError(f"tokenizer {wanted}: {hf.first_line(error)}") from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
         slow = f"{type(tokenizer).__name__} has no fast form"
         names = [TOKENIZER_FILE, *dict(tokenizer.vocab_files_names).values()]
@@ -130,6 +144,10 @@ def write_tokenizer(
     for one in (made, served):
         one.no_truncation()
         one.no_padding()
+        try:
+            check_tokens(one)
+        except ConfigError as error:
+            raise ModelError(f"tokenizer {wanted}: {error}") from None
     if not alike(made, served):
         doubts.append(
             f"tokenizer {wanted}: transformers {transformers.__version__} reads texts otherwise "
@@ -138,14 +156,13 @@ def write_tokenizer(
     if lower_first:
         _lower_first(served)
     described = json.loads(served.to_str())
-    normalizer = described.get("normalizer") or {}
-    if options.do_lower_case is not None and (
-        normalizer.get("lowercase") is not options.do_lower_case
-    ):
-        raise ModelError(f"tokenizer {wanted}: do_lower_case has nothing to set in it")
-    lower_case = "lowercase" in str(served.normalizer).lower()
-    if isinstance(served.normalizer, BertNormalizer):
-        lower_case = bool(served.normalizer.lowercase)
+    lower_case = lower_cases(served)
+    if options.do_lower_case not in (None, lower_case):
+        raise ModelError(
+            f"tokenizer {wanted}: --do_lower_case sets BERT's normalizer; this one has another, "
+            f"which {'lower-cases' if lower_case else 'does not lower-case'}: change it in its "
+            f"{TOKENIZER_FILE}"
+        )
     text = json.dumps(described, ensure_ascii=False, indent=2) + "\n"
     (output / TOKENIZER_FILE).write_text(text, encoding="utf-8")
     vocabulary = served.get_vocab(with_added_tokens=True)
@@ -164,6 +181,25 @@ _LEFT = (
     "tokenizer {}: truncation_side 'left' in its {} is not served: long texts lose their end, "
     "never their beginning; set it to 'right' there to accept that"
 )
+
+
+def _unconverted(source: hub.Source, cache_dir: str | None) -> str:
+    """What keeps a SentencePiece model without a tokenizer.json from being read; nothing: empty."""
+    found = [name for name in _SENTENCEPIECE_FILES if source.file(name, cache_dir)]
+    if not found or source.file(TOKENIZER_FILE, cache_dir):
+        return ""
+    missing = []
+    for module, package in _SENTENCEPIECE_PACKAGES.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing.append(package)
+    if not missing:
+        return ""
+    return (
+        f"{found[0]} has to be converted, for which transformers needs {' and '.join(missing)}: "
+        f"install that, or put a {TOKENIZER_FILE} beside it"
+    )
 
 
 def _settings(path: Path | None) -> Mapping[str, Any]:
@@ -200,6 +236,7 @@ def _own(
         if lower_case is not None:
             normalizer.lowercase = lower_case
         own.normalizer = normalizer
+    _set_byte_flags(own, made)
     # The settings beside the file may name more tokens.
     for number, token in sorted(made.get_added_tokens_decoder().items()):
         if own.token_to_id(token.content) is None:
@@ -219,11 +256,25 @@ def _lower_first(tokenizer: Tokenizer) -> None:
     tokenizer.normalizer = Sequence([Lowercase()] if own is None else [Lowercase(), own])
 
 
+def _set_byte_flags(own: Tokenizer, made: Tokenizer) -> None:
+    """Byte-level BPE's flags as transformers has them, where both are of that kind."""
+    if not (isinstance(own.pre_tokenizer, ByteLevel) and isinstance(made.pre_tokenizer, ByteLevel)):
+        return
+    for name in ("pre_tokenizer", "post_processor"):
+        part, model = getattr(own, name), getattr(made, name)
+        if part is None or model is None:
+            continue
+        state, wanted = json.loads(part.__getstate__()), json.loads(model.__getstate__())
+        state |= {flag: wanted[flag] for flag in _BYTE_FLAGS if flag in state and flag in wanted}
+        part.__setstate__(json.dumps(state).encode())
+        setattr(own, name, part)
+
+
 def alike(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers give the same tokens and types for every hard text and pair."""
+    """Whether two tokenizers make the same of every hard text and pair: tokens, types, offsets."""
     pairs = zip(HARD_TEXTS, (*HARD_TEXTS[1:], "a"), strict=True)
     return all(
-        a.ids == b.ids and a.type_ids == b.type_ids
+        a.ids == b.ids and a.type_ids == b.type_ids and a.offsets == b.offsets
         for text, pair in pairs
         for a, b in (
             (one.encode(text), other.encode(text)),

@@ -1,6 +1,6 @@
 """Token ids of texts made of chunks between blanks, each tokenized once.
 
-BERT's words never reach over a blank, so what stands between two blanks always gives the same
+Where a tokenizer's words end at blanks, what stands between two of them always gives the same
 tokens. Remembering them takes a 25-token sentence from about 50 microseconds to about 5.
 """
 
@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
 
+from ft_handler.text.chunking import Chunking, chunking_of
 from ft_handler.text.readers import (
     Origins,
     Reader,
@@ -29,8 +27,10 @@ from ft_handler.types import Ids
 
 #: A chunk's place: the row of its first token in the table, shifted, and how many tokens it has.
 _SHIFT = 32
-#: The place of a chunk with an added token that takes in blanks: its text is read whole.
+#: The place of a chunk that what stands around it may change: its text is read whole.
 _WHOLE = 1 << 62
+#: Before a text's first chunk, in place of a blank, where that reads otherwise; no byte of UTF-8.
+_FIRST = b"\xff"
 
 _KEY_BYTES = 15
 _BUCKETS = 16  # bits
@@ -43,55 +43,101 @@ _HIGH_BYTES = np.array(
 _LENGTHS = np.array([n + 1 << 56 for n in range(17)], np.uint64)
 
 
-class _Text:
-    """Texts in UTF-8 with a blank between, and the chunks between the blanks.
+#: What a blank begins no chunk before, where whitespace belongs together.
+_SPACES = np.isin(np.arange(256), [*b"\t\n\x0b\x0c\r "])
 
-    joined, text_sizes   all texts, and how many bytes each has
-    begins, sizes  [chunks] in bytes
-    last_chunks    [texts] index of each text's last chunk
+
+class _Chunks:
+    """Chunks in bytes, a blank or what stands for it before each.
+
+    begins, sizes  [chunks] in bytes, without the blank
+    firsts         [chunks] whether they are their text's first and read otherwise for that
     """
 
-    def __init__(self, joined: bytes, text_sizes: Sequence[int]) -> None:
-        # Behind the last chunk there have to be as many bytes as a key reads.
-        self.raw = joined + bytes(16)
-        self._codes = np.frombuffer(self.raw, np.uint8)
-        blanks = np.flatnonzero(self._codes == ord(" "))
-        bounds = np.concatenate(([-1], blanks, [len(joined)]))
-        self.begins = bounds[:-1] + 1
-        self.sizes = bounds[1:] - self.begins
-        text_ends = np.cumsum(text_sizes) + np.arange(len(text_sizes))
-        self.last_chunks = np.searchsorted(blanks, text_ends)
+    begins: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    firsts: NDArray[np.bool_]
 
-    def chunks(self, which: NDArray[np.int64]) -> list[str]:
-        """Some chunks as text."""
+    def __init__(self, raw: bytes) -> None:
+        # Behind the last chunk there have to be as many bytes as a key reads.
+        self._raw = raw + bytes(16)
+
+    @classmethod
+    def of(cls, chunks: Sequence[bytes]) -> _Chunks:
+        """Chunks as `some` gives them."""
+        made = cls(b"".join(chunks))
+        lengths = np.array([*map(len, chunks)], np.int64)
+        made.begins, made.sizes = np.cumsum(lengths) - lengths + 1, lengths - 1
+        made.firsts = np.array([chunk.startswith(_FIRST) for chunk in chunks], np.bool_)
+        return made
+
+    def some(self, which: NDArray[np.int64]) -> list[bytes]:
+        """Some of the chunks with the blank, or what stands for it, before them."""
         begins, sizes = self.begins[which].tolist(), self.sizes[which].tolist()
-        return [self.raw[b : b + n].decode() for b, n in zip(begins, sizes, strict=True)]
+        return [
+            _FIRST + self._raw[b : b + n] if first else self._raw[b - 1 : b + n]
+            for b, n, first in zip(begins, sizes, self.firsts[which].tolist(), strict=True)
+        ]
 
     def keys(self) -> NDArray[np.uint64]:
-        """[2, chunks] each chunk's first 15 bytes and its length: equal only if the chunks are,
-        when they are no longer."""
-        words = np.ndarray((len(self.raw) - 7,), "<u8", self.raw, strides=(1,))
+        """[2, chunks] each chunk's first 15 bytes, its length and whether it is a first one: equal
+        only if the chunks are, when they are no longer."""
+        words = np.ndarray((len(self._raw) - 7,), "<u8", self._raw, strides=(1,))
         low = words[self.begins] & _LOW_BYTES.take(self.sizes, mode="clip")
         high = words[self.begins + 8] & _HIGH_BYTES.take(self.sizes, mode="clip")
         high |= _LENGTHS.take(self.sizes, mode="clip")
+        high |= self.firsts.astype(np.uint64) << np.uint64(63)
         return np.stack([low, high])
+
+
+class _Text(_Chunks):
+    """Texts in UTF-8, cut into chunks.
+
+    cuts  how they are cut
+
+    last_chunks  [texts] index of each text's last chunk
+    """
+
+    def __init__(self, encoded: Sequence[bytes], cuts: Chunking) -> None:
+        joined = b" ".join([b"", *encoded, b""])
+        super().__init__(joined)
+        self._codes = np.frombuffer(joined, np.uint8)
+        sizes = np.array([*map(len, encoded)], np.int64)
+        leads = np.cumsum(sizes + 1) - sizes - 1
+        opens = self._codes == ord(" ")
+        if cuts.behind:
+            opens[:-1] &= ~_SPACES[self._codes[1:]]
+            if cuts.before:
+                opens[1:] &= ~_SPACES[self._codes[:-1]]
+            opens[leads + 1] = False  # a blank that a text begins with is part of its first chunk
+            opens[leads] = True
+            tails = leads + sizes  # one that a text ends with is a chunk without anything in it
+            opens[tails] |= (self._codes[tails] == ord(" ")) & ~_SPACES[self._codes[tails - 1]]
+        opens[-1] = False
+        blanks = np.flatnonzero(opens)
+        self.begins = blanks + 1
+        self.sizes = np.append(blanks[1:], len(joined) - 1) - self.begins
+        self._first_chunks = np.searchsorted(blanks, leads)
+        self.last_chunks = np.append(self._first_chunks[1:], len(blanks)) - 1
+        self.firsts = np.zeros(len(blanks), np.bool_)
+        if cuts.apart:
+            self.firsts[self._first_chunks] = True
 
     def characters(self) -> NDArray[np.int32]:
         """[chunks] how many characters of its text precede each chunk."""
         begins = self.begins
-        if not self.raw.isascii():
+        if not self._raw.isascii():
             leads = (self._codes & 0xC0) != 0x80
             begins = (np.cumsum(leads) - leads)[begins]
-        first_chunks = np.concatenate(([0], self.last_chunks[:-1] + 1))
-        firsts = np.repeat(begins[first_chunks], np.diff(self.last_chunks, prepend=-1))
-        within: NDArray[np.int64] = begins - firsts
+        counts = self.last_chunks - self._first_chunks + 1
+        within: NDArray[np.int64] = begins - np.repeat(begins[self._first_chunks], counts)
         return within.astype(np.int32)
 
 
 class _ShortChunks:
     """Places of chunks of at most 15 bytes, found for a whole batch at once.
 
-    A hash table, [buckets, 2, 3]: keys as in `_Text` and the place. A bucket has room for two
+    A hash table, [buckets, 2, 3]: keys as in `_Chunks` and the place. A bucket has room for two
     chunks; one that finds no room is left out, and those who look for it have to look elsewhere.
     """
 
@@ -107,12 +153,12 @@ class _ShortChunks:
         buckets: NDArray[np.uint64] = mixed >> np.uint64(64 - _BUCKETS)
         return buckets.astype(np.int64)
 
-    def add(self, text: _Text, places: NDArray[np.int64]) -> None:
-        """Take in the chunks of a text that are short enough and find room."""
-        keys = text.keys()
+    def add(self, chunks: _Chunks, places: NDArray[np.int64]) -> None:
+        """Take in the chunks that are short enough and find room."""
+        keys = chunks.keys()
         buckets = self._buckets(keys)
         rows = np.stack([*keys, places.astype(np.uint64)], axis=1)
-        rest = np.flatnonzero(text.sizes <= _KEY_BYTES)
+        rest = np.flatnonzero(chunks.sizes <= _KEY_BYTES)
         for at in (0, 3):
             free = rest[self._table[buckets[rest], at + 1] == 0]
             first = free[np.unique(buckets[free], return_index=True)[1]]  # of those in one bucket
@@ -127,10 +173,14 @@ class _ShortChunks:
         return np.where(first, rows[:, 2], rows[:, 5]).astype(np.int64), first | second
 
 
+#: Bytes of a chunk that is kept, and words that are known from the start.
 _LONGEST_CHUNK = 48
+_MOST_WORDS = 1 << 15
 #: On average, at most: what is long and no word has many.
 _TOKENS_A_CHUNK = 4
 _GROUP = 64
+#: What stands before the first of several chunks that are tokenized together.
+_BEFORE = "a"
 
 
 class RememberedChunks:
@@ -140,33 +190,26 @@ class RememberedChunks:
               afresh
 
     Tokens of all chunks lie in one table, [tokens, 5]: id, and as in `Origins` the characters of
-    the chunk. Short chunks are looked up as arrays, a batch at once; the others one by one.
+    the chunk. Short chunks are looked up as arrays, a batch at once; the others one by one. What
+    may be cut into chunks the tokenizer's `Chunking` says. One thread reads at a time, and where
+    reading fails everything is forgotten.
 
-    Added tokens are found within a chunk, whatever stands around it; only those that take in blanks
-    reach into what is around them, and a text with one of these is read whole. One thread reads
-    at a time, and where reading fails everything is forgotten.
+    Raises ValueError for a tokenizer that does not fit.
     """
 
     def __init__(self, tokenizer: Tokenizer, capacity: int = 1 << 16) -> None:
-        self._tokenizer = tokenizer
+        chunking = chunking_of(tokenizer)
+        if chunking is None:
+            raise ValueError("words of this tokenizer may reach over blanks")
+        self._tokenizer, self._chunking = tokenizer, chunking
         self._lock = threading.Lock()
         self._texts = WholeTexts(tokenizer)
-        normalizer = tokenizer.normalizer
-        tokens = tokenizer.get_added_tokens_decoder()
-        self._greedy = {i for i, token in tokens.items() if token.lstrip or token.rstrip}
-        added = [token.content for token in tokens.values()]
-        # Lower-casing ASCII first makes more chunks equal; special tokens have a case.
-        self._lower = bool(
-            isinstance(normalizer, BertNormalizer)
-            and normalizer.lowercase
-            and all("[" in content for content in added)
-        )
         vocab = tokenizer.get_vocab()
         # In the vocabulary's order, which is by frequency: what is used often lies together.
-        words = sorted(
-            (w for w in vocab if w.isalnum() and len(w) <= _LONGEST_CHUNK), key=vocab.__getitem__
-        )
-        self._words: dict[str, int] = {}
+        in_order = sorted(vocab, key=vocab.__getitem__)
+        words = [b" " + word.encode() for word in chunking.words(in_order)]
+        words = [word for word in words if len(word) <= _LONGEST_CHUNK][:_MOST_WORDS]
+        self._words: dict[bytes, int] = {}
         self._short_words = _ShortChunks()
         self._places, self._short = self._words, self._short_words
         self._table, self._used = np.zeros((0, 5), np.int32), 0
@@ -181,20 +224,8 @@ class RememberedChunks:
 
     @staticmethod
     def fits(tokenizer: Tokenizer) -> bool:
-        """Whether words of this tokenizer end at blanks, whatever stands around them."""
-        normalizer = tokenizer.normalizer
-        if not (
-            isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
-            and isinstance(tokenizer.model, WordPiece)
-            and isinstance(normalizer, (BertNormalizer, type(None)))
-        ):
-            return False
-        sought = []
-        for token in tokenizer.get_added_tokens_decoder().values():
-            sought.append(token.content)
-            if token.normalized and normalizer is not None:
-                sought.append(normalizer.normalize_str(token.content))
-        return all(content and " " not in content for content in sought)
+        """Whether words of this tokenizer end at blanks, as far as is known."""
+        return chunking_of(tokenizer) is not None
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of each text, without special tokens."""
@@ -216,13 +247,10 @@ class RememberedChunks:
         if not texts:
             return [], []
         encoded = [text.encode() for text in texts]
-        joined = b" ".join(encoded)
-        if self._lower and b"[" not in joined:
-            joined = joined.lower()
-        elif self._lower:
-            joined = b" ".join(text if b"[" in text else text.lower() for text in encoded)
-        text = _Text(joined, list(map(len, encoded)))
-        places, passing = self._look_up(text)
+        if self._chunking.lower:
+            encoded = [text if b"[" in text else text.lower() for text in encoded]
+        text = _Text(encoded, self._chunking)
+        places = self._look_up(text)
         counts = places & (1 << _SHIFT) - 1
         ends = np.cumsum(counts)
         # Row of the table that each token has: its chunk's first row, and on from there.
@@ -235,10 +263,7 @@ class RememberedChunks:
         if located:
             found += np.repeat(text.characters(), counts)[:, None]
             origins = split_rows(found[:, 1:], text_ends)
-        if passing:
-            self._drop(passing)
-        if self._greedy:
-            self._read_whole(texts, np.flatnonzero(places == _WHOLE), text, ids, origins)
+        self._read_whole(texts, np.flatnonzero(places == _WHOLE), text, ids, origins)
         return ids, origins
 
     def _read_whole(
@@ -263,75 +288,89 @@ class RememberedChunks:
         for i, one in zip(which, found, strict=True):
             ids[i] = one
 
-    def _look_up(self, text: _Text) -> tuple[NDArray[np.int64], list[str]]:
-        """The place of every chunk, and those that should be forgotten again."""
+    def _look_up(self, text: _Text) -> NDArray[np.int64]:
+        """The place of every chunk, good until more is added."""
         keys = text.keys()
         places, known = self._short.find(keys)
         if known.all():
-            return places, []
+            return places
         rest = np.flatnonzero(~known)
-        chunks = text.chunks(rest)
-        passing: list[str] = []
+        chunks = text.some(rest)
         new = {chunk for chunk in chunks if chunk not in self._places}
+        passing: list[bytes] = []
         if new:
             full = len(self._places) + len(new) > self._capacity
             if full or self._used > _TOKENS_A_CHUNK * self._capacity:
                 self._forget()
-                new = {*text.chunks(np.arange(len(places)))} - self._places.keys()
+                new = {*text.some(np.arange(len(places)))} - self._places.keys()
             # Long chunks are rarely words, and would let a client fill the memory.
             passing = [chunk for chunk in new if len(chunk) > _LONGEST_CHUNK]
-            self._add([chunk for chunk in new if len(chunk) <= _LONGEST_CHUNK] + passing)
+            self._add([chunk for chunk in new if len(chunk) <= _LONGEST_CHUNK])
             places, known = self._short.find(keys)
             rest = np.flatnonzero(~known)
-            chunks = text.chunks(rest)
+            chunks = text.some(rest)
+        kept = self._used
+        self._add(passing)
         places[rest] = [self._places[chunk] for chunk in chunks]
-        return places, passing
+        for chunk in passing:
+            del self._places[chunk]
+        self._used = kept
+        return places
 
-    def _drop(self, chunks: Sequence[str]) -> None:
-        """Forget the chunks that were added last."""
-        self._used -= sum(self._places.pop(chunk) & (1 << _SHIFT) - 1 for chunk in chunks)
-
-    def _add(self, chunks: Sequence[str]) -> None:
+    def _add(self, chunks: Sequence[bytes]) -> None:
         """Tokenize chunks into the table, many in one text: a call costs more than a word."""
-        if not chunks:
-            return
-        groups = [chunks[i : i + _GROUP] for i in range(0, len(chunks), _GROUP)]
-        encodings = self._encode(groups)
-        if self._greedy and any(map(self._takes_blanks, encodings)):
-            groups = [[chunk] for chunk in chunks]
-            encodings = self._encode(groups)
+        firsts = [chunk[1:].decode() for chunk in chunks if chunk.startswith(_FIRST)]
+        others = [chunk[1:].decode() for chunk in chunks if not chunk.startswith(_FIRST)]
+        certain = self._chunking.certain
+        alone = [[chunk] for chunk in firsts if certain(chunk, True)]
+        words = [chunk for chunk in others if chunk and certain(chunk, False)]
+        together = [[_BEFORE, *words[i : i + _GROUP]] for i in range(0, len(words), _GROUP)]
+        if "" in others:
+            together.append([_BEFORE, ""])  # what a text ends with
+        places = dict.fromkeys(chunks, _WHOLE)
+        places.update(self._tokenized(alone, _FIRST))
+        places.update(self._tokenized(together, b" "))
+        self._places.update(places)
+        if chunks:
+            self._short.add(_Chunks.of(chunks), np.array([places[chunk] for chunk in chunks]))
+
+    def _tokenized(self, groups: Sequence[Sequence[str]], lead: bytes) -> dict[bytes, int]:
+        """The places of chunks that were put into the table, group by group, with `lead`'s byte
+        before each, which is a blank where a group begins with what is no chunk."""
+        if not groups:
+            return {}
+        encodings = encode_with(self._tokenizer.encode_batch, [" ".join(group) for group in groups])
+        reaching = [not self._chunking.uncertain.isdisjoint(e.ids) for e in encodings]
+        if any(reaching) and max(map(len, groups)) > 2:
+            return self._tokenized([[_BEFORE, c] for group in groups for c in group[1:]], lead)
         origins = origins_of(encodings)
-        # Characters counted through all texts, a blank between two.
-        widths = np.array([len(chunk) + 1 for chunk in chunks])
+        # Characters counted through all texts, one between two. The first token of a chunk is the
+        # first that ends behind the blank before it, whether or not it begins with the blank.
+        widths = np.array([len(chunk) + 1 for group in groups for chunk in group])
         begins = np.cumsum(widths) - widths
-        leading = np.cumsum([0, *map(len, groups)])[:-1]
+        sizes = np.array([*map(len, groups)])
+        leading = np.cumsum(sizes) - sizes
         origins += np.repeat(begins[leading], [len(e) for e in encodings])[:, None]
-        # The first token of every chunk is the first that begins at the chunk or after it.
-        firsts = np.searchsorted(origins[:, 0], begins)
+        firsts = np.searchsorted(origins[:, 1], begins - 1, side="right")
         counts = np.diff(firsts, append=len(origins))
         origins -= np.repeat(begins, counts)[:, None]
-        end = self._used + len(origins)
+        rows = np.column_stack((np.array([i for e in encodings for i in e.ids], np.int32), origins))
+        real = np.ones(len(begins), np.bool_)
+        real[leading] = lead == _FIRST
+        rows, counts = rows[np.repeat(real, counts)], counts[real]
+        end = self._used + len(rows)
         if end > len(self._table):
             grown = np.empty((2 * end, 5), np.int32)
             grown[: self._used] = self._table[: self._used]
             self._table = grown
-        self._table[self._used : end, 0] = [i for e in encodings for i in e.ids]
-        self._table[self._used : end, 1:] = origins
-        places = (firsts + self._used << _SHIFT) + counts
-        if len(groups) == len(chunks) and self._greedy:
-            places[[self._takes_blanks(e) for e in encodings]] = _WHOLE
-        self._places.update(zip(chunks, places.tolist(), strict=True))
-        encoded = [chunk.encode() for chunk in chunks]
-        self._short.add(_Text(b" ".join(encoded), list(map(len, encoded))), places)
+        self._table[self._used : end] = rows
+        places = (np.cumsum(counts) - counts + self._used << _SHIFT) + counts
         self._used = end
-
-    def _encode(self, groups: Sequence[Sequence[str]]) -> Sequence[Any]:
-        """What the library makes of chunks with a blank between, group by group."""
-        return encode_with(self._tokenizer.encode_batch, [" ".join(group) for group in groups])
-
-    def _takes_blanks(self, encoding: Any) -> bool:
-        """Whether an added token that takes in blanks is among the tokens."""
-        return not self._greedy.isdisjoint(encoding.ids)
+        places[np.repeat(reaching, sizes)[real]] = _WHOLE
+        names = [
+            lead + c.encode() for c, is_real in zip(chain(*groups), real, strict=True) if is_real
+        ]
+        return dict(zip(names, places.tolist(), strict=True))
 
 
 def reader_of(tokenizer: Tokenizer, remember: bool = True) -> Reader:

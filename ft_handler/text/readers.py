@@ -32,9 +32,10 @@ def origins_of(encodings: Sequence[Any]) -> Origins:
     begins[1:] |= numbers[1:] != numbers[:-1]
     counts = np.array([len(e) for e in encodings])
     begins[(np.cumsum(counts) - counts)[counts > 0]] = True
-    runs, word_of = np.flatnonzero(begins), np.cumsum(begins) - 1
-    words = np.minimum.reduceat(own[:, 0], runs), np.maximum.reduceat(own[:, 1], runs)
-    return np.column_stack((own, words[0][word_of], words[1][word_of]))
+    firsts, word_of = np.flatnonzero(begins), np.cumsum(begins) - 1
+    lasts = np.append(firsts[1:], len(own)) - 1
+    # Not the least and the largest: so the library has it.
+    return np.column_stack((own, own[firsts, 0][word_of], own[lasts, 1][word_of]))
 
 
 def split_rows(rows: NDArray[Any], ends: NDArray[np.int64]) -> list[NDArray[Any]]:

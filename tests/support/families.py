@@ -96,10 +96,17 @@ def random_model(
 def write_model(folder: Path, model_type: str, mode: str, **changes: Any) -> Any:
     """A checkpoint with its tokenizer in `folder`; returns the model."""
     folder.mkdir(parents=True, exist_ok=True)
-    size = globals()[f"write_{FAMILIES[model_type].tokenizer}"](folder, model_type)
+    size = write_tokenizer_of(folder, model_type)
     model = random_model(model_type, tasks.get(mode), vocab_size=size, **changes)
     model.save_pretrained(folder)
     return model
+
+
+def write_tokenizer_of(folder: Path, model_type: str) -> int:
+    """The files of an architecture's tokenizer in `folder`; returns its tokens."""
+    size = globals()[f"write_{FAMILIES[model_type].tokenizer}"](folder, model_type)
+    assert isinstance(size, int)
+    return size
 
 
 def logits_of(model: Any, ids: Tensor, mask: Tensor, types: Tensor) -> list[Tensor]:
