@@ -158,9 +158,10 @@ def _show(report: Report) -> None:
     console.print(table)
     console.print(
         f"{report.different} answers differ; outputs differ by {report.largest_difference:.1e} at "
-        f"most, {report.mean_difference:.1e} on average"
+        f"most, {report.mean_difference:.1e} on average",
+        soft_wrap=True,
     )
     for failure in report.failures:
-        console.print(f"failed: {failure}", markup=False)
+        console.print(f"failed: {failure}", markup=False, soft_wrap=True)
     if not report.failures:
         console.print("passed")

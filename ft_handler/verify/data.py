@@ -197,10 +197,13 @@ def _json(text: str, layout: Layout) -> Iterator[Example]:
         paragraphs = [p for article in document["data"] for p in article["paragraphs"]]
         asked = [(paragraph, question) for paragraph in paragraphs for question in paragraph["qas"]]
         for paragraph, question in asked:
-            answers = [str(answer["text"]) for answer in question.get("answers", ())]
             texts = {"question": str(question["question"]), "context": str(paragraph["context"])}
-            impossible = bool(question.get("is_impossible"))
-            yield Example(texts, [] if impossible else answers, f"question {question.get('id')}")
+            answers: list[str] | None = None
+            if question.get("is_impossible"):
+                answers = []
+            elif "answers" in question:
+                answers = [str(answer["text"]) for answer in question["answers"]]
+            yield Example(texts, answers, f"question {question.get('id')}")
     except (KeyError, TypeError):
         raise ValueError("is neither a list of objects nor in SQuAD's format") from None
 

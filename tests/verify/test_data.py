@@ -87,6 +87,8 @@ def test_squad(tmp_path: Path) -> None:
         Example({"question": "Why?", **texts}, [], "question b"),
     ]
     assert read(tmp_path, "dev.json", json.dumps(SQUAD)) == wanted
+    bare = json.dumps(SQUAD).replace('"answers"', '"hidden"')
+    assert [e.gold for e in read(tmp_path, "test.json", bare)] == [None, []]
     packed = gzip.compress(json.dumps(SQUAD).encode())
     assert read(tmp_path, "dev-v2.0.json.gz", packed) == wanted
 
