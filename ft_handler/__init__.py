@@ -1,4 +1,4 @@
-"""Padding-free BERT serving: traced EFFT models, length buckets, a TorchServe handler.
+"""Padding-free serving of BERT and its kin: traced models, length buckets, a TorchServe handler.
 
 Importing this package is cheap: torch and the rest load when a name is first used.
 """

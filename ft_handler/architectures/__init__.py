@@ -18,12 +18,14 @@ _HOMES = {
     "camembert": "ft_handler.architectures.camembert",
     "distilbert": "ft_handler.architectures.distilbert",
     "electra": "ft_handler.architectures.electra",
+    "albert": "ft_handler.architectures.albert",
+    "mpnet": "ft_handler.architectures.mpnet",
 }
 #: What stands between the fused encoder and families that are asked for -> their model types.
 _OPEN = {
     "its attention is disentangled": ("deberta", "deberta-v2"),
-    "its positions are rotary and its norms come before the sums": (
-        *("modernbert", "eurobert", "nomic_bert", "new"),
+    "its positions are rotary": (
+        *("modernbert", "eurobert", "nomic_bert", "gte", "jina_embeddings_v3"),
     ),
     "its norms come before the sums": ("xlm-roberta-xl", "roberta-prelayernorm", "megatron-bert"),
     "it generates text": (

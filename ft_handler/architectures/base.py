@@ -8,7 +8,9 @@ The fused encoder's weights, V words, P positions, E embedding size, H hidden, I
 L layers, or 1 where all layers share their weights:
 
   embeddings.word [V,E]  embeddings.position [P,E]  embeddings.token_type [types,E]
-  embeddings.norm.weight, .bias [E]  embeddings.projection.weight [H,E], .bias [H] (if E is not H)
+  embeddings.norm.weight, .bias [E]
+  embeddings.projection.weight [H,E], .bias [H]   where E is not H, or where a family always has one
+  attention.relative_bias [heads,2D+1]            where `EncoderSpec.relative_distance` D is not 0
   layers.qkv.weight [L,3H,H], .bias [L,3H]   layers.out.weight [L,H,H], .bias [L,H]
   layers.norm1.weight, .bias [L,H]           layers.up.weight [L,I,H], .bias [L,I]
   layers.down.weight [L,H,I], .bias [L,H]    layers.norm2.weight, .bias [L,H]
@@ -100,7 +102,7 @@ class Architecture:
         """Sizes and choices of a configuration; raises ModelError for another activation."""
         return EncoderSpec(
             hidden_size=config.hidden_size,
-            embedding_size=getattr(config, "embedding_size", config.hidden_size),
+            embedding_size=config.hidden_size,
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             intermediate_size=config.intermediate_size,

@@ -41,7 +41,9 @@ class DistilBert(Architecture):
     }
     ignored = r"vocab_(transform|layer_norm|projector)\..*|({base}\.)?embeddings\.position_ids"
     activation = "activation"
-    heads: ClassVar[Mapping[str, Head]] = {CLASSIFIERS: summary_head(ReluPooledHead, "pre_classifier", "classifier")}
+    heads: ClassVar[Mapping[str, Head]] = {
+        CLASSIFIERS: summary_head(ReluPooledHead, "pre_classifier", "classifier")
+    }
 
     def spec(self, config: Any) -> EncoderSpec:
         """Sizes under DistilBERT's own names; its norms' epsilon stands in no configuration."""

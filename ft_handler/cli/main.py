@@ -46,7 +46,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Trace, archive and serve padding-free BERT models."""
+    """Trace, archive and serve padding-free encoders: BERT and its kin."""
 
 
 def build() -> typer.Typer:

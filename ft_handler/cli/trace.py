@@ -133,7 +133,7 @@ def trace_command(
         ),
     ] = False,
 ) -> None:
-    """Write a traced model and everything an archive needs from a BERT checkpoint."""
+    """Write a traced model and everything an archive needs from a checkpoint."""
     from ft_handler.prepare.adapters import read_adapter
     from ft_handler.prepare.trace import trace
 

@@ -27,9 +27,12 @@ WEIGHTS = (
 relative bias last."""
 
 
-def weight_names(spec: EncoderSpec) -> tuple[str, ...]:
-    """The names of an encoder's weights, in the order in which the op gets them."""
-    projection = () if spec.embedding_size == spec.hidden_size else PROJECTION
+def weight_names(spec: EncoderSpec, projected: bool = False) -> tuple[str, ...]:
+    """The names of an encoder's weights, in the order in which the op gets them.
+
+    projected  whether there is a projection even where the embeddings have the hidden size
+    """
+    projection = PROJECTION if projected or spec.embedding_size != spec.hidden_size else ()
     return WEIGHTS + projection + ((RELATIVE_BIAS,) if spec.relative_distance else ())
 
 
@@ -102,7 +105,7 @@ class Encoder(nn.Module):
     def __init__(self, spec: EncoderSpec, weights: Mapping[str, Tensor]) -> None:
         """Take the tensors as they are; raises ModelError when one is missing or unknown."""
         super().__init__()
-        names = weight_names(spec)
+        names = weight_names(spec, PROJECTION[0] in weights)
         if set(weights) != set(names):
             missing = ", ".join(sorted(set(names) - set(weights))) or "none"
             unknown = ", ".join(sorted(set(weights) - set(names))) or "none"

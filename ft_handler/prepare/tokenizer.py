@@ -83,11 +83,17 @@ def write_tokenizer(
                 use_fast=True,
                 **extra,
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except ImportError as error:
+            # What slow tokenizers are made of; to install it would lead to the refusal below.
+            named = _settings(source.file(TOKENIZER_SETTINGS_FILES[0], options.cache_dir))
+            raise ModelError(
+                f"tokenizer {wanted}: {named.get('tokenizer_class', 'its class')} cannot be read "
+                f"here, and only one with a fast form can be served: {hf.first_line(error)}"
+            ) from error
+        except Exception as error:  # the tokenizers library raises bare Exception
             raise ModelError(f"tokenizer {wanted}: {hf.first_line(error)}") from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise ModelError(f"tokenizer {wanted}: has no fast form")
+        slow = f"{type(tokenizer).__name__} has no fast form"
         names = [TOKENIZER_FILE, *dict(tokenizer.vocab_files_names).values()]
         files = {name: source.file(name, options.cache_dir) for name in dict.fromkeys(names)}
         if not any(files.values()):
@@ -95,15 +101,23 @@ def write_tokenizer(
                 f"tokenizer {wanted}: none of its files is there ({', '.join(files)}); "
                 "--tokenizer_name names another place"
             )
+        if backend is None and files[TOKENIZER_FILE] is None:
+            raise ModelError(f"tokenizer {wanted}: {slow}, and no {TOKENIZER_FILE} brings one")
         settings = _settings(source.file(TOKENIZER_SETTINGS_FILES[0], options.cache_dir))
         if settings.get("truncation_side", "right") != "right":
             raise ModelError(_LEFT.format(wanted, TOKENIZER_SETTINGS_FILES[0]))
         longest = int(tokenizer.model_max_length)
         tokenizer.save_pretrained(str(output))
     notes, doubts = [], []
-    made = Tokenizer.from_str(backend.to_str())
+    own = files[TOKENIZER_FILE]
+    if backend is None:
+        assert own is not None
+        made = _read(own, wanted)
+        doubts.append(f"tokenizer {wanted}: {slow}; its {TOKENIZER_FILE} is served")
+    else:
+        made = Tokenizer.from_str(backend.to_str())
     served = made
-    if (own := files[TOKENIZER_FILE]) is not None:
+    if own is not None:
         served = _own(own, wanted, settings, made, options.do_lower_case)
         if served.truncation and served.truncation.get("direction", "right").lower() != "right":
             raise ModelError(_LEFT.format(wanted, TOKENIZER_FILE))
@@ -156,6 +170,14 @@ def _settings(path: Path | None) -> Mapping[str, Any]:
     return {} if path is None else read_json_object(path)
 
 
+def _read(path: Path, wanted: str) -> Tokenizer:
+    """A tokenizer.json; raises ModelError in words."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"tokenizer {wanted}: {hf.first_line(error)}") from error
+
+
 def _own(
     path: Path,
     wanted: str,
@@ -168,10 +190,7 @@ def _own(
     made        what transformers makes of it
     lower_case  the user's wish
     """
-    try:
-        own = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ModelError(f"tokenizer {wanted}: {hf.first_line(error)}") from error
+    own = _read(path, wanted)
     normalizer = own.normalizer
     if isinstance(normalizer, BertNormalizer):
         if settings.get("tokenizer_class") not in _PLAIN_CLASSES:
@@ -240,6 +259,8 @@ def _write_words(served: Tokenizer, output: Path, lower_case: bool) -> None:
     if json.loads(served.to_str())["model"].get("type") != "WordPiece":
         return
     vocabulary = served.get_vocab(with_added_tokens=True)
+    if not {"[CLS]", "[SEP]"} <= vocabulary.keys():  # another family's marks, such as MPNet's
+        return
     words = sorted(vocabulary, key=vocabulary.__getitem__)
     if any("\n" in word or word != word.strip() for word in words):
         return
