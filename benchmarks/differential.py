@@ -10,6 +10,9 @@ environments of their own and hand over files:
     # in the package's environment; DIR is what `ft-handler trace --adapter ADAPTER` wrote
     python benchmarks/differential.py compare --model DIR --cases cases.json --reference ref.json
 
+Embeddings (`--task embeddings`) are held against sentence-transformers: its environment has that
+package, `--base` is the checkpoint's folder, and there is no adapter.
+
 Texts are drawn from the sets in FT_HANDLER_SHARED and mutated. Answers agree when texts, offsets
 and labels are equal and scores differ by at most 1e-4. What differs is counted by class; a class
 "other" is a fault on one side.
