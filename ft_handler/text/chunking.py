@@ -200,9 +200,13 @@ def _steps(part: Any, listed: str) -> list[_State]:
         state: _State = json.loads(part.__getstate__())
     except Exception:  # one that is written in Python has no description
         return [{}]
+    return _flat(state, listed)
+
+
+def _flat(state: _State, listed: str) -> list[_State]:
     if state.get("type") != "Sequence":
         return [state]
-    return list(state[listed])
+    return [step for inner in state[listed] for step in _flat(inner, listed)]
 
 
 def _plain_bpe(tokenizer: Tokenizer) -> bool:

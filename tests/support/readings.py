@@ -188,6 +188,9 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     ),
     "unigram as ALBERT": lambda: marked(words=True, normalizer=albert_normalizer()),
     "unigram as CamemBERT": lambda: marked(normalizer=camembert_normalizer()),
+    "unigram, lower-cased first": lambda: marked(
+        words=True, normalizer=normalizers.Sequence([normalizers.Lowercase(), mapped()])
+    ),
     "BPE with marks": lambda: marked("bpe"),
     "BPE with marks, mapped": lambda: marked("bpe", scheme="first", normalizer=mapped()),
 }
