@@ -1,4 +1,4 @@
-"""The BERT encoder beside what a user could pick instead, on the same ragged batches.
+"""The encoder beside what a user could pick instead, on the same ragged batches.
 
     python benchmarks/encoder.py                          # this machine's processor
     python benchmarks/encoder.py --device cuda            # the GPU workloads
@@ -7,6 +7,8 @@
 All systems of a row run interleaved, round by round, so that a disturbance or a clock change hits
 all of them; figures are medians. A system that is not installed is left out and named. Weights are
 random, with BERT's shapes; `ours` and HF share them, and their outputs are compared in every row.
+`--family` takes another architecture than BERT: of the same sizes, with its own embeddings, and for
+MPNet its attention. Columns of plain torch stay BERT's: the same work but for that attention.
 
 CPU columns       hf, compile, onnxruntime, openvino, ctranslate2 (all padded to the longest but
                   the last), packed (plain torch, no pads), gemms (the matrix products alone), ours
@@ -18,6 +20,7 @@ CUDA columns      hf_sdpa, hf_compile, hf_sdpa_graph, bt_nested, packed_fa2, pac
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -33,8 +36,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ft_handler import architectures, build_info, load_library
-from ft_handler.model.encoder import WEIGHTS
+from ft_handler import architectures, build_info, load_library, tasks
+from ft_handler.model.encoder import Encoder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from provenance import device_name, provenance
@@ -42,10 +45,13 @@ from provenance import device_name, provenance
 from ft_handler.tuning import table
 
 Run = Callable[[], Any]
+Shape = tuple[int, int, int, int]
 RESULTS = Path(__file__).resolve().parent / "results"
 
 # layers, hidden, intermediate, heads
 MODELS = {"minilm": (6, 384, 1536, 12), "base": (12, 768, 3072, 12), "large": (24, 1024, 4096, 16)}
+
+FAMILIES = ("bert", "roberta", "distilbert", "mpnet")
 
 # GPU -> TFLOP/s in half precision and GB/s from memory that plain kernels were seen to reach.
 CEILINGS = {"NVIDIA H200": (790, 4300)}
@@ -111,65 +117,43 @@ class Batch:
         return 2 * layers * (weights + self.total * a_token) / 1e9
 
 
-def bert(shape: tuple[int, int, int, int], longest: int) -> torch.nn.Module:
-    """A random `BertModel` without its pooler."""
-    from transformers import BertConfig, BertModel
+def hf_model(family: str, shape: Shape, longest: int, pooled: bool = False) -> torch.nn.Module:
+    """A random encoder of transformers, with its pooler or without."""
+    from transformers import AutoConfig, AutoModel
 
     layers, hidden, inner, heads = shape
-    config = BertConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_attention_heads=heads,
-        max_position_embeddings=max(512, longest),
-    )
-    return BertModel(config, add_pooling_layer=False).eval()
+    config = AutoConfig.for_model(family)
+    # Positions that begin behind the pad's are two more.
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "hidden_dim": inner,
+        "num_attention_heads": heads,
+        "max_position_embeddings": max(512, longest) + 2,
+    }
+    for name, size in sizes.items():
+        if hasattr(config, name):
+            setattr(config, name, size)
+    pooler = {} if family == "distilbert" else {"add_pooling_layer": pooled}
+    return AutoModel.from_config(config, **pooler).eval()
 
 
-def our_encoder(model: torch.nn.Module, heads: int, batch: Batch) -> Run:
-    """`fastertransformer.encode` over the weights of an HF `BertModel`."""
-    ops = torch.ops.fastertransformer
-    spec = architectures.get("bert").spec(model.config).text(WEIGHTS)
-    e, layers = model.embeddings, list(model.encoder.layer)
+def our_encoder(model: torch.nn.Module, batch: Batch) -> Run:
+    """The encoder of a traced file, over the weights of transformers' model."""
+    architecture = architectures.get(model.config.model_type)
+    state = model.state_dict()
+    one = next(iter(state.values()))
+    weights = architecture.weights(tasks.get("embeddings"), model.config, state).encoder
+    held = {name: weight.to(one.device, one.dtype) for name, weight in weights.items()}
+    encoder = Encoder(architecture.spec(model.config), held)
+    encoder.release()
+    return lambda: encoder(batch.packed_ids, batch.types, None, batch.cu_seqlens, batch.longest)
 
-    def stack(get: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        return torch.stack([get(layer).detach() for layer in layers]).contiguous()
 
-    def qkv(name: str) -> torch.Tensor:
-        return stack(
-            lambda layer: torch.cat(
-                [getattr(getattr(layer.attention.self, p), name) for p in ("query", "key", "value")]
-            )
-        )
-
-    def weight(get: Callable[[Any], Any]) -> list[torch.Tensor]:
-        return [ops.prepare_weight(stack(lambda x: get(x).weight)), stack(lambda x: get(x).bias)]
-
-    def norm(get: Callable[[Any], Any]) -> list[torch.Tensor]:
-        return [stack(lambda x: get(x).weight), stack(lambda x: get(x).bias)]
-
-    parameters = [
-        e.word_embeddings.weight.detach(),
-        e.position_embeddings.weight.detach(),
-        e.token_type_embeddings.weight.detach(),
-        e.LayerNorm.weight.detach(),
-        e.LayerNorm.bias.detach(),
-        ops.prepare_weight(qkv("weight")),
-        qkv("bias"),
-        *weight(lambda x: x.attention.output.dense),
-        *norm(lambda x: x.attention.output.LayerNorm),
-        *weight(lambda x: x.intermediate.dense),
-        *weight(lambda x: x.output.dense),
-        *norm(lambda x: x.output.LayerNorm),
-    ]
-
-    def run() -> torch.Tensor:
-        return ops.encode(
-            batch.packed_ids, batch.types, None, batch.cu_seqlens, batch.longest, parameters,
-            spec, "",
-        )  # fmt: skip
-
-    return run
+def copy_of(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A copy in another type."""
+    return copy.deepcopy(model).to(dtype)
 
 
 def hf_run(model: torch.nn.Module, batch: Batch) -> Run:
@@ -211,7 +195,7 @@ def packed_torch(model: torch.nn.Module, heads: int, batch: Batch) -> Run:
     return run
 
 
-def gemms(shape: tuple[int, int, int, int], total: int, dtype: torch.dtype, device: str) -> Run:
+def gemms(shape: Shape, total: int, dtype: torch.dtype, device: str) -> Run:
     """The encoder's matrix products alone, each layer with weights of its own."""
     layers, hidden, inner, _ = shape
     sizes = [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
@@ -246,7 +230,7 @@ def onnx_file(model: torch.nn.Module, batch: Batch, folder: Path) -> Path:
     return path
 
 
-def onnxruntime_run(path: Path, shape: tuple[int, int, int, int], batch: Batch) -> Run:
+def onnxruntime_run(path: Path, shape: Shape, batch: Batch) -> Run:
     import onnxruntime
     from onnxruntime.transformers import optimizer
 
@@ -276,27 +260,34 @@ def openvino_run(path: Path, precision: str, batch: Batch) -> Run:
     return lambda: request.infer(feeds)
 
 
-def ctranslate2_folder(shape: tuple[int, int, int, int], folder: Path) -> Path:
+def ctranslate2_folder(family: str, shape: Shape, folder: Path) -> Path:
     """A checkpoint of the same shape, converted; its converter wants a pooler and a tokenizer."""
     import ctranslate2
     import transformers
 
-    config = transformers.BertConfig(
-        num_hidden_layers=shape[0], hidden_size=shape[1], intermediate_size=shape[2],
-        num_attention_heads=shape[3],
-    )  # fmt: skip
+    model = hf_model(family, shape, 512, pooled=True)
     transformers.utils.logging.disable_progress_bar()
     # The converter reads an attribute that newer transformers dropped.
-    transformers.BertConfig.position_embedding_type = "absolute"
+    type(model.config).position_embedding_type = "absolute"
     source = folder / "checkpoint"
-    transformers.BertModel(config).eval().save_pretrained(source)
-    names = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    names += [f"token{i}" for i in range(config.vocab_size - len(names))]
-    (source / "vocab.txt").write_text("\n".join(names))
-    transformers.BertTokenizer(str(source / "vocab.txt")).save_pretrained(source)
+    model.save_pretrained(source)
+    count = model.config.vocab_size
+    if family == "roberta":
+        names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        vocabulary = {name: i for i, name in enumerate(filled(names, count))}
+        transformers.RobertaTokenizer(vocab=vocabulary, merges=[]).save_pretrained(source)
+    else:
+        names = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        (source / "vocab.txt").write_text("\n".join(filled(names, count)))
+        transformers.BertTokenizer(str(source / "vocab.txt")).save_pretrained(source)
     target = folder / "ctranslate2"
     ctranslate2.converters.TransformersConverter(str(source)).convert(str(target), force=True)
     return target
+
+
+def filled(names: list[str], count: int) -> list[str]:
+    """Names of tokens, `count` of them."""
+    return [*names, *(f"token{i}" for i in range(count - len(names)))]
 
 
 def ctranslate2_run(folder: Path, compute_type: str, batch: Batch) -> Run:
@@ -312,9 +303,14 @@ def ctranslate2_run(folder: Path, compute_type: str, batch: Batch) -> Run:
     return lambda: encoder.forward_batch(sequences)
 
 
+def named(family: str) -> str:
+    """What a workload's name begins with."""
+    return "" if family == "bert" else f"{family} "
+
+
 def cpu_row(arguments: argparse.Namespace) -> dict[str, Any]:
     """All systems on one ragged batch."""
-    shape = MODELS[arguments.model]
+    shape, family = MODELS[arguments.model], arguments.family
     heads = shape[3]
     rng = np.random.default_rng(0)
     batch = Batch(draw_lengths("ragged", arguments.batch, arguments.max_length, rng), "cpu")
@@ -338,22 +334,24 @@ def cpu_row(arguments: argparse.Namespace) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         folder = Path(scratch)
-        model = bert(shape, batch.longest)
+        model = hf_model(family, shape, batch.longest)
+        bert = model if family == "bert" else hf_model("bert", shape, batch.longest)
         copies = {"fp32": model}
         if "bf16" in arguments.precisions:
-            half = bert(shape, batch.longest)
+            half = hf_model(family, shape, batch.longest)
             half.load_state_dict(model.state_dict())
             copies["bf16"] = half.bfloat16()
         reference = hf_run(model, batch)()
-        for precision, copy in copies.items():
+        for precision, own in copies.items():
             if precision not in arguments.precisions:
                 continue
-            add(f"hf_{precision}", lambda copy=copy: hf_run(copy, batch))
-            add(f"compile_{precision}", lambda copy=copy: hf_run(torch.compile(copy), batch))
-            add(f"packed_{precision}", lambda copy=copy: packed_torch(copy, heads, batch))
-            dtype = next(copy.parameters()).dtype
+            add(f"hf_{precision}", lambda own=own: hf_run(own, batch))
+            add(f"compile_{precision}", lambda own=own: hf_run(torch.compile(own), batch))
+            dtype = next(own.parameters()).dtype
+            plain = own if family == "bert" else copy_of(bert, dtype)
+            add(f"packed_{precision}", lambda plain=plain: packed_torch(plain, heads, batch))
             add(f"gemms_{precision}", lambda dt=dtype: gemms(shape, batch.total, dt, "cpu"))
-            add(f"ours_{precision}", lambda copy=copy: our_encoder(copy, heads, batch))
+            add(f"ours_{precision}", lambda own=own: our_encoder(own, batch))
             if f"ours_{precision}" in systems:
                 mine = systems[f"ours_{precision}"]()
                 differences[f"ours_{precision}"] = difference(mine, reference, batch)
@@ -364,7 +362,7 @@ def cpu_row(arguments: argparse.Namespace) -> dict[str, Any]:
             try:
                 # Exporting needs autograd's ordinary tensors.
                 with torch.inference_mode(False), torch.no_grad(), quiet():
-                    plain = bert(shape, batch.longest)
+                    plain = hf_model(family, shape, batch.longest)
                     exported = onnx_file(plain, Batch(np.array(batch.lengths), "cpu"), folder)
             except Exception as error:
                 missing["onnx export"] = f"{type(error).__name__}: {str(error)[:120]}"
@@ -377,7 +375,7 @@ def cpu_row(arguments: argparse.Namespace) -> dict[str, Any]:
         if any(wanted(f"ctranslate2_{p}", arguments) for p in with_int8):
             try:
                 with torch.inference_mode(False), quiet():
-                    converted = ctranslate2_folder(shape, folder)
+                    converted = ctranslate2_folder(family, shape, folder)
             except Exception as error:
                 missing["ctranslate2"] = f"{type(error).__name__}: {str(error)[:120]}"
         if converted:
@@ -396,7 +394,7 @@ def cpu_row(arguments: argparse.Namespace) -> dict[str, Any]:
                 times[name].append((time.perf_counter() - start) * 1e3)
     say("")
     return {
-        "workload": f"{arguments.model} ragged b{batch.batch} s{batch.longest}",
+        "workload": f"{named(family)}{arguments.model} ragged b{batch.batch} s{batch.longest}",
         "tokens": batch.total,
         "padded": batch.padded,
         "gflop": batch.gflop(*shape[:3]),
@@ -521,7 +519,7 @@ def kernel_profile(run: Run) -> list[dict[str, Any]]:
 
 
 def cuda_row(
-    name: str, shape: tuple[int, int, int, int], batch: Batch, arguments: argparse.Namespace
+    name: str, shape: Shape, batch: Batch, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """All columns of one workload."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[arguments.dtype]
@@ -540,9 +538,9 @@ def cuda_row(
         except Exception as error:
             missing[column] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
 
-    model = bert(shape, batch.longest).to("cuda", dtype)
+    model = hf_model(arguments.family, shape, batch.longest).to("cuda", dtype)
     hf = hf_run(model, batch)
-    ours = our_encoder(model, heads, batch)
+    ours = our_encoder(model, batch)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -609,7 +607,7 @@ def cuda_rows(arguments: argparse.Namespace, save: Callable[[list[Any]], None]) 
     rows = []
     for model, kind, count, longest in CUDA_ROWS:
         lengths = draw_lengths(kind, count, longest, rng)  # also for rows that are left out
-        name = f"{model} {kind} b{count} s{longest}"
+        name = f"{named(arguments.family)}{model} {kind} b{count} s{longest}"
         if arguments.rows and not any(part in name for part in arguments.rows):
             continue
         # no_grad, not inference_mode: torch.compile reuses what the eager columns made.
@@ -708,6 +706,7 @@ def arguments_of(given: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--family", choices=FAMILIES, default="bert")
     parser.add_argument("--columns", nargs="*", default=[], help="only these columns")
     parser.add_argument("--skip", nargs="*", default=[], help="columns to leave out")
     parser.add_argument("--rounds", type=int, default=5)
