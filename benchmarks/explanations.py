@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    origin = provenance()
     examples = read_examples(SHARED / "data/sst2/dev.tsv", Layout())
     texts = [example.texts["text"] for example in random.Random(0).sample(examples, args.count * 2)]
     ours = Predictor.load(args.model, device="cpu")
@@ -108,7 +109,7 @@ def main() -> None:
             best = int(np.argmax(answer["importances"])) == int(np.argmax(words))
             found.append((both["spearman"] / 100, both["pearson"] / 100, best, missed))
     result = {
-        "provenance": provenance(),
+        "provenance": origin,
         "rows": [
             {
                 "model": ours.info.checkpoint,
