@@ -425,6 +425,7 @@ class ClassificationExplanation(SequenceClassification):
     """What each word of a text or a pair does for a label."""
 
     ignored = ()
+    nested = False
     parameters = ExplanationParameters
     listed: ClassVar[Mapping[str, object]] = {}
     columns_of: ClassVar[Mapping[str, Column]] = {}

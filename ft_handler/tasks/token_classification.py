@@ -311,7 +311,8 @@ class TokenClassification(Task[TokenInput, Parameters, TokenEncoding, TokenSetti
         "start": Column("INT64", 0),
         "end": Column("INT64", 0),
     }
-    sample: ClassVar[Mapping[str, str]] = {
+    measured_as = "entities"
+    sample: ClassVar[Mapping[str, object]] = {
         "text": "Ada Lindqvist designed the old bridge in Gothenburg."
     }
 

@@ -212,7 +212,7 @@ def sides(ready: Ready, checkpoint: Checkpoint) -> tuple[Side, Side]:
     token_types = checkpoint.architecture.token_types(checkpoint.config)
     per_token = ready.task.per_token
     # Some models count positions by which ids are not the pad's.
-    pad = getattr(checkpoint.config, "pad_token_id", None) or 0
+    pad = checkpoint.architecture.pad(checkpoint.config) or 0
     return (
         Traced(ready.engine, per_token, ready.info.max_positions, MOST_TOKENS),
         Transformers(checkpoint.model, token_types > 0, per_token, ready.device, pad),
