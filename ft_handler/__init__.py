@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from ft_handler.model.bundle import LoadedModel, load_model
     from ft_handler.model.info import ModelInfo
     from ft_handler.native.library import build_info, load_library
+    from ft_handler.predictor import Predictor
     from ft_handler.prepare.options import TraceOptions
 
 _HOMES = {
     "FtHandlerError": "errors",
     "LoadedModel": "model.bundle",
     "ModelInfo": "model.info",
+    "Predictor": "predictor",
     "TraceOptions": "prepare.options",
     "build_info": "native.library",
     "load_library": "native.library",
@@ -31,6 +33,7 @@ __all__ = [
     "FtHandlerError",
     "LoadedModel",
     "ModelInfo",
+    "Predictor",
     "TraceOptions",
     "__version__",
     "build_info",
