@@ -36,7 +36,7 @@ struct GeluFloat32 {
 
 // GELU's approximation x / 2 (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), is
 // x / (1 + 2^-(x (kGeluTanhLinear + kGeluTanhCubic x^2))), and SiLU is x / (1 + 2^-(x log2(e))).
-// Both are off by at most 2^-10 of themselves, or (in float32 on the CPU) 2^-15, wherever they are
+// Both are off by at most 2^-10 of themselves, or (on the CPU) 2^-16, wherever they are
 // a normal number of the type and not below 2^-119. ReLU is exact.
 constexpr float kGeluTanhLinear = 2.30220820f;
 constexpr float kGeluTanhCubic = 0.102943240f;

@@ -121,25 +121,46 @@ const char* name_of(DType type) {
 
 double gelu(double x) { return 0.5 * x * std::erfc(-x / std::sqrt(2.0)); }
 
-// The bound of kernels/gelu.h, relative to the result.
-void test_gelu(DType type) {
+double activated(double x, Activation activation) {
+  const double cubic = 2 * std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x);
+  switch (activation) {
+    case Activation::kNone:
+      return x;
+    case Activation::kGelu:
+      return gelu(x);
+    case Activation::kGeluTanh:
+      return x / (1 + std::exp(-cubic));
+    case Activation::kRelu:
+      return std::max(x, 0.0);
+    case Activation::kSilu:
+      return x / (1 + std::exp(-x));
+  }
+  std::abort();
+}
+
+constexpr Activation kActivations[] = {Activation::kNone, Activation::kGelu, Activation::kGeluTanh,
+                                       Activation::kRelu, Activation::kSilu};
+
+// The bounds of kernels/gelu.h, relative to the result.
+void test_bound(DType type, Activation activation) {
   const auto t = threads_of(1);
   const int64_t n = 5000;
   Values x(n, type, 4);
   const Buffer out(n * ft::size_of(type)), space(ft::cpu::bias_activation_workspace(n, t));
-  ft::cpu::bias_activation(x.operand(), {}, Activation::kGelu, 1, n, type, out.get(), space.get(),
-                           t);
-  const double least = type == DType::kFloat16 ? 0x1p-14 : 0x1p-120;
+  ft::cpu::bias_activation(x.operand(), {}, activation, 1, n, out.get(), space.get(), t);
+  const bool erf = activation == Activation::kGelu;
+  const double share = erf ? 0x1p-10 : 0x1p-16;
+  const double least = type == DType::kFloat16 ? 0x1p-14 : erf ? 0x1p-120 : 0x1p-119;
   const double half_unit = type == DType::kFloat32   ? 0x1p-24
                            : type == DType::kFloat16 ? 0x1p-11
                                                      : 0x1p-8;
   for (int64_t i = 0; i < n; ++i) {
-    const double want = gelu(x.f[i]), got = read(out, type, i);
-    const double bound = std::abs(want) * (0x1p-10 + half_unit);
+    const double want = activated(x.f[i], activation), got = read(out, type, i);
+    const double bound = std::abs(want) * (share + half_unit);
     if (std::abs(want) >= least ? !(std::abs(got - want) <= bound)
                                 : !(std::abs(got - want) <= 2 * least)) {
-      std::printf("FAILED gelu %s of %.9g: %.9g, should be %.9g\n", name_of(type), x.f[i], got,
-                  want);
+      std::printf("FAILED activation %d %s of %.9g: %.9g, should be %.9g\n",
+                  static_cast<int>(activation), name_of(type), x.f[i], got, want);
       std::exit(1);
     }
   }
@@ -173,9 +194,11 @@ std::vector<double> multiply(const std::vector<double>& a, const float* w, const
   return c;
 }
 
+// `bias`: [heads, columns], added by head and distance; none where empty.
 std::vector<double> attend(const std::vector<double>& qkv, const std::vector<int32_t>& cu,
-                           int64_t heads, int64_t d) {
-  const int64_t h = heads * d;
+                           int64_t heads, int64_t d, const std::vector<float>& bias = {}) {
+  const int64_t h = heads * d, columns = static_cast<int64_t>(bias.size()) / heads;
+  const int64_t most = columns / 2;
   std::vector<double> out(qkv.size() / 3);
   for (size_t b = 0; b + 1 < cu.size(); ++b) {
     for (int64_t head = 0; head < heads; ++head) {
@@ -188,6 +211,7 @@ std::vector<double> attend(const std::vector<double>& qkv, const std::vector<int
             s += qkv[i * 3 * h + head * d + e] * qkv[j * 3 * h + h + head * d + e];
           }
           p.push_back(s / std::sqrt(static_cast<double>(d)));
+          if (columns) p.back() += bias[head * columns + std::clamp(j - i, -most, most) + most];
           top = std::max(top, p.back());
         }
         for (double& x : p) sum += x = std::exp(x - top);
@@ -216,20 +240,20 @@ void test_linear(DType type, DType weights, int64_t m, int64_t n, int64_t k, int
   const auto t = threads_of(threads);
   const Values a(m * k, type, 1), w(n * k, weights, 0.1f), b(n, weights, 1), r(m * n, type, 1);
   const Buffer blob = packed(w, 1, n, k, t);
-  for (int variant = 0; variant < 4; ++variant) {
+  for (int variant = 0; variant < 10; ++variant) {
     ft::cpu::Linear op{};
     op.input = a.operand();
     op.blob = blob.get();
-    op.activation = variant & 1 ? Activation::kGelu : Activation::kNone;
+    op.activation = kActivations[variant % 5];
     if (variant != 0) op.bias = b.operand();
-    if (variant & 2) op.residual = r.operand();
+    if (variant >= 5) op.residual = r.operand();
     op.out_dtype = type;
     const Buffer out(m * n * ft::size_of(type));
     const Buffer space(ft::cpu::linear_workspace(m, n, t));
     ft::cpu::linear(op, m, out.get(), space.get(), t);
     auto want = multiply(wide(a.f), w.f.data(), variant ? b.f.data() : nullptr, n, k);
     for (size_t i = 0; i < want.size(); ++i) {
-      if (op.activation == Activation::kGelu) want[i] = gelu(want[i]);
+      want[i] = activated(want[i], op.activation);
       if (op.residual.data) want[i] += r.f[i];
     }
     check("linear " + std::string(name_of(type)) + " by " + name_of(weights) + " " +
@@ -238,8 +262,8 @@ void test_linear(DType type, DType weights, int64_t m, int64_t n, int64_t k, int
   }
 }
 
-void test_attention(DType type, std::vector<int32_t> lengths, int64_t heads, int64_t d,
-                    int threads) {
+void test_attention(DType type, std::vector<int32_t> lengths, int64_t heads, int64_t d, int threads,
+                    int64_t columns) {
   const auto t = threads_of(threads);
   std::vector<int32_t> cu{0};
   int64_t longest = 0;
@@ -248,18 +272,24 @@ void test_attention(DType type, std::vector<int32_t> lengths, int64_t heads, int
     longest = std::max<int64_t>(longest, l);
   }
   const int64_t tokens = cu.back(), h = heads * d;
-  const Values qkv(tokens * 3 * h, type, 1);
+  const Values qkv(tokens * 3 * h, type, 1), table(heads * columns, type, 1);
+  ft::cpu::RelativeBias bias;
+  if (columns) bias = {table.operand(), columns};
   const Buffer out(tokens * h * ft::size_of(type));
-  const Buffer space(ft::cpu::attention_workspace(longest, d, t));
-  ft::cpu::varlen_attention(qkv.operand(), cu.data(), static_cast<int64_t>(lengths.size()), longest,
-                            heads, d, type, out.get(), space.get(), t);
-  check("attention " + std::string(name_of(type)) + " head size " + std::to_string(d), out, type,
-        attend(wide(qkv.f), cu, heads, d), tolerance_of(type));
+  const Buffer space(ft::cpu::attention_workspace(longest, heads, d, bias, t));
+  ft::cpu::varlen_attention(qkv.operand(), bias, cu.data(), static_cast<int64_t>(lengths.size()),
+                            longest, heads, d, type, out.get(), space.get(), t);
+  check("attention " + std::string(name_of(type)) + " head size " + std::to_string(d) +
+            " bias of " + std::to_string(columns),
+        out, type, attend(wide(qkv.f), cu, heads, d, table.f), tolerance_of(type));
 }
 
 // A row of scores that are all infinite, or that hold a NaN, is NaN; other sequences keep theirs.
-void test_attention_not_finite(DType type, int64_t d) {
+void test_attention_not_finite(DType type, int64_t d, int64_t columns) {
   const auto t = threads_of(2);
+  const Values table(columns, type, 1);
+  ft::cpu::RelativeBias bias;
+  if (columns) bias = {table.operand(), columns};
   const std::vector<int32_t> cu{0, 9, 50, 61};
   for (const float value : {INFINITY, -INFINITY, NAN}) {
     Values qkv(61 * 3 * d, type, 0.1f, 1);  // positive: scores take the sign of the infinity
@@ -279,9 +309,9 @@ void test_attention_not_finite(DType type, int64_t d) {
       }
     }
     const Buffer out(61 * d * ft::size_of(type));
-    const Buffer space(ft::cpu::attention_workspace(41, d, t));
-    ft::cpu::varlen_attention(qkv.operand(), cu.data(), 3, 41, 1, d, type, out.get(), space.get(),
-                              t);
+    const Buffer space(ft::cpu::attention_workspace(41, 1, d, bias, t));
+    ft::cpu::varlen_attention(qkv.operand(), bias, cu.data(), 3, 41, 1, d, type, out.get(),
+                              space.get(), t);
     for (int64_t i = 0; i < 61 * d; ++i) {
       const bool spoilt = i >= 9 * d && i < 50 * d;
       if (std::isnan(read(out, type, i)) == spoilt) continue;
@@ -293,7 +323,8 @@ void test_attention_not_finite(DType type, int64_t d) {
 }
 
 void test_encoder(DType type, std::vector<int32_t> lengths, int64_t heads, int64_t d, int64_t inner,
-                  int64_t layers, int threads, int64_t embedding = 0, bool shared = false) {
+                  int64_t layers, int threads, int64_t embedding = 0, bool shared = false,
+                  Activation activation = Activation::kGelu, int64_t columns = 0) {
   const auto t = threads_of(threads);
   const int64_t h = heads * d, vocab = 11, positions = 600;
   const int64_t e = embedding ? embedding : h;  // another size than h is projected to it
@@ -327,7 +358,7 @@ void test_encoder(DType type, std::vector<int32_t> lengths, int64_t heads, int64
   op.tokens = tokens;
   op.hidden = h;
   op.embedding = e;
-  op.activation = Activation::kGelu;
+  op.activation = activation;
   op.intermediate = inner;
   op.layers = layers;
   op.batch = static_cast<int64_t>(lengths.size());
@@ -340,6 +371,8 @@ void test_encoder(DType type, std::vector<int32_t> lengths, int64_t heads, int64
     op.projection = p.get();
     op.projection_bias = bp.operand();
   }
+  const Values bias(heads * columns, type, 1);
+  if (columns) op.relative_bias = {bias.operand(), columns};
   op.qkv = q.get();
   op.out = o.get();
   op.up = u.get();
@@ -370,11 +403,11 @@ void test_encoder(DType type, std::vector<int32_t> lengths, int64_t heads, int64
   for (int64_t layer = 0; layer < layers; ++layer) {
     const int64_t l = layer % stored;
     const auto qkv = multiply(x, &wq.f[l * 3 * h * h], &bq.f[l * 3 * h], 3 * h, h);
-    auto y = multiply(attend(qkv, cu, heads, d), &wo.f[l * h * h], &bo.f[l * h], h, h);
+    auto y = multiply(attend(qkv, cu, heads, d, bias.f), &wo.f[l * h * h], &bo.f[l * h], h, h);
     for (size_t i = 0; i < y.size(); ++i) y[i] += x[i];
     x = norm(y, h, &g1.f[l * h], &b1.f[l * h], 1e-12);
     auto z = multiply(x, &wu.f[l * inner * h], &bu.f[l * inner], inner, h);
-    for (double& e : z) e = gelu(e);
+    for (double& e : z) e = activated(e, activation);
     y = multiply(z, &wd.f[l * h * inner], &bd.f[l * h], h, inner);
     for (size_t i = 0; i < y.size(); ++i) y[i] += x[i];
     x = norm(y, h, &g2.f[l * h], &b2.f[l * h], 1e-12);
@@ -389,11 +422,14 @@ void test_rows(DType type) {
     const int64_t m = 21;
     const Values x(m * n, type, 3), b(n, type, 1), r(m * n, type, 1), g(n, type, 0.1f, 1);
     const Buffer out(m * n * ft::size_of(type)), s1(ft::cpu::bias_activation_workspace(n, t));
-    ft::cpu::bias_activation(x.operand(), b.operand(), Activation::kGelu, m, n, type, out.get(),
-                             s1.get(), t);
     std::vector<double> want(m * n);
-    for (int64_t i = 0; i < m * n; ++i) want[i] = gelu(static_cast<double>(x.f[i]) + b.f[i % n]);
-    check("bias_activation", out, type, want, tolerance_of(type));
+    for (Activation activation : kActivations) {
+      ft::cpu::bias_activation(x.operand(), b.operand(), activation, m, n, out.get(), s1.get(), t);
+      for (int64_t i = 0; i < m * n; ++i) {
+        want[i] = activated(static_cast<double>(x.f[i]) + b.f[i % n], activation);
+      }
+      check("bias_activation", out, type, want, tolerance_of(type));
+    }
     if (n == 1) continue;  // a row of one has no variance
     const Buffer s2(ft::cpu::layer_norm_workspace(n, t));
     ft::cpu::residual_layer_norm(x.operand(), b.operand(), r.operand(), g.operand(), b.operand(),
@@ -403,6 +439,30 @@ void test_rows(DType type) {
     }
     check("residual_layer_norm", out, type, norm(want, n, g.f.data(), b.f.data(), 1e-5),
           tolerance_of(type));
+  }
+}
+
+void test_pool(DType type, std::vector<int32_t> lengths, int64_t hidden, int threads) {
+  std::vector<int32_t> cu{0};
+  for (int32_t l : lengths) cu.push_back(cu.back() + l);
+  const int64_t batch = static_cast<int64_t>(lengths.size());
+  const Values x(cu.back() * hidden, type, 1);
+  for (const auto pooling : {ft::Pooling::kMean, ft::Pooling::kMax}) {
+    const Buffer out(batch * hidden * 4);
+    ft::cpu::segment_pool(x.operand(), cu.data(), batch, hidden, pooling,
+                          static_cast<float*>(out.get()), threads_of(threads));
+    std::vector<double> want(batch * hidden);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t j = 0; j < hidden && lengths[b] > 0; ++j) {
+        double sum = 0, most = -INFINITY;
+        for (int64_t r = cu[b]; r < cu[b + 1]; ++r) {
+          sum += x.f[r * hidden + j];
+          most = std::max<double>(most, x.f[r * hidden + j]);
+        }
+        want[b * hidden + j] = pooling == ft::Pooling::kMax ? most : sum / lengths[b];
+      }
+    }
+    check("pool " + std::string(name_of(type)), out, DType::kFloat32, want, 1e-6);
   }
 }
 
@@ -417,19 +477,28 @@ int main() {
       test_linear(type, weights, 33, 97, 448, 3);
     }
     test_linear(type, type, 300, 130, 400, 2);
-    for (int64_t d : {2, 6, 32, 48, 64, 80, 128}) test_attention(type, {1, 7, 0, 40, 113}, 2, d, 2);
-    test_attention(type, {511, 3}, 1, 32, 2);
-    for (int64_t d : {6, 32, 80}) test_attention_not_finite(type, d);
-    test_gelu(type);
+    for (int64_t d : {2, 6, 32, 48, 64, 80, 128}) {
+      for (int64_t columns : {0, 21}) test_attention(type, {1, 7, 0, 40, 113}, 2, d, 2, columns);
+    }
+    for (int64_t columns : {0, 1, 255, 1201}) test_attention(type, {511, 3}, 1, 32, 2, columns);
+    test_attention(type, {0, 0}, 3, 32, 1, 5);
+    for (int64_t d : {6, 32, 80}) {
+      for (int64_t columns : {0, 9}) test_attention_not_finite(type, d, columns);
+    }
+    for (Activation activation : kActivations) test_bound(type, activation);
     test_encoder(type, {1, 7, 61, 17}, 3, 32, 130, 2, 2);
     test_encoder(type, {5, 40}, 11, 6, 70, 1, 1);
     test_encoder(type, {5}, 2, 64, 200, 1, 3);
     test_encoder(type, {9, 1}, 3, 32, 130, 3, 2, 40, true);
     test_encoder(type, {9, 1}, 2, 6, 20, 2, 2, 70);
     test_encoder(type, {3}, 2, 32, 20, 0, 2, 40);
+    test_encoder(type, {9, 40}, 3, 32, 130, 2, 2, 0, false, Activation::kGeluTanh);
+    test_encoder(type, {9, 1}, 2, 6, 20, 2, 2, 70, true, Activation::kRelu, 7);
+    test_encoder(type, {1, 113}, 2, 64, 50, 2, 3, 0, false, Activation::kSilu, 65);
     test_rows(type);
+    for (int64_t n : {1, 7, 64, 100, 300}) test_pool(type, {1, 0, 7, 113, 0}, n, 2);
   }
-  test_attention(DType::kBFloat16, {1100}, 1, 2, 2);
+  for (int64_t columns : {0, 301}) test_attention(DType::kBFloat16, {1100}, 1, 2, 2, columns);
   std::printf("ok %s\n", ft::cpu::isa_name());
   return 0;
 }

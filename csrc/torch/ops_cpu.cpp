@@ -501,8 +501,8 @@ Tensor bias_activation(const Tensor& input, const OptTensor& bias, const std::st
   Tensor out = empty({tokens, n}, x.scalar_type());
   const cpu::Threads threads = torch_threads();
   const Scratch space(cpu::bias_activation_workspace(n, threads));
-  cpu::bias_activation(operand_of(x), added_bias, follows, tokens, n, dtype_of(x),
-                       out.mutable_data_ptr(), space.get(), threads);
+  cpu::bias_activation(operand_of(x), added_bias, follows, tokens, n, out.mutable_data_ptr(),
+                       space.get(), threads);
   return out;
 }
 

@@ -17,7 +17,15 @@ from ft_handler.model.spec import EncoderSpec
 from ft_handler.native import twins
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-KINDS = {"plain": (64, 3), "shared": (64, 1), "projected": (24, 3), "both": (24, 1)}
+# Width of the embeddings, stored layers, D of a relative bias.
+KINDS = {
+    "plain": (64, 3, 0),
+    "shared": (64, 1, 0),
+    "projected": (24, 3, 0),
+    "both": (24, 1, 0),
+    "biased": (64, 3, 5),
+    "all": (24, 1, 127),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,7 +33,9 @@ def library() -> None:
     ft_handler.load_library()
 
 
-def specification(heads: int = 2, embedding: int = 64) -> EncoderSpec:
+def specification(
+    heads: int = 2, embedding: int = 64, distance: int = 0, activation: str = "gelu"
+) -> EncoderSpec:
     """Three small layers."""
     return EncoderSpec(
         hidden_size=64,
@@ -33,8 +43,9 @@ def specification(heads: int = 2, embedding: int = 64) -> EncoderSpec:
         num_layers=3,
         num_heads=heads,
         intermediate_size=72,
-        activation="gelu",
+        activation=activation,
         layer_norm_eps=1e-12,
+        relative_distance=distance,
     )
 
 
@@ -53,8 +64,8 @@ def scripted(spec: EncoderSpec, weights: dict[str, Tensor]) -> Any:
 
 def made(kind: str = "plain", dtype: torch.dtype = torch.float32, heads: int = 2) -> Any:
     """A scripted encoder with random weights."""
-    embedding, stored = KINDS[kind]
-    spec = specification(heads, embedding)
+    embedding, stored, distance = KINDS[kind]
+    spec = specification(heads, embedding, distance)
     return scripted(spec, random_weights(spec, dtype, stored=stored))
 
 
@@ -70,8 +81,8 @@ def reloaded(module: Any) -> Any:
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_the_twin(kind: str, heads: int, dtype: torch.dtype) -> None:
-    embedding, stored = KINDS[kind]
-    spec = specification(heads, embedding)
+    embedding, stored, distance = KINDS[kind]
+    spec = specification(heads, embedding, distance)
     weights = random_weights(spec, dtype, stored=stored)
     module = scripted(spec, weights)
     for lengths in ([1], [7], [113], [511], [1, 7, 113, 511], [3, 0, 2], [], [0, 0]):
@@ -83,10 +94,30 @@ def test_against_the_twin(kind: str, heads: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.float(), wanted, rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu"])
+def test_activations(activation: str) -> None:
+    spec = specification(activation=activation)
+    weights, inputs = random_weights(spec), batch([1, 7, 113])
+    # Large enough for the feed-forward block that one activation is no other.
+    weights["layers.up.bias"] = torch.randn(3, 72) * 2
+    found = scripted(spec, weights)(*inputs)
+    wanted = twins.encode(*inputs, list(weights.values()), spec.text(weights))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    other = scripted(specification(), weights)(*inputs)
+    assert not torch.allclose(found, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_interface_that_an_encoder_needs() -> None:
+    assert specification(embedding=24).op_interface == 2
+    for activation in ("gelu_tanh", "relu", "silu"):
+        assert specification(activation=activation).op_interface == 3
+    assert specification(distance=1).op_interface == 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_names_are_those_of_the_weights(kind: str) -> None:
-    embedding, stored = KINDS[kind]
-    spec = specification(2, embedding)
+    embedding, stored, distance = KINDS[kind]
+    spec = specification(2, embedding, distance)
     weights = random_weights(spec, stored=stored)
     module = scripted(spec, weights)
     assert tuple(weights) == weight_names(spec)
@@ -105,6 +136,10 @@ def test_weights_that_are_missing_or_unknown_are_named() -> None:
         Encoder(spec, weights)
     with pytest.raises(ModelError, match=r"missing embeddings\.projection\.bias, embeddings"):
         Encoder(specification(2, 24), random_weights(spec))
+    with pytest.raises(ModelError, match=r"missing attention\.relative_bias; unknown none"):
+        Encoder(specification(distance=4), random_weights(specification()))
+    with pytest.raises(ModelError, match=r"missing none; unknown attention\.relative_bias"):
+        Encoder(specification(), random_weights(specification(distance=4)))
     assert len(WEIGHTS) == 17
 
 

@@ -35,6 +35,7 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 # fp32 sums in another order than the twin's; half types round inputs and outputs.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 LENGTHS = [1, 7, 113, 511]
+ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "silu"]
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
@@ -57,6 +58,8 @@ def encoder_inputs(
     inner: int = 72,
     embedding: int | None = None,
     stored: int = 2,
+    activation: str = "gelu",
+    distance: int = 0,
 ) -> dict[str, Any]:
     """Random arguments of `encode`, raw weights, two layers; `stored` 1: the layers share them."""
     hidden, tokens = heads * head_dim, sum(lengths)
@@ -66,8 +69,9 @@ def encoder_inputs(
         num_layers=2,
         num_heads=heads,
         intermediate_size=inner,
-        activation="gelu",
+        activation=activation,
         layer_norm_eps=1e-12,
+        relative_distance=distance,
     )
     weights = random_weights(spec, dtype, stored=stored)
     return {
@@ -121,7 +125,7 @@ def test_linear(dtype: torch.dtype, tokens: int, n: int, k: int) -> None:
     weight = ops.prepare_weight(w)
     for b in (None, bias):
         for r in (None, residual):
-            for activation in ("", "gelu"):
+            for activation in ("", *ACTIVATIONS):
                 got = ops.linear(x, weight, b, r, activation)
                 close(got, twins.linear(x, w, b, r, activation), dtype)
 
@@ -175,6 +179,82 @@ def test_attention_lengths(dtype: torch.dtype, length: int) -> None:
     qkv = (torch.randn(length, 3 * 64) * 2).to(dtype)
     got = ops.varlen_attention(qkv, bounds_of([length]), 4096, 2)
     close(got, twins.varlen_attention(qkv, bounds_of([length]), 4096, 2), dtype)
+
+
+def bias_of(heads: int, distance: int, dtype: torch.dtype) -> Tensor:
+    """A random relative bias, large enough for one at the wrong place to show."""
+    return (torch.randn(heads, 2 * distance + 1) * 2).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("head_dim", [6, 32, 64])
+@pytest.mark.parametrize("distance", [0, 1, 16, 127, 600])
+def test_a_relative_bias(dtype: torch.dtype, head_dim: int, distance: int) -> None:
+    """Distances that all occur, that are cut off, and that no sequence reaches."""
+    bias = bias_of(3, distance, dtype)
+    for lengths in ([1], [7], [113], [511], [5, 0, 113, 40, 1], []):
+        cu, most = bounds_of(lengths), max(lengths, default=0)
+        qkv = torch.randn(sum(lengths), 3 * 3 * head_dim).to(dtype)
+        got = ops.varlen_attention(qkv, cu, most, 3, bias)
+        close(got, twins.varlen_attention(qkv, cu, most, 3, bias), dtype)
+
+
+def test_a_relative_bias_by_hand() -> None:
+    # Keys and queries are zero, values are places; every key but the one behind is out of reach.
+    qkv = torch.zeros(6, 6)
+    qkv[:, 4] = torch.arange(6.0)
+    bias = torch.tensor([[-1e4, -1e4, 0.0, 1e4, -1e4]])
+    got = ops.varlen_attention(qkv, bounds_of([2, 4]), 4, 1, bias)
+    assert got[:, 0].tolist() == [1, 1, 3, 4, 5, 5]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_relative_bias_does_not_see_the_batch(dtype: torch.dtype) -> None:
+    qkv, bias = torch.randn(700, 96).to(dtype), bias_of(2, 30, dtype)
+    alone = ops.varlen_attention(qkv[20:83], bounds_of([63]), 63, 2, bias)
+    among = ops.varlen_attention(qkv, bounds_of([20, 63, 617]), 617, 2, bias)
+    assert torch.equal(among[20:83], alone)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_bias_of_zeros_is_none(dtype: torch.dtype) -> None:
+    qkv, cu = torch.randn(150, 96).to(dtype), bounds_of([37, 113])
+    got = ops.varlen_attention(qkv, cu, 113, 1, torch.zeros(1, 9, dtype=dtype))
+    close(got, ops.varlen_attention(qkv, cu, 113, 1).float(), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_relative_bias_that_is_not_finite(dtype: torch.dtype, value: float) -> None:
+    """Minus infinity hides keys, as in torch; a row that nothing is left of is NaN."""
+    for length in (1, 5, 45):
+        qkv, cu = torch.randn(length, 3 * 64).to(dtype), bounds_of([length])
+        for column in (0, 3, 6):
+            bias = bias_of(2, 3, dtype)
+            bias[1, column] = value
+            got = ops.varlen_attention(qkv, cu, length, 2, bias)
+            want = twins.varlen_attention(qkv, cu, length, 2, bias)
+            assert torch.equal(got.isnan(), want.isnan())
+            close(got[want.isfinite()], want[want.isfinite()], dtype)
+
+
+def test_relative_biases_that_do_not_fit_are_refused() -> None:
+    qkv, cu = torch.randn(10, 96), bounds_of([10])
+    for bias, shape in (
+        (torch.zeros(2, 4), r"\[2, 4\]"),
+        (torch.zeros(3, 5), r"\[3, 5\]"),
+        (torch.zeros(2, 0), r"\[2, 0\]"),
+        (torch.zeros(5), r"\[5\]"),
+        (torch.zeros(1, 2, 5), r"\[1, 2, 5\]"),
+    ):
+        message = r"relative_bias must have shape \[2, 2 D \+ 1\], has " + shape
+        with pytest.raises(RuntimeError, match=message):
+            ops.varlen_attention(qkv, cu, 10, 2, bias)
+    with pytest.raises(RuntimeError, match=r"relative_bias must have dtype float32.*float64"):
+        ops.varlen_attention(qkv, cu, 10, 2, torch.zeros(2, 5, dtype=torch.float64))
+    strided = torch.randn(5, 2).T
+    got = ops.varlen_attention(qkv, cu, 10, 2, strided)
+    assert torch.equal(got, ops.varlen_attention(qkv, cu, 10, 2, strided.contiguous()))
 
 
 def test_attention_of_large_scores_stays_finite() -> None:
@@ -263,10 +343,19 @@ def test_residual_layer_norm(dtype: torch.dtype, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_bias_activation(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_bias_activation(dtype: torch.dtype, activation: str) -> None:
     x, bias = (torch.randn(37, 101) * 3).to(dtype), torch.randn(101).to(dtype)
     for b in (None, bias):
-        close(ops.bias_activation(x, b, "gelu"), twins.bias_activation(x, b, "gelu"), dtype)
+        close(ops.bias_activation(x, b, activation), twins.bias_activation(x, b, activation), dtype)
+
+
+def test_activations_that_are_refused() -> None:
+    x, bias = torch.randn(2, 3), torch.randn(3)
+    with pytest.raises(RuntimeError, match=r'gelu, gelu_tanh, relu, silu or none .*"mish"'):
+        ops.bias_activation(x, bias, "mish")
+    with pytest.raises(ValueError, match="must be gelu, gelu_tanh, relu, silu or an empty name"):
+        twins.bias_activation(x, bias, "mish")
     with pytest.raises(RuntimeError, match="activation must be one, is none"):
         ops.bias_activation(x, bias, "")
 
@@ -306,6 +395,57 @@ def test_gelu_of_what_is_not_finite(dtype: torch.dtype) -> None:
     got = ops.bias_activation(x, None, "gelu")[0]
     assert got.isnan().tolist() == [True, True, False]
     assert got[2] == math.inf
+
+
+def activated_in_double(x: Tensor, activation: str) -> Tensor:
+    """The activations beside erf GELU, without a difference of nearly equal numbers."""
+    x = x.double()
+    if activation == "relu":
+        return torch.relu(x)
+    tanh = 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    share = torch.exp(-(x if activation == "silu" else tanh).abs())
+    return torch.where(x > 0, x, x * share) / (1 + share)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu"])
+def test_the_bound_of_the_other_activations(dtype: torch.dtype, activation: str) -> None:
+    """2^-16 of the result and its rounding, at every size, in an epilogue and alone."""
+    sizes = torch.logspace(-37, 38, 4001)
+    x = torch.cat([torch.linspace(-95, 95, 40009), sizes, -sizes, torch.zeros(1)]).to(dtype)
+    want = activated_in_double(x, activation)
+    assert torch.equal(want.isfinite(), x.isfinite() | (x == -math.inf) & (activation == "relu"))
+    x, want = x[x.isfinite()], want[x.isfinite()]
+    normal = want.abs() >= max(torch.finfo(dtype).tiny, 2.0**-119)
+    assert normal.sum() > 20000
+    alone = ops.bias_activation(x[None], None, activation)[0]
+    weight = ops.prepare_weight(torch.ones(1, 1, dtype=dtype))
+    epilogue = ops.linear(x[:, None], weight, None, None, activation)[:, 0]
+    bound = want.abs() * (2.0**-16 + torch.finfo(dtype).eps / 2)
+    for got in (alone, epilogue):
+        off = (got.double() - want).abs()
+        assert (off[normal] <= bound[normal]).all()
+        # Smaller results: at most the least of those away.
+        assert (off[~normal] <= torch.finfo(dtype).tiny + 2.0**-119).all()
+        if dtype == torch.float32:
+            assert (off <= 2e-7 * x.double().abs().clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu"])
+def test_other_activations_of_zeros_and_of_what_is_not_finite(
+    dtype: torch.dtype, activation: str
+) -> None:
+    x = torch.tensor([math.nan, -math.inf, math.inf, 0.0, -0.0], dtype=dtype)
+    want = twins.activated(x, activation)
+    weight = ops.prepare_weight(torch.ones(1, 1, dtype=dtype))
+    for got in (
+        ops.bias_activation(x[None], None, activation)[0],
+        ops.linear(x[:, None], weight, None, None, activation)[:, 0],
+    ):
+        torch.testing.assert_close(got.float(), want, rtol=0, atol=0, equal_nan=True)
+    alone = ops.bias_activation(x[None], None, activation)[0]
+    assert alone.signbit()[3:].tolist() == want.signbit()[3:].tolist() == [False, True]
 
 
 def test_gelu_is_exact_to_fp32_rounding() -> None:
@@ -375,6 +515,13 @@ def test_weights_that_do_not_fit_the_specification_are_refused() -> None:
         swap("embeddings.word", torch.zeros(30, 32))
     with pytest.raises(RuntimeError, match=r"position must have the dtype of embeddings\.word"):
         swap("embeddings.position", weights["embeddings.position"].half())
+    biased = prepared(encoder_inputs(torch.float32, [4, 3], distance=2))
+    encode(biased)
+    with pytest.raises(
+        RuntimeError,
+        match=r"attention\.relative_bias must have shape \[2, 2 D \+ 1\], has \[2, 4\]",
+    ):
+        encode({**biased, "weights": [*biased["weights"][:-1], torch.zeros(2, 4)]})
     with pytest.raises(RuntimeError, match="weights must be the 17 tensors that spec names, are 1"):
         encode({**inputs, "weights": inputs["weights"][:1]})
 
@@ -410,6 +557,81 @@ def test_options() -> None:
             encode({**inputs, "options": options})
 
 
+# ---- segments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("how", ["mean", "max"])
+@pytest.mark.parametrize("width", [1, 33, 64, 384, 770])
+def test_segment_pool(dtype: torch.dtype, how: str, width: int) -> None:
+    for lengths in ([1], [7], [113], [511], [3, 0, 40, 0], [0, 0, 5], [0], []):
+        x, cu = torch.randn(sum(lengths), width).to(dtype), bounds_of(lengths)
+        got = ops.segment_pool(x, cu, how)
+        assert got.dtype == torch.float32
+        assert got.shape == (len(lengths), width)
+        assert not got[[length == 0 for length in lengths]].any()
+        torch.testing.assert_close(got, twins.segment_pool(x, cu, how), rtol=1e-6, atol=1e-6)
+        if how == "max":
+            assert torch.equal(got, twins.segment_pool(x, cu, how))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("how", ["mean", "max"])
+def test_a_pooled_segment_does_not_see_its_batch(dtype: torch.dtype, how: str) -> None:
+    x = torch.randn(700, 384).to(dtype)
+    alone = ops.segment_pool(x[20:133], bounds_of([113]), how)[0]
+    x[:20], x[133:] = math.nan, math.inf
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            among = ops.segment_pool(x, bounds_of([20, 0, 113, 567, 0, 0]), how)
+            assert torch.equal(among[2], alone)
+            assert among[0].isnan().all()
+            assert not among[[1, 4, 5]].any()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("how", ["mean", "max"])
+def test_pooling_what_is_not_finite(how: str) -> None:
+    for row in (0, 4, 8):
+        x = torch.randn(9, 40)
+        x[row, 0], x[row, 17], x[row, 39] = math.nan, math.inf, -math.inf
+        got = ops.segment_pool(x, bounds_of([9]), how)
+        torch.testing.assert_close(got, twins.segment_pool(x, bounds_of([9]), how), equal_nan=True)
+        assert got[0, 0].isnan()
+        assert got[0, 17] == math.inf
+
+
+def test_segment_pool_reads_strided_inputs() -> None:
+    x, cu = torch.randn(40, 30).T, bounds_of([12, 18])
+    assert torch.equal(
+        ops.segment_pool(x, cu, "mean"), ops.segment_pool(x.contiguous(), cu, "mean")
+    )
+
+
+def test_segment_pool_refuses() -> None:
+    x, cu = torch.randn(10, 4), bounds_of([10])
+    with pytest.raises(RuntimeError, match='how must be mean or max, is "sum"'):
+        ops.segment_pool(x, cu, "sum")
+    with pytest.raises(RuntimeError, match=r"input must have 2 dimension\(s\), has shape \[40\]"):
+        ops.segment_pool(x.reshape(40), cu, "mean")
+    with pytest.raises(RuntimeError, match=r"input must have dtype float32.*has int64"):
+        ops.segment_pool(x.long(), cu, "mean")
+    with pytest.raises(RuntimeError, match="cu_seqlens must have dtype int32, has int64"):
+        ops.segment_pool(x, cu.long(), "mean")
+    for bounds, message in (
+        ([0, 5, 4, 10], "cu_seqlens must not decrease, goes from 5 to 4 at sequence 1"),
+        ([1, 10], "cu_seqlens must begin with 0, begins with 1"),
+        ([0, 9], "cu_seqlens must end with the number of tokens, 10, ends with 9"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.segment_pool(x, torch.tensor(bounds, dtype=torch.int32), "mean")
+    with pytest.raises(ValueError, match="how must be mean or max"):
+        twins.segment_pool(x, cu, "sum")
+
+
 # ---- encoder ------------------------------------------------------------------------------------
 
 
@@ -429,6 +651,24 @@ def test_shared_layers_and_projected_embeddings(
 ) -> None:
     for lengths in ([1], LENGTHS, [3, 0, 2], []):
         inputs = encoder_inputs(dtype, lengths, heads, head_dim, embedding=embedding, stored=stored)
+        close(encode(prepared(inputs)), twins.encode(**inputs), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("activation", "distance", "heads", "head_dim"),
+    [("gelu_tanh", 0, 2, 32), ("relu", 0, 1, 64), ("silu", 3, 11, 6), ("gelu", 127, 1, 64)],
+)
+def test_other_activations_and_relative_biases(
+    dtype: torch.dtype, activation: str, distance: int, heads: int, head_dim: int
+) -> None:
+    for embedding, lengths in ((None, [1]), (24, LENGTHS), (None, [3, 0, 2]), (None, [])):
+        inputs = encoder_inputs(
+            *(dtype, lengths, heads, head_dim),
+            embedding=embedding,
+            activation=activation,
+            distance=distance,
+        )
         close(encode(prepared(inputs)), twins.encode(**inputs), dtype)
 
 
@@ -460,7 +700,7 @@ def test_a_float_weight_has_no_scale(dtype: torch.dtype) -> None:
         ops.prepare_weight(weight, torch.ones(4))
 
 
-def plain_torch_encoder(p: dict[str, Any]) -> Tensor:
+def plain_torch_encoder(p: dict[str, Any], activation: str) -> Tensor:
     """The same layers in the inputs' own type, as a library that keeps to it computes them."""
     w, cu, heads, eps = named(p), p["cu_seqlens"].tolist(), 4, 1e-12
     hidden = w["embeddings.word"].shape[1]
@@ -468,6 +708,13 @@ def plain_torch_encoder(p: dict[str, Any]) -> Tensor:
     x = w["embeddings.word"][p["input_ids"]] + w["embeddings.position"][positions]
     x = x + w["embeddings.token_type"][p["token_type_ids"]]
     x = F.layer_norm(x, (hidden,), w["embeddings.norm.weight"], w["embeddings.norm.bias"], eps)
+    activated = {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "relu": F.relu,
+        "silu": F.silu,
+    }[activation]
+    bias = w.get("attention.relative_bias")
 
     def linear(x: Tensor, name: str, i: int) -> Tensor:
         return F.linear(x, w[f"layers.{name}.weight"][i], w[f"layers.{name}.bias"][i])
@@ -483,19 +730,27 @@ def plain_torch_encoder(p: dict[str, Any]) -> Tensor:
             q, k, v = (
                 t.reshape(b - a, heads, -1).transpose(0, 1)[None] for t in qkv[a:b].split(hidden, 1)
             )
-            attended = F.scaled_dot_product_attention(q, k, v)[0]
+            added = None if bias is None else twins.bias_of_distances(bias, b - a).to(x.dtype)
+            attended = F.scaled_dot_product_attention(q, k, v, added)[0]
             context[a:b] = attended.transpose(0, 1).reshape(b - a, hidden)
         x = norm(x + linear(context, "out", i), "norm1", i)
-        x = norm(x + linear(F.gelu(linear(x, "up", i)), "down", i), "norm2", i)
+        x = norm(x + linear(activated(linear(x, "up", i)), "down", i), "norm2", i)
     return x
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_errs_at_most_twice_as_much_as_torch(dtype: torch.dtype) -> None:
-    inputs = encoder_inputs(dtype, [1, 7, 113, 64], heads=4, head_dim=32, inner=256)
+@pytest.mark.parametrize(
+    ("activation", "distance"), [("gelu", 0), ("gelu_tanh", 0), ("relu", 16), ("silu", 127)]
+)
+def test_half_precision_errs_at_most_twice_as_much_as_torch(
+    dtype: torch.dtype, activation: str, distance: int
+) -> None:
+    inputs = encoder_inputs(
+        *(dtype, [1, 7, 113, 64], 4, 32, 256), activation=activation, distance=distance
+    )
     want = twins.encode(**inputs)
     ours = (encode(prepared(inputs)).float() - want).abs().max()
-    theirs = (plain_torch_encoder(inputs).float() - want).abs().max()
+    theirs = (plain_torch_encoder(inputs, activation).float() - want).abs().max()
     assert ours <= 2 * theirs
 
 
@@ -513,11 +768,13 @@ def test_nothing_in_nothing_out(dtype: torch.dtype) -> None:
     assert ops.varlen_attention(none.repeat(1, 3), cu, 0, 2).shape == (0, 64)
     assert ops.residual_layer_norm(none, None, none, gamma, gamma, 1e-5).shape == (0, 64)
     assert ops.bias_activation(none, None, "gelu").shape == (0, 64)
+    assert ops.segment_pool(none, cu, "mean").shape == (0, 64)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_sequence_does_not_see_its_batch(dtype: torch.dtype) -> None:
-    inputs = prepared(encoder_inputs(dtype, [9, 100, 31]))
+@pytest.mark.parametrize("distance", [0, 20])
+def test_a_sequence_does_not_see_its_batch(dtype: torch.dtype, distance: int) -> None:
+    inputs = prepared(encoder_inputs(dtype, [9, 100, 131], distance=distance))
     among = encode(inputs)[9:109]
     inputs["input_ids"] = inputs["input_ids"][9:109]
     inputs["token_type_ids"] = inputs["token_type_ids"][9:109]
@@ -530,7 +787,7 @@ def test_a_sequence_does_not_see_its_batch(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
-    inputs = prepared(encoder_inputs(dtype, [511, 113, 7], heads=3, inner=300))
+    inputs = prepared(encoder_inputs(dtype, [511, 113, 7], heads=3, inner=300, distance=60))
     before = torch.get_num_threads()
     try:
         results = []

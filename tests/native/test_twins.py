@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from encoder_support import random_weights
 from model_support import hf_logits, ragged, random_bert
+from op_arguments import SPEC
 from tiny import QUESTION_ANSWERING
 
 from ft_handler import architectures, tasks
@@ -52,6 +55,54 @@ def test_attention_by_hand() -> None:
     qkv = torch.tensor([[0.3, 0.2, 5.0], [0.0, 1.0, 1.0], [0.0, 2.0, 3.0]])
     out = twins.varlen_attention(qkv, torch.tensor([0, 1, 3], dtype=torch.int32), 2, 1)
     torch.testing.assert_close(out, torch.tensor([[5.0], [2.0], [2.0]]))
+
+
+def test_activations_by_hand() -> None:
+    x = 1.5
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    for name, wanted in (
+        ("gelu_tanh", 0.5 * x * (1 + math.tanh(inner))),
+        ("relu", x),
+        ("silu", x / (1 + math.exp(-x))),
+        ("", x),
+    ):
+        assert math.isclose(float(twins.activated(torch.tensor(x), name)), wanted, rel_tol=1e-6)
+
+
+def test_a_relative_bias_by_hand() -> None:
+    found = twins.bias_of_distances(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), 4)
+    assert found[0].tolist() == [[2, 3, 3, 3], [1, 2, 3, 3], [1, 1, 2, 3], [1, 1, 1, 2]]
+    assert found[1, 0].tolist() == [5, 6, 6, 6]
+    # Queries and keys are zero, so the bias alone shares the values out.
+    qkv, sequence = torch.zeros(2, 3), torch.tensor([0, 2], dtype=torch.int32)
+    qkv[:, 2] = torch.tensor([0.0, 1.0])
+    bias = torch.tensor([[0.0, 0.0, math.log(3.0)]])
+    out = twins.varlen_attention(qkv, sequence, 2, 1, bias)
+    torch.testing.assert_close(out, torch.tensor([[0.75], [0.5]]))
+
+
+def test_pooling_by_hand() -> None:
+    rows = torch.tensor([[1.0, -2.0], [3.0, -4.0], [5.0, -6.0]])
+    sequences = torch.tensor([0, 2, 2, 3], dtype=torch.int32)
+    assert twins.segment_pool(rows, sequences, "mean").tolist() == [[2, -3], [0, 0], [5, -6]]
+    assert twins.segment_pool(rows, sequences, "max").tolist() == [[3, -2], [0, 0], [5, -6]]
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu"])
+def test_packed_and_padded_agree_on_a_relative_bias(activation: str) -> None:
+    spec = dataclasses.replace(SPEC, activation=activation)
+    weights = random_weights(spec)
+    ids, mask, types = ragged([9, 1, 30])
+    ids %= 30
+    kept = mask.bool()
+    said, stacked = spec.text(weights), list(weights.values())
+    packed_ids, kinds, positions, _, cu_seqlens, longest = twins.remove_padding(ids, types, mask)
+    packed = twins.encode(packed_ids, kinds, positions, cu_seqlens, longest, stacked, said)
+    padded = twins.padded_encode(ids, types, mask, stacked, said)[kept]
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+    stacked[-1] = torch.zeros_like(stacked[-1])
+    without = twins.encode(packed_ids, kinds, positions, cu_seqlens, longest, stacked, said)
+    assert not torch.allclose(packed, without, rtol=1e-3, atol=1e-3)
 
 
 def test_encoder_agrees_with_transformers_packed_and_padded() -> None:

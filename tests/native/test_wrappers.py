@@ -36,6 +36,14 @@ def test_the_library_registers_nothing_without_a_twin() -> None:
         assert callable(getattr(ops, name))
 
 
+def test_attention_without_a_relative_bias_compiles() -> None:
+    op = torch.ops.fastertransformer.varlen_attention.default
+    *call, _ = arguments("varlen_attention", ops.prepare_weight)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, tuple(call), test_utils=checks)
+    torch.testing.assert_close(ops.varlen_attention(*call), twins.varlen_attention(*call))
+
+
 def test_linear_without_bias_and_residual_compiles() -> None:
     weight = ops.prepare_weight(normal(INNER, HIDDEN))
     op = torch.ops.fastertransformer.linear.default

@@ -15,7 +15,7 @@ import yaml
 from model_support import hf_logits
 from tiny import QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, tiny_vocabulary
 
-from ft_handler import load_model, precisions
+from ft_handler import load_model, precisions, tasks
 from ft_handler.cli.main import main
 from ft_handler.cli.trace import trace_command
 from ft_handler.config import CoreSettings, RawSettings
@@ -81,6 +81,16 @@ def test_the_file_describes_itself(classifier: Path) -> None:
     assert info.versions["torch"] == torch.__version__
     assert info.versions["transformers"] == transformers.__version__
     assert info.format_version == FORMAT_VERSION
+
+
+def test_the_file_says_which_interface_it_needs(
+    tiny_classification: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read_info(traced(tiny_classification, tmp_path) / "traced_model.pt").op_interface == 2
+    task = tasks.get(SEQUENCE_CLASSIFICATION)
+    later = dataclasses.replace(task.head(), op_interface=3)
+    monkeypatch.setattr(type(task), "head", lambda _: later)
+    assert read_info(traced(tiny_classification, tmp_path) / "traced_model.pt").op_interface == 3
 
 
 def test_the_file_carries_the_tokenizer(classifier: Path) -> None:

@@ -432,11 +432,11 @@ void residual_layer_norm(Operand input, Operand bias, Operand residual, Operand 
 int64_t bias_activation_workspace(int64_t n, const Threads&) { return aligned(n * 4); }
 
 void bias_activation(Operand input, Operand bias, Activation activation, int64_t tokens, int64_t n,
-                     DType out_dtype, void* out, void* workspace, const Threads& threads) {
+                     void* out, void* workspace, const Threads& threads) {
   Arena arena(workspace);
   const float* b = as_float(bias, n, arena, true);
   for_rows(threads, tokens, kRowsPerTask, [&](int64_t m0, int64_t m1, int) {
-    kernels().activate(input, b, activation, n, out, out_dtype, m0, m1);
+    kernels().activate(input, b, activation, n, out, m0, m1);
   });
 }
 

@@ -736,30 +736,28 @@ void embed(const EmbedRows& e, int64_t m0, int64_t m1, float* row) {
   });
 }
 
+// Into the type of the input.
 void activate_rows(Operand input, const float* bias, Activation activation, int64_t n, void* out,
-                   DType out_type, int64_t m0, int64_t m1) {
-  const auto run = [&](auto source, auto target, auto activated) {
-    using Source = decltype(source);
-    using Target = decltype(target);
+                   int64_t m0, int64_t m1) {
+  const auto run = [&](auto type, auto activated) {
+    using Type = decltype(type);
     for (int64_t m = m0; m < m1; ++m) {
       for (int64_t j = 0; j < n; j += kLanes) {
         const int64_t left = n - j;
         if (left >= kLanes) {
-          Vec x = Source::at(input.data, m * n + j);
+          Vec x = Type::at(input.data, m * n + j);
           if (bias) x += load(bias + j);
-          Target::put(out, m * n + j, activated.template of<Target>(x));
+          Type::put(out, m * n + j, activated.template of<Type>(x));
         } else {
-          Vec x = partial_at<Source>(input.data, m * n + j, left);
+          Vec x = partial_at<Type>(input.data, m * n + j, left);
           if (bias) x += partial_at<F32>(bias, j, left);
-          partial_put<Target>(out, m * n + j, activated.template of<Target>(x), left);
+          partial_put<Type>(out, m * n + j, activated.template of<Type>(x), left);
         }
       }
     }
   };
-  with_type(input.dtype, [&](auto source) {
-    with_type(out_type, [&](auto target) {
-      with_activation(activation, [&](auto activated) { run(source, target, activated); });
-    });
+  with_type(input.dtype, [&](auto type) {
+    with_activation(activation, [&](auto activated) { run(type, activated); });
   });
 }
 

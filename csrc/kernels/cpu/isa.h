@@ -88,7 +88,7 @@ struct Kernels {
   void (*embed)(const EmbedRows& e, int64_t m0, int64_t m1, float* scratch);           // [hidden]
   void (*layer_norm)(const LayerNormRows& l, int64_t m0, int64_t m1, float* scratch);  // [hidden]
   void (*activate)(Operand input, const float* bias, Activation activation, int64_t n, void* out,
-                   DType out_type, int64_t m0, int64_t m1);
+                   int64_t m0, int64_t m1);
   void (*pool)(const PoolRows& p, int64_t row0, int64_t row1, float* out);  // [hidden]
   void (*convert)(const void* input, DType from, void* out, DType to, int64_t count);
 };

@@ -119,9 +119,9 @@ void residual_layer_norm(Operand input, Operand bias, Operand residual, Operand 
                          void* workspace, const Threads& threads);
 
 int64_t bias_activation_workspace(int64_t n, const Threads& threads);
-// bias may be absent.
+// bias may be absent; out is of the input's type.
 void bias_activation(Operand input, Operand bias, Activation activation, int64_t tokens, int64_t n,
-                     DType out_dtype, void* out, void* workspace, const Threads& threads);
+                     void* out, void* workspace, const Threads& threads);
 
 // out [B, hidden] in float32, summed in it, row by row; zeros for empty sequences.
 void segment_pool(Operand input, const int32_t* cu_seqlens, int64_t batch, int64_t hidden,
