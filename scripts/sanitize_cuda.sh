@@ -26,7 +26,7 @@ build() {
             $kernels/small_*_sm90.cu &&
         nvcc "${flags[@]}" -o "$folder/kernels_check" benchmarks/cuda/kernels_check.cu \
             benchmarks/cuda/kernels_api.cu $kernels/attention*.cu \
-            $kernels/{layer_norm,embedding,gelu,padding}.cu $kernels/runtime.cpp
+            $kernels/{layer_norm,embedding,activation,padding,pooling}.cu $kernels/runtime.cpp
 }
 
 run() {

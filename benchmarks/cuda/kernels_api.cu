@@ -3,7 +3,7 @@
 //
 //   nvcc -std=c++20 -O3 --expt-relaxed-constexpr -DFT_WITH_SM90 -Icsrc -shared -Xcompiler -fPIC
 //        -gencode=arch=compute_90a,code=sm_90a benchmarks/cuda/kernels_api.cu
-//        csrc/kernels/cuda/{attention*,layer_norm,embedding,gelu,padding}.cu
+//        csrc/kernels/cuda/{attention*,layer_norm,embedding,activation,padding,pooling}.cu
 //        csrc/kernels/cuda/runtime.cpp -o libkernels.so
 
 #include "kernels/cuda/kernels.h"
@@ -36,8 +36,8 @@ FT_API int ft_attention_plan(int batch, int tokens, int max_seqlen, int heads, i
 FT_API int ft_varlen_attention(int batch, int tokens, int max_seqlen, int heads, int head_dim,
                                int dtype, const void* qkv, const void* plan, void* output,
                                void* stream, int pdl) {
-  return varlen_attention(shape_of(batch, tokens, max_seqlen, heads, head_dim, dtype), qkv, plan,
-                          output, launch_on(stream, pdl));
+  return varlen_attention(shape_of(batch, tokens, max_seqlen, heads, head_dim, dtype), qkv, nullptr,
+                          plan, output, launch_on(stream, pdl));
 }
 
 FT_API int ft_residual_layer_norm(const void* input, const void* bias, const void* residual,

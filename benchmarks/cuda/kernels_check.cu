@@ -2,7 +2,8 @@
 // compute-sanitizer.
 //
 //   nvcc -std=c++20 -O2 -DFT_WITH_SM90 -Icsrc ... -o kernels_check   (objects as for
-//   kernels_api.cu) compute-sanitizer --tool memcheck ./kernels_check
+//   kernels_api.cu) compute-sanitizer --tool memcheck ./kernels_check [attention|bias|rows|pools|
+//   embedding|padding ...]
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -93,13 +95,15 @@ void compare(const char* what, const std::vector<T>& ours, const std::vector<dou
 
 template <typename T>
 void check_attention(const std::vector<int>& lengths, int pad, int empty, int heads, int dim,
-                     int stretch) {
+                     int stretch, int reach = -1) {
   std::vector<int32_t> cu{0};
   for (int n : lengths) cu.push_back(cu.back() + n);
   const int tokens = cu.back(), rows = tokens + pad, width = heads * dim;
   cu.insert(cu.end(), empty, tokens);
   std::vector<T> qkv = normal<T>(static_cast<size_t>(rows) * 3 * width);
   std::fill(qkv.begin() + static_cast<size_t>(tokens) * 3 * width, qkv.end(), static_cast<T>(NAN));
+  const std::vector<T> bias =
+      normal<T>(static_cast<size_t>(heads) * (2 * reach + 1) * (reach >= 0));
   std::vector<double> exact(static_cast<size_t>(tokens) * width);
   for (size_t b = 0; b < lengths.size(); ++b) {
     for (int h = 0; h < heads; ++h) {
@@ -112,7 +116,11 @@ void check_attention(const std::vector<int>& lengths, int pad, int empty, int he
         double sum = 0;
         for (int j = 0; j < lengths[b]; ++j) {
           for (int d = 0; d < dim; ++d) p[j] += at(i, 0, d) * at(j, 1, d);
-          sum += p[j] = std::exp(p[j] / std::sqrt(dim));
+          const double added =
+              reach < 0
+                  ? 0.0
+                  : as_float(bias[h * (2 * reach + 1) + std::clamp(j - i, -reach, reach) + reach]);
+          sum += p[j] = std::exp(p[j] / std::sqrt(dim) + added);
         }
         for (int d = 0; d < dim; ++d) {
           double y = 0;
@@ -123,18 +131,20 @@ void check_attention(const std::vector<int>& lengths, int pad, int empty, int he
     }
   }
   const int longest = *std::max_element(lengths.begin(), lengths.end()) + stretch;
-  const AttentionShape shape{static_cast<int>(cu.size()) - 1, rows, longest, heads, dim, kType<T>};
-  Device<T> input(qkv), output(static_cast<size_t>(rows) * width);
+  const AttentionShape shape{
+      static_cast<int>(cu.size()) - 1, rows, longest, heads, dim, kType<T>, false, reach};
+  Device<T> input(qkv), added(bias), output(static_cast<size_t>(rows) * width);
   Device<int32_t> offsets(cu);
   Device<char> plan(attention_plan_bytes(shape));
   // Padding rows stay as they are: give them something to be, for initcheck.
   must(cudaMemset(output.get(), 0, static_cast<size_t>(rows) * width * sizeof(T)), "cudaMemset");
   must(attention_plan(shape, offsets.get(), plan.get(), {}), "attention_plan");
-  must(varlen_attention(shape, input.get(), plan.get(), output.get(), {nullptr, true}),
+  must(varlen_attention(shape, input.get(), reach < 0 ? nullptr : added.get(), plan.get(),
+                        output.get(), {nullptr, true}),
        "varlen_attention");
   char what[96];
-  std::snprintf(what, sizeof what, "attention type %d dim %d longest %d",
-                static_cast<int>(kType<T>), dim, longest);
+  std::snprintf(what, sizeof what, "attention type %d dim %d longest %d reach %d",
+                static_cast<int>(kType<T>), dim, longest, reach);
   std::vector<T> ours = output.host();
   ours.resize(exact.size());
   compare(what, ours, exact);
@@ -170,6 +180,26 @@ void check_rows(int rows, int hidden) {
                        out.get(), nullptr, {}),
        "bias_activation");
   compare("gelu", out.host(), gelu);
+  for (const auto& [activation, f] : {
+           std::pair<Activation, double (*)(double)>{Activation::kGeluTanh,
+                                                     [](double y) {
+                                                       const double u =
+                                                           std::sqrt(2 / 3.14159265358979324) *
+                                                           (y + 0.044715 * y * y * y);
+                                                       return y / 2 * (1 + std::tanh(u));
+                                                     }},
+           {Activation::kRelu, [](double y) { return std::max(y, 0.0); }},
+           {Activation::kSilu, [](double y) { return y / (1 + std::exp(-y)); }},
+       }) {
+    std::vector<double> want(size);
+    for (size_t i = 0; i < size; ++i) {
+      want[i] = f(static_cast<double>(as_float(x[i])) + as_float(b[i % hidden]));
+    }
+    must(bias_activation(dx.get(), db.get(), nullptr, activation, rows, hidden, kType<T>, out.get(),
+                         nullptr, {}),
+         "bias_activation");
+    compare("activation", out.host(), want);
+  }
   std::vector<float> partials(2 * size);
   for (size_t i = 0; i < size; ++i) partials[i] = as_float(x[i]) - (partials[size + i] = 0.25f);
   Device<float> dp(partials);
@@ -177,6 +207,38 @@ void check_rows(int rows, int hidden) {
                                     rows, hidden, kType<T>, out.get(), nullptr, {}),
        "residual_layer_norm_partials");
   compare("layer norm of partials", out.host(), norm);
+}
+
+template <typename T>
+void check_pool(const std::vector<int>& lengths, int pad, int empty, int hidden) {
+  std::vector<int32_t> cu{0};
+  for (int n : lengths) cu.push_back(cu.back() + n);
+  cu.insert(cu.end(), empty, cu.back());
+  const int tokens = cu.back(), batch = static_cast<int>(cu.size()) - 1;
+  std::vector<T> x = normal<T>(static_cast<size_t>(tokens + pad) * hidden);
+  std::fill(x.begin() + static_cast<size_t>(tokens) * hidden, x.end(), static_cast<T>(NAN));
+  std::vector<double> mean(static_cast<size_t>(batch) * hidden), most(mean);
+  for (int b = 0; b < batch; ++b) {
+    for (int c = 0; c < hidden; ++c) {
+      double sum = 0, largest = cu[b] == cu[b + 1] ? 0 : -INFINITY;
+      for (int row = cu[b]; row < cu[b + 1]; ++row) {
+        const double value = as_float(x[static_cast<size_t>(row) * hidden + c]);
+        sum += value;
+        largest = std::max(largest, value);
+      }
+      mean[static_cast<size_t>(b) * hidden + c] = sum / std::max(cu[b + 1] - cu[b], 1);
+      most[static_cast<size_t>(b) * hidden + c] = largest;
+    }
+  }
+  Device<T> input(x);
+  Device<int32_t> offsets(cu);
+  Device<float> output(mean.size());
+  for (const ft::Pooling how : {ft::Pooling::kMean, ft::Pooling::kMax}) {
+    must(segment_pool(input.get(), offsets.get(), batch, tokens + pad, hidden, how, kType<T>,
+                      output.get(), {}),
+         "segment_pool");
+    compare("pool", output.host(), how == ft::Pooling::kMean ? mean : most);
+  }
 }
 
 template <typename Id>
@@ -257,27 +319,42 @@ void check_embedding(int hidden) {
 }
 
 template <typename T>
-void check_all() {
+void check_all(const auto& asked) {
   for (int dim : {6, 32, 48, 64, 96, 128}) {
-    check_attention<T>({1, 17, 40, 3}, 5, 2, 2, dim, 0);
-    check_attention<T>({100, 128, 31}, 3, 1, 2, dim, 0);
-    check_attention<T>({129, 7, 200}, 0, 0, 1, dim, 300);
-    if (dim == 32 || dim == 64) check_attention<T>({577}, 1, 1, 1, dim, 0);
+    if (asked("attention")) {
+      check_attention<T>({1, 17, 40, 3}, 5, 2, 2, dim, 0);
+      check_attention<T>({100, 128, 31}, 3, 1, 2, dim, 0);
+      check_attention<T>({129, 7, 200}, 0, 0, 1, dim, 300);
+      if (dim == 32 || dim == 64) check_attention<T>({577}, 1, 1, 1, dim, 0);
+    }
+    if (asked("bias")) {
+      check_attention<T>({1, 17, 40, 3}, 5, 2, 2, dim, 0, 20);
+      check_attention<T>({100, 128, 31}, 3, 1, 2, dim, 0, 128);
+      check_attention<T>({129, 7, 200}, 0, 0, 1, dim, 300, 0);
+      if (dim == 32 || dim == 64) check_attention<T>({577}, 1, 1, 1, dim, 0, 128);
+    }
   }
   for (int hidden : {8, 30, 384, 768, 1280}) {
-    check_rows<T>(5, hidden);
-    check_embedding<T>(hidden);
+    if (asked("rows")) check_rows<T>(5, hidden);
+    if (asked("embedding")) check_embedding<T>(hidden);
+    if (asked("pools")) check_pool<T>({1, 7, 113, 40}, 3, 2, hidden);
   }
 }
 
 }  // namespace
 
-int main() {
-  check_all<float>();
-  check_all<__half>();
-  check_all<__nv_bfloat16>();
-  check_padding<int32_t>(5, 70);
-  check_padding<int64_t>(1100, 3);
+int main(int count, char** words) {
+  const auto asked = [&](const char* what) {
+    return count == 1 || std::any_of(words + 1, words + count,
+                                     [&](const char* word) { return !std::strcmp(word, what); });
+  };
+  check_all<float>(asked);
+  check_all<__half>(asked);
+  check_all<__nv_bfloat16>(asked);
+  if (asked("padding")) {
+    check_padding<int32_t>(5, 70);
+    check_padding<int64_t>(1100, 3);
+  }
   must(cudaDeviceSynchronize(), "synchronize");
   std::printf("%d failures\n", failures);
   return failures != 0;

@@ -337,21 +337,42 @@ std::pair<int64_t, int64_t> weight_size(const Tensor& weight) {
   return {weight.size(weight.dim() - 2), weight.size(weight.dim() - 1)};
 }
 
-Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias,
-              std::optional<Tensor> residual, std::string activation) {
+// output = activation(input * weight^T + bias) + residual, of packed tensors.
+cuda::Gemm gemm_of(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& residual, const Tensor& output,
+                   Activation activation) {
+  const auto [n, k] = weight_size(weight);
+  return {operand_of(input),  operand_of(weight),          pointer(bias),
+          pointer(residual),  output.data_ptr(),           narrow_int(input.size(0), "rows"),
+          narrow_int(n, "n"), narrow_int(k, "k"),          activation,
+          dtype_of(input),    cuda::batch_invariant(false)};
+}
+
+// What linear layers of any kind ask of their arguments; returns the weight's [n, k].
+std::pair<int64_t, int64_t> check_linear(const char* op, const Tensor& input, const Tensor& weight,
+                                         const std::optional<Tensor>& bias,
+                                         const std::optional<Tensor>& residual) {
   FT_CHECK_FLOAT(input);
   FT_CHECK_DIM(input, 2);
   FT_CHECK_DTYPE(weight, input.scalar_type());
-  check_device("linear", input, "weight", weight);
+  check_device(op, input, "weight", weight);
   const auto [n, k] = weight_size(weight);
   FT_CHECK_SIZE(input, 1, k);
-  if (bias) check_vector("linear", "bias", input, *bias, n);
+  if (bias) check_vector(op, "bias", input, *bias, n);
   if (residual) {
-    check_device("linear", input, "residual", *residual);
-    FT_CHECK_DTYPE(*residual, input.scalar_type());
+    check_device(op, input, "residual", *residual);
+    FT_CHECK(residual->scalar_type() == input.scalar_type(), "residual must have dtype ",
+             dtype_name(input.scalar_type()), ", has ", dtype_name(residual->scalar_type()));
     FT_CHECK(residual->dim() == 2 && residual->size(0) == input.size(0) && residual->size(1) == n,
              "residual must be [", input.size(0), ", ", n, "], is ", shape_of(*residual));
   }
+  return {n, k};
+}
+
+Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias,
+              std::optional<Tensor> residual, std::string activation) {
+  const char* op = "linear";
+  const int64_t n = check_linear(op, input, weight, bias, residual).first;
   const Activation follows = activation_named(activation);
   const OnDeviceOf device(input);
   const Tensor x = packed(input), w = packed(weight);
@@ -359,31 +380,34 @@ Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias,
   Tensor out = empty_like_rows(x, {x.size(0), n});
   if (x.size(0) == 0) return out;
   const Tensor workspace = bytes_like(x, cuda::gemm_workspace_bytes());
-  const cuda::Gemm gemm{operand_of(x),
-                        operand_of(w),
-                        pointer(b),
-                        pointer(r),
-                        out.data_ptr(),
-                        narrow_int(x.size(0), "rows"),
-                        narrow_int(n, "n"),
-                        narrow_int(k, "k"),
-                        follows,
-                        dtype_of(x),
-                        cuda::batch_invariant(false)};
-  check_status(cuda::linear(gemm, workspace.data_ptr(), device.launch()), "linear", "input ",
-               shape_of(x), ", weight ", shape_of(w), ", ", dtype_name(x.scalar_type()));
+  check_status(
+      cuda::linear(gemm_of(x, w, b, r, out, follows), workspace.data_ptr(), device.launch()), op,
+      "input ", shape_of(x), ", weight ", shape_of(w), ", ", dtype_name(x.scalar_type()));
   return out;
 }
 
-Tensor varlen_attention(Tensor qkv, Tensor cu_seqlens, int64_t max_seqlen, int64_t num_heads) {
+int bias_reach_of(const Tensor& relative_bias) {
+  return narrow_int(relative_bias.size(1), "distances") / 2;
+}
+
+Tensor varlen_attention(Tensor qkv, Tensor cu_seqlens, int64_t max_seqlen, int64_t num_heads,
+                        std::optional<Tensor> relative_bias) {
+  const char* op = "varlen_attention";
   FT_CHECK_FLOAT(qkv);
   FT_CHECK_DIM(qkv, 2);
-  check_cu_seqlens("varlen_attention", qkv, cu_seqlens);
-  check_lengths("varlen_attention", cu_seqlens, qkv.size(0), max_seqlen);
+  check_cu_seqlens(op, qkv, cu_seqlens);
+  check_lengths(op, cu_seqlens, qkv.size(0), max_seqlen);
   FT_CHECK(num_heads > 0 && qkv.size(1) % (3 * num_heads) == 0, "qkv ", shape_of(qkv),
            " does not hold q, k and v of ", num_heads, " heads");
+  if (relative_bias) {
+    check_device(op, qkv, "relative_bias", *relative_bias);
+    check_relative_bias(*relative_bias, "relative_bias", num_heads);
+    FT_CHECK(relative_bias->scalar_type() == qkv.scalar_type(), "relative_bias must have dtype ",
+             dtype_name(qkv.scalar_type()), ", has ", dtype_name(relative_bias->scalar_type()));
+  }
   const OnDeviceOf device(qkv);
   const Tensor x = packed(qkv), cu = packed(cu_seqlens);
+  const std::optional<Tensor> bias = packed(relative_bias);
   const int64_t tokens = x.size(0), hidden = x.size(1) / 3;
   Tensor out = empty_like_rows(x, {tokens, hidden});
   const int batch = narrow_int(cu.size(0) - 1, "batch");
@@ -394,15 +418,36 @@ Tensor varlen_attention(Tensor qkv, Tensor cu_seqlens, int64_t max_seqlen, int64
                                    narrow_int(num_heads, "num_heads"),
                                    narrow_int(hidden / num_heads, "head_dim"),
                                    dtype_of(x),
-                                   cuda::batch_invariant(false)};
+                                   cuda::batch_invariant(false),
+                                   relative_bias ? bias_reach_of(*relative_bias) : -1};
   const Tensor plan = bytes_like(x, cuda::attention_plan_bytes(shape));
   const Launch launch = device.launch();
   cudaError_t status = cuda::attention_plan(shape, int32_pointer(cu), plan.data_ptr(), launch);
   if (status == cudaSuccess)
-    status = cuda::varlen_attention(shape, pointer(x), plan.data_ptr(), out.data_ptr(), launch);
-  check_status(status, "varlen_attention", "qkv ", shape_of(x), ", batch ", batch, ", max_seqlen ",
-               max_seqlen, ", ", num_heads, " heads of ", shape.head_dim, ", ",
-               dtype_name(x.scalar_type()));
+    status = cuda::varlen_attention(shape, pointer(x), pointer(bias), plan.data_ptr(),
+                                    out.data_ptr(), launch);
+  check_status(status, op, "qkv ", shape_of(x), ", batch ", batch, ", max_seqlen ", max_seqlen,
+               ", ", num_heads, " heads of ", shape.head_dim, ", ", dtype_name(x.scalar_type()));
+  return out;
+}
+
+Tensor segment_pool(Tensor input, Tensor cu_seqlens, std::string how) {
+  const char* op = "segment_pool";
+  FT_CHECK_FLOAT(input);
+  FT_CHECK_DIM(input, 2);
+  const Pooling pooling = pooling_named(how);
+  check_cu_seqlens(op, input, cu_seqlens);
+  check_lengths(op, cu_seqlens, input.size(0), input.size(0));
+  const OnDeviceOf device(input);
+  const Tensor x = packed(input), cu = packed(cu_seqlens);
+  const int batch = narrow_int(cu.size(0) - 1, "batch");
+  Tensor out = empty_like_rows(x, {batch, x.size(1)}, ScalarType::Float);
+  if (out.numel() > 0)
+    check_status(
+        cuda::segment_pool(pointer(x), int32_pointer(cu), batch, narrow_int(x.size(0), "tokens"),
+                           narrow_int(x.size(1), "hidden"), pooling, dtype_of(x),
+                           static_cast<float*>(out.data_ptr()), device.launch()),
+        op, "input ", shape_of(x), ", batch ", batch, ", ", dtype_name(x.scalar_type()));
   return out;
 }
 
@@ -475,6 +520,7 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
     const Tensor& tensor = w[weight];
     const char* name = kEncoderWeightNames[i];
     check_device(op, word, name, tensor);
+    if (weight == kRelativeBias) check_relative_bias(tensor, name, spec.heads);
     const EncoderWeightShape shape = shape_of(spec, weight);
     std::vector<int64_t> wanted;
     if (shape.stacked) {
@@ -483,7 +529,7 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
       wanted.push_back(shared ? 1 : spec.layers);
     }
     wanted.push_back(shape.rows < 0 && tensor.dim() > 0 ? tensor.size(0) : shape.rows);
-    if (shape.columns > 0) wanted.push_back(shape.columns);
+    if (shape.columns != 0) wanted.push_back(shape.columns < 0 ? tensor.size(1) : shape.columns);
     FT_CHECK(has_shape(tensor, wanted) && tensor.is_contiguous() &&
                  tensor.scalar_type() == word.scalar_type(),
              op, ": ", name, " must be contiguous ", shape_of(wanted), " ",
@@ -514,6 +560,7 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
   shape.activation = spec.activation;
   shape.eps = static_cast<float>(spec.eps);
   shape.dtype = dtype_of(word);
+  if (spec.biased()) shape.bias_reach = bias_reach_of(w[kRelativeBias]);
   shape.one_per_layer = one_per_layer;
   shape.projects = spec.projects();
   shape.batch_invariant = cuda::batch_invariant(options.batch_invariant);
@@ -546,7 +593,8 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
       stack(kDownWeight),
       stack(kDownBias),
       stack(kNorm2Gamma),
-      stack(kNorm2Beta)};
+      stack(kNorm2Beta),
+      spec.biased() ? data(kRelativeBias) : nullptr};
   const Tensor workspace = bytes_like(word, cuda::encoder_workspace_bytes(shape));
   check_status(cuda::encoder(shape, inputs, parameters, workspace.data_ptr(), out.data_ptr(),
                              device.launch().stream),
@@ -580,19 +628,9 @@ Tensor encoder(Tensor input_ids, Tensor token_type_ids, std::optional<Tensor> po
 Tensor linear_layer_norm(Tensor input, Tensor weight, Tensor bias, Tensor residual, Tensor gamma,
                          Tensor beta, double eps) {
   const char* op = "linear_layer_norm";
-  FT_CHECK_FLOAT(input);
-  FT_CHECK_DIM(input, 2);
-  FT_CHECK_DTYPE(weight, input.scalar_type());
-  check_device(op, input, "weight", weight);
-  const auto [n, k] = weight_size(weight);
-  FT_CHECK_SIZE(input, 1, k);
-  check_vector(op, "bias", input, bias, n);
+  const int64_t n = check_linear(op, input, weight, bias, residual).first;
   check_vector(op, "gamma", input, gamma, n);
   check_vector(op, "beta", input, beta, n);
-  check_device(op, input, "residual", residual);
-  FT_CHECK_DTYPE(residual, input.scalar_type());
-  FT_CHECK(residual.dim() == 2 && residual.size(0) == input.size(0) && residual.size(1) == n,
-           "residual must be [", input.size(0), ", ", n, "], is ", shape_of(residual));
   const OnDeviceOf device(input);
   const Tensor x = packed(input), w = packed(weight), b = packed(bias), r = packed(residual),
                g = packed(gamma), c = packed(beta);
@@ -600,20 +638,9 @@ Tensor linear_layer_norm(Tensor input, Tensor weight, Tensor bias, Tensor residu
   if (x.size(0) == 0) return out;
   const Tensor workspace = bytes_like(x, cuda::gemm_workspace_bytes());
   const Tensor scratch = empty_like_rows(x, {x.size(0), n});
-  const cuda::Gemm gemm{operand_of(x),
-                        operand_of(w),
-                        pointer(b),
-                        pointer(r),
-                        out.data_ptr(),
-                        narrow_int(x.size(0), "rows"),
-                        narrow_int(n, "n"),
-                        narrow_int(k, "k"),
-                        Activation::kNone,
-                        dtype_of(x),
-                        cuda::batch_invariant(false)};
   const cuda::GemmNorm norm{pointer(g), pointer(c), static_cast<float>(eps), nullptr};
-  check_status(cuda::linear_layer_norm(gemm, norm, scratch.data_ptr(), workspace.data_ptr(),
-                                       device.launch()),
+  check_status(cuda::linear_layer_norm(gemm_of(x, w, b, r, out, Activation::kNone), norm,
+                                       scratch.data_ptr(), workspace.data_ptr(), device.launch()),
                op, "input ", shape_of(x), ", weight ", shape_of(w), ", ",
                dtype_name(x.scalar_type()));
   return out;
@@ -698,6 +725,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CUDA, m) {
   m.impl("varlen_attention", TORCH_BOX(&varlen_attention));
   m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm));
   m.impl("bias_activation", TORCH_BOX(&bias_activation));
+  m.impl("segment_pool", TORCH_BOX(&segment_pool));
   m.impl("encode", TORCH_BOX(&encode));
   m.impl("encoder", TORCH_BOX(&encoder));
   m.impl("linear_layer_norm", TORCH_BOX(&linear_layer_norm));

@@ -71,6 +71,31 @@ def stray(what: str, call: Callable[[Tensor, int], Tensor], tokens: int, longest
     assert torch.equal(call(short, longest), first), f"{what}: stray rows"
 
 
+def relative_bias(heads: int, distance: int, dtype: torch.dtype) -> Tensor:
+    """A bias by head and distance."""
+    return torch.randn(heads, 2 * distance + 1, device="cuda", dtype=dtype)
+
+
+def pools() -> None:
+    """Means and maxima of rows, at widths that are read in pieces and one by one."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for hidden in (30, 768):
+            for how in ("mean", "max"):
+                x = torch.randn(200, hidden, device="cuda", dtype=dtype)
+
+                def call(cu: Tensor, given: tuple[Any, ...] = (x, how)) -> Tensor:
+                    out: Tensor = ops.segment_pool(given[0], cu, given[1])
+                    return out
+
+                before = call(bounds([0, 100, 200]))
+                for lie, (values, _) in lies(200, 200).items():
+                    if "understated" in lie:  # a pool is told no longest length
+                        continue
+                    leave_stale_memory()
+                    assert call(bounds(values)).isnan().all(), f"{dtype} {hidden} {how}: {lie}"
+                assert torch.equal(call(bounds([0, 100, 200])), before)
+
+
 def attention() -> None:
     """The attention kernels: packed and streaming, with wgmma, mma and neither."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -78,15 +103,18 @@ def attention() -> None:
             for tokens, longest in ((50, 40), (200, 110), (900, 600)):
                 qkv = torch.randn(tokens, 3 * 2 * head_dim, device="cuda", dtype=dtype)
 
-                def call(cu: Tensor, most: int, qkv: Tensor = qkv) -> Tensor:
-                    out: Tensor = ops.varlen_attention(qkv, cu, most, 2)
-                    return out
+                for distance in (None, 40):
+                    bias = None if distance is None else relative_bias(2, distance, dtype)
 
-                what = f"attention {dtype} {head_dim} {tokens}"
-                spoilt(what, call, tokens, longest)
-                stray(what, call, tokens, longest)
-                tail = call(bounds([0, tokens // 2]), longest)[tokens // 2 :]
-                assert not tail.any(), what
+                    def call(cu: Tensor, most: int, given: tuple[Any, ...] = (qkv, bias)) -> Tensor:
+                        out: Tensor = ops.varlen_attention(given[0], cu, most, 2, given[1])
+                        return out
+
+                    what = f"attention {dtype} {head_dim} {tokens} {distance}"
+                    spoilt(what, call, tokens, longest)
+                    stray(what, call, tokens, longest)
+                    tail = call(bounds([0, tokens // 2]), longest)[tokens // 2 :]
+                    assert not tail.any(), what
 
 
 def encoders() -> None:
@@ -171,6 +199,9 @@ def misaligned() -> None:
         same(ops.bias_activation, r, b, "gelu")
         same(ops.residual_layer_norm, r, b, r, b, b, 1e-12)
         same(ops.varlen_attention, normal(40, 192), bounds([0, 13, 40]), 30, 2)
+        biased = (normal(40, 192), bounds([0, 13, 40]), 30, 2, normal(2, 21))
+        same(ops.varlen_attention, *biased)
+        same(ops.segment_pool, r, bounds([0, 13, 40]), "mean")
         indices = torch.arange(40, device="cuda")
         same(ops.restore_padding, r, indices, 5, 8, -1.0)
         for size in ((768, 12, 3072), (192, 6, 320)):
@@ -187,6 +218,7 @@ CASES = {
     "encoders": encoders,
     "embeddings": embeddings,
     "misaligned": misaligned,
+    "pools": pools,
 }
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import ft_handler.native.ops  # noqa: F401 - loads the library, and what its ops
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("case", ["attention", "encoders", "embeddings", "misaligned"])
+@pytest.mark.parametrize("case", ["attention", "encoders", "embeddings", "misaligned", "pools"])
 def test_arguments_that_lie(case: str) -> None:
     script = Path(__file__).with_name("lying_arguments.py")
     places = [str(script.parents[2]), *sys.path]
@@ -55,6 +55,21 @@ def test_what_the_host_can_check_is_refused_in_words() -> None:
     for bounds, most in ((cu, 0), (cu, -1), (cu[:1], 10)):
         with pytest.raises(RuntimeError, match=r"max_seqlen must be|cu_seqlens must end"):
             ops.varlen_attention(qkv, bounds, most, 1)
+    for shape in ((2, 5), (1, 4), (5,), (1, 1, 5)):
+        with pytest.raises(RuntimeError, match=r"relative_bias must have shape \[1, 2 D \+ 1\]"):
+            ops.varlen_attention(qkv, cu, 10, 1, torch.zeros(shape, device="cuda").half())
+    with pytest.raises(RuntimeError, match="relative_bias must have dtype float16"):
+        ops.varlen_attention(qkv, cu, 10, 1, torch.zeros(1, 5, device="cuda"))
+    with pytest.raises(RuntimeError, match="relative_bias is on another device"):
+        ops.varlen_attention(qkv, cu, 10, 1, torch.zeros(1, 5).half())
+    with pytest.raises(RuntimeError, match="how must be mean or max"):
+        ops.segment_pool(qkv, cu, "sum")
+    with pytest.raises(RuntimeError, match="cu_seqlens must end"):
+        ops.segment_pool(qkv, cu[:1], "mean")
+    with pytest.raises(RuntimeError, match="cu_seqlens is on another device"):
+        ops.segment_pool(qkv, cu.cpu(), "mean")
+    with pytest.raises(RuntimeError, match="activation must be"):
+        ops.bias_activation(qkv, None, "tanh")
     ids = torch.zeros(10, dtype=torch.int64, device="cuda")
     tables = [torch.randn(10, 32, device="cuda") for _ in range(3)]
     norm = [torch.ones(32, device="cuda"), torch.zeros(32, device="cuda")]

@@ -23,10 +23,10 @@ from stacks import VOCABULARY, random_stack, specification
 load_library()
 ops = torch.ops.fastertransformer
 hidden, heads, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
-options = sys.argv[4]
+options, distance = sys.argv[4], int(sys.argv[5])
 size = (hidden, heads, 4 * hidden)
-spec = specification(size)
-parameters = random_stack(size, dtype, 512)
+spec = specification(size, distance=distance)
+parameters = random_stack(size, dtype, 512, distance)
 parameters[5][:, : 2 * hidden] *= 4  # queries and keys: maxima that grow as keys come
 torch.manual_seed(0)
 lengths = [1, 7, 31, 64, 65, 113, 128, 129, 300, 511] + [5 + 7 * i for i in range(54)]
@@ -53,10 +53,16 @@ print(json.dumps(different))
 
 
 def different_rows(
-    hidden: int, heads: int, dtype: str, options: str = "batch_invariant", switch: str = ""
+    hidden: int,
+    heads: int,
+    dtype: str,
+    options: str = "batch_invariant",
+    switch: str = "",
+    distance: int = 0,
 ) -> subprocess.CompletedProcess[str]:
+    given = [str(hidden), str(heads), dtype, options, str(distance)]
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(hidden), str(heads), dtype, options],
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, *given],
         env={
             **os.environ,
             "FT_HANDLER_BATCH_INVARIANT": switch,
@@ -73,6 +79,13 @@ def different_rows(
 @pytest.mark.parametrize(("hidden", "heads"), [(768, 12), (384, 12), (480, 6), (1024, 16)])
 def test_alone_and_among_others(hidden: int, heads: int, dtype: str) -> None:
     done = different_rows(hidden, heads, dtype)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == 0
+
+
+@pytest.mark.parametrize("distance", [20, 128, 600])
+def test_alone_and_among_others_with_a_relative_bias(distance: int) -> None:
+    done = different_rows(768, 12, "float16", distance=distance)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == 0
 

@@ -81,6 +81,46 @@ def test_every_plan(size: tuple[int, int], dtype: torch.dtype, kind: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(3072, 768), (200, 72), (30, 50)], ids=str)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu"])
+def test_every_plan_of_other_activations(
+    activation: str, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """They go by the plans that are loaded for GELU, where a kernel knows them."""
+    ops = torch.ops.fastertransformer
+    n, k = size
+    x = normal(1344, k, dtype=dtype)
+    w, bias = normal(n, k, dtype=dtype, scale=k**-0.5), normal(n, dtype=dtype)
+    exact = twins.linear(x, w, bias, None, activation)
+    plain = twins.activated(F.linear(x, w, bias), activation).to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    for rows in (1, 113, 515, 1344):
+        for plan in (*ops.gemm_candidates(w, rows, True, False, False).split("\n"), "cublaslt"):
+            ops.load_gemm_plan(0, name, rows, n, k, True, False, False, plan)
+            ours = ops.linear(x[:rows], w, bias, None, activation)
+            assert within_twice(ours, plain, exact), f"{rows} rows, plan {plan}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu"])
+def test_the_bound_of_other_activations(activation: str, dtype: torch.dtype) -> None:
+    """2^-10 of the result and its rounding, where it is a normal number not below 2^-119."""
+    ops = torch.ops.fastertransformer
+    x = torch.linspace(-90, 20, 4096, device="cuda").to(dtype)
+    wide = x.double()
+    if activation == "gelu_tanh":
+        inner = 2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+        want = wide * torch.sigmoid(inner)
+    else:
+        want = wide.relu() if activation == "relu" else wide * torch.sigmoid(wide)
+    bound = want.abs() * (2.0**-10 + torch.finfo(dtype).eps / 2)
+    off = (ops.bias_activation(x[None], None, activation)[0].double() - want).abs()
+    least = max(torch.finfo(dtype).tiny, 2.0**-119)
+    assert (off <= bound)[want.abs() >= least].all()
+    assert (off <= bound + least).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(768, 64), (2304, 768), (30, 50)], ids=str)
 def test_every_plan_holds_the_bound_of_gelu(size: tuple[int, int], dtype: torch.dtype) -> None:
     """2^-10 of the result (fp32: 2^-13) and its rounding, where it is a normal number.

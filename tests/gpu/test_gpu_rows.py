@@ -1,4 +1,4 @@
-"""Layer norms, embeddings, GELU and padding on the GPU against their eager twins."""
+"""Layer norms, embeddings, activations, pools and padding on the GPU against their eager twins."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HIDDEN = [8, 30, 250, 384, 768, 1024, 1280, 8200]
 EPS = 1e-12
+PLAIN_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -57,11 +63,75 @@ def test_residual_layer_norm(rows: int, hidden: int, dtype: torch.dtype, biased:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [6, 30, 768, 3072])
 @pytest.mark.parametrize("biased", [True, False])
-def test_bias_activation(width: int, dtype: torch.dtype, biased: bool) -> None:
+@pytest.mark.parametrize("activation", sorted(PLAIN_ACTIVATIONS))
+def test_bias_activation(activation: str, width: int, dtype: torch.dtype, biased: bool) -> None:
     x, bias = normal(511, width, dtype=dtype), normal(width, dtype=dtype) if biased else None
-    ours = torch.ops.fastertransformer.bias_activation(x, bias, "gelu")
-    plain = F.gelu(x if bias is None else x + bias)
-    assert within_twice(ours, plain, twins.bias_activation(x, bias, "gelu"))
+    ours = torch.ops.fastertransformer.bias_activation(x, bias, activation)
+    plain = PLAIN_ACTIVATIONS[activation](x if bias is None else x + bias)
+    assert within_twice(ours, plain, twins.bias_activation(x, bias, activation))
+
+
+def pooled(rows: Tensor, lengths: list[int], how: str) -> Tensor:
+    """What plain PyTorch makes of each sequence, in the rows' own type."""
+    parts = rows.split(lengths)
+    return torch.stack([part.mean(0) if how == "mean" else part.amax(0) for part in parts])
+
+
+@pytest.mark.parametrize("how", ["mean", "max"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("lengths", [[1], [7], [113], [511], [1, 7, 113, 511, 64], [9] * 300])
+def test_segment_pool(lengths: list[int], hidden: int, dtype: torch.dtype, how: str) -> None:
+    """Empty sequences at the end give zeros, rows after the last one do not count."""
+    tokens = sum(lengths)
+    x = normal(tokens + 5, hidden, dtype=dtype)
+    x[tokens:] = math.nan
+    cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    cu = torch.cat([cu, cu[-1:].repeat(3)]).cuda()
+    ours = torch.ops.fastertransformer.segment_pool(x, cu, how)
+    assert ours.dtype == torch.float32
+    assert not ours[len(lengths) :].any()
+    exact = twins.segment_pool(x, cu, how)[: len(lengths)]
+    assert within_twice(ours[: len(lengths)], pooled(x[:tokens], lengths, how), exact)
+
+
+@pytest.mark.parametrize("how", ["mean", "max"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [30, 768])
+def test_a_pool_does_not_depend_on_the_batch(hidden: int, dtype: torch.dtype, how: str) -> None:
+    pool = torch.ops.fastertransformer.segment_pool
+    lengths = torch.randint(1, 300, (400,))
+    rows = normal(int(lengths.sum()), hidden, dtype=dtype)
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
+    everyone = pool(rows, bounds.cuda(), how)
+    for i in range(0, 400, 23):
+        begin, end = int(bounds[i]), int(bounds[i + 1])
+        alone = torch.tensor([0, end - begin], dtype=torch.int32, device="cuda")
+        assert torch.equal(pool(rows[begin:end], alone, how)[0], everyone[i])
+
+
+def test_a_pool_keeps_what_is_not_finite_where_it_is() -> None:
+    rows = normal(30, 64, dtype=torch.float16)
+    cu = torch.tensor([0, 10, 20, 30], dtype=torch.int32, device="cuda")
+    rows[15, 3], rows[16, 5], rows[17, 5] = math.nan, -math.inf, math.nan
+    for how in ("mean", "max"):
+        ours = torch.ops.fastertransformer.segment_pool(rows, cu, how)
+        assert torch.equal(ours.isnan(), twins.segment_pool(rows, cu, how).isnan())
+    rows[10:20] = -math.inf
+    assert (torch.ops.fastertransformer.segment_pool(rows, cu, "max")[1] == -math.inf).all()
+
+
+def test_a_captured_pool_follows_new_lengths() -> None:
+    rows = normal(300, 768, dtype=torch.float16)
+    cu = torch.tensor([0, 100, 300, 300, 300], dtype=torch.int32, device="cuda")
+    torch.ops.fastertransformer.segment_pool(rows, cu, "mean")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = torch.ops.fastertransformer.segment_pool(rows, cu, "mean")
+    for bounds in ([0, 1, 2, 3, 4], [0, 300, 300, 300, 300], [0, 113, 120, 299, 300]):
+        cu.copy_(torch.tensor(bounds))
+        graph.replay()
+        assert (out - twins.segment_pool(rows, cu, "mean")).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -128,3 +198,6 @@ def test_empty() -> None:
     ops = torch.ops.fastertransformer
     assert ops.residual_layer_norm(x, None, x, g, g, EPS).shape == (0, 768)
     assert ops.bias_activation(x, None, "gelu").shape == (0, 768)
+    nobody = torch.zeros(1, dtype=torch.int32, device="cuda")
+    assert ops.segment_pool(x, nobody, "mean").shape == (0, 768)
+    assert not ops.segment_pool(x, nobody.repeat(4), "max").any()

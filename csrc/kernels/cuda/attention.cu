@@ -188,10 +188,18 @@ __global__ void __launch_bounds__(kPlanThreads)
 
 cudaError_t check_shape(const AttentionShape& shape) {
   if (shape.batch < 0 || shape.tokens < 0 || shape.max_seqlen < 0 || shape.num_heads <= 0 ||
-      shape.head_dim < 2 || shape.head_dim > 128 || shape.head_dim % 2 != 0) {
+      shape.head_dim < 2 || shape.head_dim > 128 || shape.head_dim % 2 != 0 ||
+      shape.bias_reach < -1) {
     return cudaErrorInvalidValue;
   }
   return check_dtype(shape.dtype);
+}
+
+// The farthest distance within a sequence at which the bias may still change. One order of all sums
+// asks for one kernel too, whatever the longest sequence is.
+int bias_reach_within(const AttentionShape& shape) {
+  if (shape.batch_invariant || shape.bias_reach < shape.max_seqlen) return shape.bias_reach;
+  return shape.max_seqlen - 1;
 }
 
 bool nothing_to_do(const AttentionShape& shape) {
@@ -207,7 +215,8 @@ AttentionChoice choose_attention(const AttentionShape& shape, int arch) {
   // 16 rows together, among which a neighbour's may be.
   const bool one_order = shape.batch_invariant;
   const bool short_sequences = shape.max_seqlen <= 64 && !one_order;
-  if (shape.dtype == DType::kFloat32 || shape.head_dim % 8 != 0 || arch < 75) {
+  if (shape.dtype == DType::kFloat32 || shape.head_dim % 8 != 0 || arch < 75 ||
+      bias_reach_within(shape) > kMostBiasReach) {
     choice.kernel = AttentionKernel::kPlain;
     choice.tile_rows = 64;
   } else if (short_sequences || (shape.max_seqlen <= 128 && shape.head_dim <= 64 && !one_order)) {
@@ -256,9 +265,11 @@ cudaError_t attention_plan(const AttentionShape& shape, const int32_t* cu_seqlen
                        tiles);
 }
 
-cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv, const void* plan,
-                             void* output, Launch launch) {
+cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv,
+                             const void* relative_bias, const void* plan, void* output,
+                             Launch launch) {
   if (cudaError_t status = check_shape(shape); status != cudaSuccess) return status;
+  if ((relative_bias != nullptr) != (shape.bias_reach >= 0)) return cudaErrorInvalidValue;
   if (nothing_to_do(shape)) return cudaSuccess;
   const AttentionChoice choice = choose_attention(shape, device_arch());
   const float scale_log2 = 1.4426950408889634f / sqrtf(static_cast<float>(shape.head_dim));
@@ -269,7 +280,10 @@ cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv, const
                                      shape.head_dim,
                                      choice.bound,
                                      shape.tokens,
-                                     scale_log2};
+                                     scale_log2,
+                                     relative_bias,
+                                     shape.bias_reach,
+                                     (bias_reach_within(shape) + 1) / 2 * 2 + kBiasMargin};
   switch (choice.kernel) {
     case AttentionKernel::kPlain:
       return attention_plain(choice, arguments, shape.dtype, launch);

@@ -46,11 +46,20 @@ struct AttentionArguments {
   int bound;
   int tokens;
   float scale_log2;  // log2(e) / sqrt(head_dim): softmax runs on powers of two
+  const void* bias;  // [num_heads, 2 * bias_reach + 1] or null
+  int bias_reach;
+  int bias_span;  // streaming kernels' BiasTable: distances -bias_span to bias_span - 1
 };
 
 __host__ __device__ inline const uint32_t* plan_bounds(const AttentionTile* plan, int bound) {
   return reinterpret_cast<const uint32_t*>(plan + bound);
 }
+
+// A streaming kernel keeps the bias of every distance at which values differ in shared memory, up
+// to this one; beyond, kPlain reads it from device memory.
+constexpr int kMostBiasReach = 512;
+// By so much the distances in a warp's tile of 16 rows and 64 keys may exceed the least of them.
+constexpr int kBiasMargin = 80;
 
 cudaError_t attention_plain(const AttentionChoice& choice, const AttentionArguments& arguments,
                             DType dtype, Launch launch);
@@ -62,6 +71,89 @@ cudaError_t attention_sm90(const AttentionChoice& choice, const AttentionArgumen
 #endif
 
 #ifdef __CUDACC__
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// Launches make<true>() where there is a bias and make<false>() where there is none.
+template <typename Make>
+cudaError_t with_or_without_bias(const AttentionArguments& arguments, Make&& make) {
+  return arguments.bias != nullptr ? make.template operator()<true>()
+                                   : make.template operator()<false>();
+}
+
+// One head's bias in shared memory, times log2(e): of distance d (key minus row) it stands at
+// [d + span] of a first copy and [d + span - 1] of a second, so that a thread's two neighbouring
+// keys are one aligned load whatever its row. The copies are 16 banks apart.
+template <int kSpan, int kThreads>
+struct BiasTable {
+  static constexpr int kStride = 2 * kSpan + 16;
+  static constexpr int kBytes = 2 * kStride * sizeof(float);
+  static constexpr int kEach = (2 * kSpan + kThreads - 1) / kThreads;
+  static_assert(kSpan % 16 == 0);
+
+  float* values;
+  int span;  // even, at most kSpan
+
+  // What this thread brings into the table. Loaded apart from being stored: the loads wait for no
+  // kernel before this one, and what follows does not wait for them.
+  template <typename T>
+  struct Loaded {
+    T of[kEach];
+  };
+
+  template <typename T>
+  __device__ __forceinline__ Loaded<T> load(const AttentionArguments& arguments, int head) const {
+    const int reach = arguments.bias_reach;
+    const T* row = static_cast<const T*>(arguments.bias) +
+                   static_cast<int64_t>(head) * (2 * static_cast<int64_t>(reach) + 1) + reach;
+    Loaded<T> loaded;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int at = static_cast<int>(threadIdx.x) + i * kThreads;
+      if (at < 2 * span) loaded.of[i] = row[max(-reach, min(at - span, reach))];
+    }
+    return loaded;
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void store(const Loaded<T>& loaded) const {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int at = static_cast<int>(threadIdx.x) + i * kThreads;
+      if (at >= 2 * span) continue;
+      const float value = kLog2e * to_float(loaded.of[i]);
+      values[at] = value;
+      if (at > 0) values[kStride + at - 1] = value;
+    }
+  }
+
+  // Whether all of 16 rows and `keys` keys are farther apart than the values reach, in one
+  // direction: then one value serves all. `distance`: of the first key and the first row.
+  __device__ __forceinline__ bool is_constant(int distance, int keys, float* value) const {
+    const int reach = span - kBiasMargin;
+    const bool after = distance - 15 >= reach, before = distance + keys - 1 <= -reach;
+    if (after || before) *value = values[after ? 2 * span - 1 : 0];
+    return after || before;
+  }
+
+  // Where this thread reads for its row lane / 4 of the 16 and its two keys of the first eight.
+  __device__ __forceinline__ const float2* pairs(int distance) const {
+    const int lane = threadIdx.x % 32, row = lane / 4;
+    const int at = distance + span + lane % 4 * 2 - row;
+    return reinterpret_cast<const float2*>(values + (row % 2 == 0 ? 0 : kStride - 1) + at);
+  }
+};
+
+// scores * scale + bias, in powers of two, of group `group` of eight keys. The thread's second row
+// is eight rows on: there the bias is that of the group before.
+__device__ __forceinline__ void add_bias(float (&scores)[4], const float2* pairs, int group,
+                                         float scale) {
+  const float2 first = pairs[4 * group], second = pairs[4 * group - 4];
+  scores[0] = fmaf(scores[0], scale, first.x);
+  scores[1] = fmaf(scores[1], scale, first.y);
+  scores[2] = fmaf(scores[2], scale, second.x);
+  scores[3] = fmaf(scores[3], scale, second.y);
+}
 
 // Fills a head's columns of a tile without keys.
 template <typename T>

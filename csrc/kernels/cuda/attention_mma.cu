@@ -11,6 +11,8 @@ namespace {
 // Rows in shared memory are padded by 16 bytes: eight rows of a matrix then fall into distinct
 // banks.
 constexpr int kRowPad = 8;
+// Of the streaming kernel's bias table.
+constexpr int kBiasSpan = kMostBiasReach + kBiasMargin;
 
 // Copies rows [0, count) of one head into shared memory, zeros for rows at or beyond `valid` and
 // for columns at or beyond head_dim.
@@ -131,7 +133,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 // Short sequences. A tile is at most kRows packed rows of whole sequences; each warp takes 16 of
 // them and only the keys that their sequences reach, all scores in registers at once.
-template <typename T, int kDim, int kRows>
+template <typename T, int kDim, int kRows, bool kBiased>
 __global__ void __launch_bounds__(2 * kRows)
     packed_attention_kernel(const AttentionArguments arguments) {
   constexpr int kThreads = 2 * kRows, kSteps = kRows / 16;
@@ -141,6 +143,10 @@ __global__ void __launch_bounds__(2 * kRows)
   T* values = keys + kRows * (kDim + kRowPad);
   pdl_launch_dependents();
   const int head = blockIdx.x % arguments.num_heads, index = blockIdx.x / arguments.num_heads;
+  using Bias = BiasTable<kRows, kThreads>;
+  const Bias bias{reinterpret_cast<float*>(values + kRows * (kDim + kRowPad)), kRows};
+  typename Bias::template Loaded<T> bias_loaded;
+  if constexpr (kBiased) bias_loaded = bias.template load<T>(arguments, head);
   pdl_wait();
   const AttentionTile tile = arguments.plan[index];
   if (tile.rows == 0) return;
@@ -157,6 +163,7 @@ __global__ void __launch_bounds__(2 * kRows)
   copy_commit();
   copy_rows<T, kDim, kThreads>(values, from + 2 * hidden, 3 * hidden, padded, tile.rows, head_dim);
   copy_commit();
+  if constexpr (kBiased) bias.store(bias_loaded);
 
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
   const bool active = warp_row < tile.rows;
@@ -185,6 +192,11 @@ __global__ void __launch_bounds__(2 * kRows)
     for (int s = 0; s < kSteps; ++s) {
       if (s < steps) {
         score16<T, kDim>(scores[s], query, keys + (begin + 16 * s) * (kDim + kRowPad));
+        if constexpr (kBiased) {
+          const float2* pairs = bias.pairs(begin + 16 * s - warp_row);
+          add_bias(scores[s][0], pairs, 0, arguments.scale_log2);
+          add_bias(scores[s][1], pairs, 1, arguments.scale_log2);
+        }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -204,7 +216,7 @@ __global__ void __launch_bounds__(2 * kRows)
   if (!active) return;
   max0 = quad_max(max0);
   max1 = quad_max(max1);
-  const float scale = arguments.scale_log2;
+  const float scale = kBiased ? 1.f : arguments.scale_log2;
   // A row past the end has no key and no maximum, one of minus infinities neither.
   const float shift0 = max0 == -INFINITY ? 0.f : max0 * scale;
   const float shift1 = max1 == -INFINITY ? 0.f : max1 * scale;
@@ -250,7 +262,7 @@ __global__ void __launch_bounds__(2 * kRows)
 }
 
 // Any length: kRows query rows stay, blocks of kKeys keys and values stream through two buffers.
-template <typename T, int kDim, int kRows, int kKeys>
+template <typename T, int kDim, int kRows, int kKeys, bool kBiased>
 __global__ void __launch_bounds__(2 * kRows)
     stream_attention_kernel(const AttentionArguments arguments) {
   constexpr int kThreads = 2 * kRows, kSteps = kKeys / 16, kBuffer = kKeys * (kDim + kRowPad);
@@ -260,6 +272,10 @@ __global__ void __launch_bounds__(2 * kRows)
   T* values = keys + 2 * kBuffer;
   pdl_launch_dependents();
   const int head = blockIdx.x % arguments.num_heads, index = blockIdx.x / arguments.num_heads;
+  using Bias = BiasTable<kBiasSpan, kThreads>;
+  const Bias bias{reinterpret_cast<float*>(values + 2 * kBuffer), arguments.bias_span};
+  typename Bias::template Loaded<T> bias_loaded;
+  if constexpr (kBiased) bias_loaded = bias.template load<T>(arguments, head);
   pdl_wait();
   const AttentionTile tile = arguments.plan[index];
   if (tile.rows == 0) return;
@@ -284,6 +300,7 @@ __global__ void __launch_bounds__(2 * kRows)
     copy_commit();
   };
   load_block(0);
+  if constexpr (kBiased) bias.store(bias_loaded);
 
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
   const bool active = warp_row < tile.rows;
@@ -302,11 +319,26 @@ __global__ void __launch_bounds__(2 * kRows)
       const T* block_values = block_keys + 2 * kBuffer;
       const int left = tile.kv_len - block * kKeys;
       float scores[kSteps][2][4] = {};
+      // With a bias maxima are of powers of two, without one they are of the products.
+      float factor = scale, constant = 0.f;
       float new0 = max0, new1 = max1;
+      const float2* pairs = nullptr;
+      if constexpr (kBiased) {
+        const int distance = tile.kv_begin + block * kKeys - (tile.begin + warp_row);
+        new0 = new1 = -INFINITY;
+        if (!bias.is_constant(distance, kKeys, &constant)) {
+          pairs = bias.pairs(distance);
+          factor = 1.f;
+        }
+      }
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         if (16 * s < left) {
           score16<T, kDim>(scores[s], query, block_keys + 16 * s * (kDim + kRowPad));
+          if (kBiased && pairs != nullptr) {
+            add_bias(scores[s][0], pairs, 2 * s, scale);
+            add_bias(scores[s][1], pairs, 2 * s + 1, scale);
+          }
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -322,11 +354,17 @@ __global__ void __launch_bounds__(2 * kRows)
       }
       new0 = quad_max(new0);
       new1 = quad_max(new1);
+      if constexpr (kBiased) {
+        new0 = fmaxf(max0, fmaf(new0, factor, constant));
+        new1 = fmaxf(max1, fmaf(new1, factor, constant));
+      }
       // As long as all scores are minus infinity nothing is to be shifted.
-      const float shift0 = new0 == -INFINITY ? 0.f : new0 * scale;
-      const float shift1 = new1 == -INFINITY ? 0.f : new1 * scale;
-      const float shrink0 = exp2_approx(max0 * scale - shift0);
-      const float shrink1 = exp2_approx(max1 * scale - shift1);
+      const float unit = kBiased ? 1.f : scale;
+      float shift0 = new0 == -INFINITY ? 0.f : new0 * unit;
+      float shift1 = new1 == -INFINITY ? 0.f : new1 * unit;
+      const float shrink0 = exp2_approx(max0 * unit - shift0);
+      const float shrink1 = exp2_approx(max1 * unit - shift1);
+      if constexpr (kBiased) shift0 -= constant, shift1 -= constant;
       max0 = new0, max1 = new1;
       sum0 *= shrink0, sum1 *= shrink1;
 #pragma unroll
@@ -341,8 +379,8 @@ __global__ void __launch_bounds__(2 * kRows)
           for (int n = 0; n < 2; ++n) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              scores[s][n][i] = exp2_approx(scores[s][n][i] * scale - shift0);
-              scores[s][n][2 + i] = exp2_approx(scores[s][n][2 + i] * scale - shift1);
+              scores[s][n][i] = exp2_approx(scores[s][n][i] * factor - shift0);
+              scores[s][n][2 + i] = exp2_approx(scores[s][n][2 + i] * factor - shift1);
               sum0 += scores[s][n][i];
               sum1 += scores[s][n][2 + i];
             }
@@ -359,30 +397,45 @@ __global__ void __launch_bounds__(2 * kRows)
                       to, hidden, tile.rows - warp_row, head_dim);
 }
 
-template <typename T, int kDim>
-cudaError_t dispatch_tile(const AttentionChoice& choice, const AttentionArguments& arguments,
-                          Launch launch) {
+template <typename T, int kDim, bool kBiased>
+cudaError_t launch_tile(const AttentionChoice& choice, const AttentionArguments& arguments,
+                        Launch launch) {
   constexpr size_t kRowBytes = (kDim + kRowPad) * sizeof(T);
   const auto grid = static_cast<unsigned>(choice.bound) * arguments.num_heads;
   const bool wide = choice.tile_rows == 128;
+  const auto shared_bytes = [&]<typename Table>(size_t rows) {
+    return rows * kRowBytes + (kBiased ? Table::kBytes : 0);
+  };
   if (choice.kernel == AttentionKernel::kPacked) {
     if constexpr (kDim <= 64) {
       if (wide) {
-        return launch_kernel(packed_attention_kernel<T, kDim, 128>, grid, 256, 3 * 128 * kRowBytes,
-                             launch, arguments);
+        return launch_kernel(packed_attention_kernel<T, kDim, 128, kBiased>, grid, 256,
+                             shared_bytes.template operator()<BiasTable<128, 256>>(3 * 128), launch,
+                             arguments);
       }
     }
-    return launch_kernel(packed_attention_kernel<T, kDim, 64>, grid, 128, 3 * 64 * kRowBytes,
-                         launch, arguments);
+    return launch_kernel(packed_attention_kernel<T, kDim, 64, kBiased>, grid, 128,
+                         shared_bytes.template operator()<BiasTable<64, 128>>(3 * 64), launch,
+                         arguments);
   }
   // Larger heads take fewer keys a block, so that both buffers fit the 64 KB of sm_75.
   if constexpr (kDim <= 64) {
-    return launch_kernel(stream_attention_kernel<T, kDim, 128, 64>, grid, 256,
-                         (128 + 4 * 64) * kRowBytes, launch, arguments);
+    return launch_kernel(stream_attention_kernel<T, kDim, 128, 64, kBiased>, grid, 256,
+                         shared_bytes.template operator()<BiasTable<kBiasSpan, 256>>(128 + 4 * 64),
+                         launch, arguments);
   } else {
-    return launch_kernel(stream_attention_kernel<T, kDim, 64, 32>, grid, 128,
-                         (64 + 4 * 32) * kRowBytes, launch, arguments);
+    return launch_kernel(stream_attention_kernel<T, kDim, 64, 32, kBiased>, grid, 128,
+                         shared_bytes.template operator()<BiasTable<kBiasSpan, 128>>(64 + 4 * 32),
+                         launch, arguments);
   }
+}
+
+template <typename T, int kDim>
+cudaError_t dispatch_tile(const AttentionChoice& choice, const AttentionArguments& arguments,
+                          Launch launch) {
+  return with_or_without_bias(arguments, [&]<bool kBiased>() {
+    return launch_tile<T, kDim, kBiased>(choice, arguments, launch);
+  });
 }
 
 template <typename T>

@@ -10,7 +10,7 @@ constexpr int kRows = 64, kKeys = 32, kThreads = 256, kPad = 4;
 
 // 16 x 16 threads; each owns 4 query rows and, of scores and output, the columns c with
 // c % 16 == its column index.
-template <typename T, int kDim>
+template <typename T, int kDim, bool kBiased>
 __global__ void __launch_bounds__(kThreads)
     plain_attention_kernel(const AttentionArguments arguments) {
   constexpr int kStride = kDim + kPad, kScoreStride = kKeys + kPad;
@@ -66,12 +66,27 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
+    if constexpr (kBiased) {
+      const int reach = arguments.bias_reach;
+      const T* bias = static_cast<const T*>(arguments.bias) + reach +
+                      head * (2 * static_cast<int64_t>(reach) + 1);
+      const int distance = tile.kv_begin + first + column - (tile.begin + row);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int at = max(-reach, min(distance + 16 * c - r, reach));
+          score[r][c] = fmaf(score[r][c], arguments.scale_log2, kLog2e * to_float(bias[at]));
+        }
+      }
+    }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       float highest = maximum[r];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        score[r][c] = column + 16 * c < left ? score[r][c] * arguments.scale_log2 : -INFINITY;
+        if constexpr (!kBiased) score[r][c] *= arguments.scale_log2;
+        score[r][c] = column + 16 * c < left ? score[r][c] : -INFINITY;
         highest = fmaxf(highest, score[r][c]);
       }
 #pragma unroll
@@ -134,9 +149,11 @@ cudaError_t launch_plain(const AttentionChoice& choice, const AttentionArguments
                          Launch launch) {
   constexpr size_t kShared =
       sizeof(float) * ((kRows + kKeys) * (kDim + kPad) + kRows * (kKeys + kPad));
-  return launch_kernel(plain_attention_kernel<T, kDim>,
-                       static_cast<unsigned>(choice.bound) * arguments.num_heads, kThreads, kShared,
-                       launch, arguments);
+  return with_or_without_bias(arguments, [&]<bool kBiased>() {
+    return launch_kernel(plain_attention_kernel<T, kDim, kBiased>,
+                         static_cast<unsigned>(choice.bound) * arguments.num_heads, kThreads,
+                         kShared, launch, arguments);
+  });
 }
 
 template <typename T>

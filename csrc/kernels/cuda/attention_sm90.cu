@@ -30,18 +30,20 @@ struct Layout {
 };
 
 // Shared memory of a block of `kGroups` warpgroups: queries, the rings of keys and of values,
-// barriers.
-template <int kDim, int kGroups>
+// barriers, the bias. One warpgroup is for sequences of at most 128.
+template <int kDim, int kGroups, bool kBiased>
 struct Blocks : Layout<kDim> {
   using Layout<kDim>::kTileBytes;
-  static constexpr int kStages = kGroups == 1 ? 2 : (kDim == 32 ? 8 : 6);
+  using Bias = BiasTable<(kGroups == 1 ? 128 : kMostBiasReach) + kBiasMargin, 128 * kGroups>;
+  static constexpr int kStages = kGroups == 1 ? 2 : kDim == 32 ? 8 : kBiased ? 5 : 6;
   // Thread blocks on a multiprocessor: four warpgroups share its registers, two of the largest
   // heads.
   static constexpr int kResident = (kDim == 128 ? 2 : 4) / kGroups;
   static constexpr int kKeysAt = kGroups * kTileBytes;
   static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
   static constexpr int kBarriersAt = kValuesAt + kStages * kTileBytes;
-  static constexpr int kSharedBytes = kBarriersAt + 256;
+  static constexpr int kBiasAt = kBarriersAt + 256;
+  static constexpr int kSharedBytes = kBiasAt + (kBiased ? Bias::kBytes : 0);
   static_assert((2 * kStages + 1) * 8 + kStages * 4 <= 256);
 };
 
@@ -340,11 +342,11 @@ __device__ __forceinline__ uint64_t make_finite(unsigned char* value_tile, uint3
   return found;
 }
 
-template <typename T, int kDim, int kGroups>
-__global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResident)
+template <typename T, int kDim, int kGroups, bool kBiased>
+__global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups, kBiased>::kResident)
     sm90_attention_kernel(const __grid_constant__ CUtensorMap map,
                           const AttentionArguments arguments) {
-  using L = Blocks<kDim, kGroups>;
+  using L = Blocks<kDim, kGroups, kBiased>;
   // Swizzled copies and wgmma want 1,024-byte alignment, which the start of shared memory has.
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = sm90::shared_address(shared);
@@ -363,6 +365,9 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResiden
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   const int head = blockIdx.x % arguments.num_heads, index = blockIdx.x / arguments.num_heads;
+  const typename L::Bias bias{reinterpret_cast<float*>(shared + L::kBiasAt), arguments.bias_span};
+  typename L::Bias::template Loaded<T> bias_loaded;
+  if constexpr (kBiased) bias_loaded = bias.template load<T>(arguments, head);
   pdl_wait();
   const AttentionTile tile = arguments.plan[index];
   if (tile.rows == 0) return;
@@ -370,6 +375,7 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResiden
   if (tile.kv_len == 0) {
     return fill_tile<T>(tile, arguments.output, head, kDim, hidden);
   }
+  if constexpr (kBiased) bias.store(bias_loaded);
   __syncthreads();
 
   const int blocks = (tile.kv_len + kKeys - 1) / kKeys;
@@ -408,7 +414,12 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResiden
   float scores[8][4];
   float output[L::kHalves][L::kColumns / 8][4] = {};
   uint32_t probabilities[4][4];
-  float max0 = -INFINITY, max1 = -INFINITY, sum0 = 0.f, sum1 = 0.f;
+  // Rows past the tile's end may be a neighbour's: they never ask for rescaling, which 16 rows
+  // share.
+  const int row = group * kGroupRows + 16 * warp + lane / 4;
+  float max0 = row < tile.rows ? -INFINITY : INFINITY;
+  float max1 = row + 8 < tile.rows ? -INFINITY : INFINITY;
+  float sum0 = 0.f, sum1 = 0.f;
   const float scale = arguments.scale_log2;
   auto start_scores = [&](int stage, int parity) {
     barrier_wait(key_full + 8 * stage, parity);
@@ -427,9 +438,23 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResiden
     issue_values<T, kDim, true>(output, probabilities, value_tile, keys);
   };
   // Scores to exponentials. A shift that is too small by up to 2^8 serves as well as the maximum,
-  // so that rescaling is rare; returns whether it is due, by how much in shrink.
-  float shrink0 = 1.f, shrink1 = 1.f;
-  auto soften = [&](int keys) {
+  // so that rescaling is rare; returns whether it is due, by how much in shrink. With a bias maxima
+  // are of powers of two, without one they are of the products.
+  const float unit = kBiased ? 1.f : scale;
+  float shift0 = 0.f, shift1 = 0.f, shrink0 = 1.f, shrink1 = 1.f;
+  auto soften = [&](int block) {
+    const int keys = min(tile.kv_len - block * kKeys, kKeys);
+    float factor = scale, constant = 0.f;
+    if constexpr (kBiased) {
+      const int distance =
+          tile.kv_begin + block * kKeys - (tile.begin + group * kGroupRows + 16 * warp);
+      if (!bias.is_constant(distance, kKeys, &constant)) {
+        const float2* pairs = bias.pairs(distance);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) add_bias(scores[n], pairs, n, scale);
+        factor = 1.f;
+      }
+    }
     if (keys < kKeys) {
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
@@ -439,7 +464,7 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResiden
         }
       }
     }
-    float new0 = max0, new1 = max1;
+    float new0 = kBiased ? -INFINITY : max0, new1 = kBiased ? -INFINITY : max1;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       new0 = fmaxf(new0, fmaxf(scores[n][0], scores[n][1]));
@@ -447,15 +472,22 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResiden
     }
     new0 = quad_max(new0);
     new1 = quad_max(new1);
-    const bool grown = (new0 - max0) * scale > 8.f || (new1 - max1) * scale > 8.f;
+    if constexpr (kBiased) {
+      new0 = fmaxf(max0, fmaf(new0, factor, constant));
+      new1 = fmaxf(max1, fmaf(new1, factor, constant));
+    }
+    const bool grown = (new0 - max0) * unit > 8.f || (new1 - max1) * unit > 8.f;
     const bool rescale = __any_sync(0xffffffffu, grown);
     if (rescale) {
-      shrink0 = exp2_approx((max0 - new0) * scale);
-      shrink1 = exp2_approx((max1 - new1) * scale);
+      // As long as all scores are minus infinity nothing is to be shifted.
+      shift0 = new0 == -INFINITY ? 0.f : new0 * unit;
+      shift1 = new1 == -INFINITY ? 0.f : new1 * unit;
+      shrink0 = exp2_approx(max0 * unit - shift0);
+      shrink1 = exp2_approx(max1 * unit - shift1);
       max0 = new0, max1 = new1;
       sum0 *= shrink0, sum1 *= shrink1;
     }
-    exponentials(scores, scale, max0 * scale, max1 * scale, sum0, sum1);
+    exponentials(scores, factor, shift0 - constant, shift1 - constant, sum0, sum1);
     return rescale;
   };
   auto rescale_output = [&] {
@@ -471,7 +503,7 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResiden
 
   start_scores(0, 0);
   wgmma_wait<0>();
-  soften(min(tile.kv_len, kKeys));
+  soften(0);
   pack_probabilities<T>(probabilities, scores);
   barrier_wait(value_full, 0);
   // The scores of a block and the values' product of the one before are in flight together; the
@@ -483,7 +515,7 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResiden
     start_scores(key_stage, key_parity);
     start_values(stage, kKeys);
     wgmma_wait<1>();
-    const bool rescale = soften(min(tile.kv_len - block * kKeys, kKeys));
+    const bool rescale = soften(block);
     // This block's values are wanted next. Waiting for them here also keeps the compiler from
     // moving the wait below above the exponentials: it schedules freely only within a basic block.
     barrier_wait(value_full + 8 * key_stage, key_parity);
@@ -512,8 +544,13 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups>::kResiden
   write_rows<T, kDim>(words, query_tile, to, hidden, tile.rows - first);
 }
 
+// Queries, keys, values, two barriers, a flag a warp.
+template <int kDim>
+constexpr int kPackedBytes = 3 * Layout<kDim>::kTileBytes + 32;
+using PackedBias = BiasTable<64, 128>;
+
 // Sequences of at most 64: whole ones, several to a tile of 64 rows, a warpgroup per tile and head.
-template <typename T, int kDim>
+template <typename T, int kDim, bool kBiased>
 __global__ void __launch_bounds__(128, 6)
     sm90_packed_attention_kernel(const __grid_constant__ CUtensorMap map,
                                  const AttentionArguments arguments) {
@@ -531,6 +568,9 @@ __global__ void __launch_bounds__(128, 6)
   }
   const int head = blockIdx.x % arguments.num_heads, index = blockIdx.x / arguments.num_heads;
   const int hidden = arguments.num_heads * kDim;
+  const PackedBias bias{reinterpret_cast<float*>(shared + kPackedBytes<kDim>), 64};
+  PackedBias::Loaded<T> bias_loaded;
+  if constexpr (kBiased) bias_loaded = bias.template load<T>(arguments, head);
   pdl_wait();
   const AttentionTile tile = arguments.plan[index];
   if (tile.rows == 0) return;
@@ -555,6 +595,7 @@ __global__ void __launch_bounds__(128, 6)
   // Bit 8 n + i is this thread's column i of group n.
   const uint64_t visible0 = own_keys(row) >> (lane % 4 * 2);
   const uint64_t visible1 = own_keys(row + 8) >> (lane % 4 * 2);
+  if constexpr (kBiased) bias.store(bias_loaded);
   __syncthreads();
 
   float scores[8][4];
@@ -562,6 +603,11 @@ __global__ void __launch_bounds__(128, 6)
   wgmma_fence();
   issue_scores<T, kDim>(scores, query_tile, key_tile);
   wgmma_wait<0>();
+  if constexpr (kBiased) {
+    const float2* pairs = bias.pairs(-16 * warp);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) add_bias(scores[n], pairs, n, arguments.scale_log2);
+  }
   float max0 = -INFINITY, max1 = -INFINITY;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
@@ -577,7 +623,7 @@ __global__ void __launch_bounds__(128, 6)
   }
   max0 = quad_max(max0);
   max1 = quad_max(max1);
-  const float scale = arguments.scale_log2;
+  const float scale = kBiased ? 1.f : arguments.scale_log2;
   float sum0 = 0.f, sum1 = 0.f;
   uint32_t probabilities[4][4];
   exponentials(scores, scale, max0 == -INFINITY ? 0.f : max0 * scale,
@@ -629,18 +675,21 @@ cudaError_t launch_sm90(const AttentionChoice& choice, const AttentionArguments&
   if (result == CUDA_ERROR_NOT_SUPPORTED) return cudaErrorNotSupported;
   if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
   const auto grid = static_cast<unsigned>(choice.bound) * arguments.num_heads;
-  if constexpr (kDim <= 64) {
-    if (choice.kernel == AttentionKernel::kPackedSm90) {
-      return launch_kernel(sm90_packed_attention_kernel<T, kDim>, grid, 128, 3 * L::kTileBytes + 32,
-                           launch, map, arguments);
+  return with_or_without_bias(arguments, [&]<bool kBiased>() {
+    if constexpr (kDim <= 64) {
+      if (choice.kernel == AttentionKernel::kPackedSm90) {
+        return launch_kernel(sm90_packed_attention_kernel<T, kDim, kBiased>, grid, 128,
+                             kPackedBytes<kDim> + (kBiased ? PackedBias::kBytes : 0), launch, map,
+                             arguments);
+      }
+      if (choice.tile_rows == kGroupRows) {
+        return launch_kernel(sm90_attention_kernel<T, kDim, 1, kBiased>, grid, 128,
+                             Blocks<kDim, 1, kBiased>::kSharedBytes, launch, map, arguments);
+      }
     }
-    if (choice.tile_rows == kGroupRows) {
-      return launch_kernel(sm90_attention_kernel<T, kDim, 1>, grid, 128,
-                           Blocks<kDim, 1>::kSharedBytes, launch, map, arguments);
-    }
-  }
-  return launch_kernel(sm90_attention_kernel<T, kDim, 2>, grid, 256, Blocks<kDim, 2>::kSharedBytes,
-                       launch, map, arguments);
+    return launch_kernel(sm90_attention_kernel<T, kDim, 2, kBiased>, grid, 256,
+                         Blocks<kDim, 2, kBiased>::kSharedBytes, launch, map, arguments);
+  });
 }
 
 template <typename T>

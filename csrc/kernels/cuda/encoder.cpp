@@ -15,8 +15,8 @@ namespace {
 size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 AttentionShape attention_shape(const EncoderShape& s) {
-  return {s.batch, s.tokens,         s.max_seqlen, s.num_heads, s.hidden / s.num_heads,
-          s.dtype, s.batch_invariant};
+  return {s.batch, s.tokens,          s.max_seqlen, s.num_heads, s.hidden / s.num_heads,
+          s.dtype, s.batch_invariant, s.bias_reach};
 }
 
 // Where each activation lives in the workspace. The intermediate of the feed-forward block takes
@@ -58,13 +58,13 @@ SmallShape small_shape(const EncoderShape& s) {
 [[maybe_unused]] constexpr int kFewTokens = 96;
 constexpr int kAttentionWaits = 256;  // tokens from which attention is launched after the product
 
-// Whether the few-token path takes this shape on the current device. It knows GELU alone, and
-// parameters that lie one a layer behind each other.
+// Whether the few-token path takes this shape on the current device. It knows GELU alone, no
+// relative bias, and parameters that lie one a layer behind each other.
 bool takes_small_path([[maybe_unused]] const EncoderShape& s) {
 #ifdef FT_WITH_SM90
   const DeviceProperties* device = nullptr;
   return s.few_tokens && !s.batch_invariant && s.one_per_layer && !s.projects &&
-         s.activation == Activation::kGelu && s.tokens <= kFewTokens &&
+         s.activation == Activation::kGelu && s.bias_reach < 0 && s.tokens <= kFewTokens &&
          s.dtype != DType::kFloat32 && current_device(&device) == cudaSuccess &&
          small_encoder_supported(small_shape(s), device->all);
 #else
@@ -147,7 +147,8 @@ cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const En
     status = linear(layer_product(output, w.qkv_weight, w.qkv_bias, nullptr, qkv, 3 * s.hidden,
                                   s.hidden, layer),
                     gemm_workspace, chained);
-    if (status == cudaSuccess) status = varlen_attention(attention, qkv, plan, attended, attends);
+    if (status == cudaSuccess)
+      status = varlen_attention(attention, qkv, w.relative_bias, plan, attended, attends);
     if (status == cudaSuccess)
       status = linear_layer_norm(layer_product(attended, w.out_weight, w.out_bias, output, middle,
                                                s.hidden, s.hidden, layer),

@@ -16,6 +16,7 @@ struct EncoderParameters {
   Stack up_weight, up_bias;      // [intermediate, hidden]
   Stack down_weight, down_bias;  // [hidden, intermediate]
   Stack norm2_gamma, norm2_beta;
+  const void* relative_bias;  // [num_heads, 2 * bias_reach + 1], of every layer, or null
 };
 
 struct EncoderShape {
@@ -25,6 +26,7 @@ struct EncoderShape {
   Activation activation = Activation::kGelu;
   float eps = 1e-12f;
   DType dtype = DType::kFloat16;
+  int bias_reach = -1;        // D of the relative bias, -1 where there is none
   bool one_per_layer = true;  // no parameter is shared by the layers
   bool projects = false;
   bool batch_invariant = false;  // a sequence's rows do not depend on the others, to the last bit

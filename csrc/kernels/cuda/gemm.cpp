@@ -367,7 +367,14 @@ cudaError_t load_gemm_plan(const GemmKey& key, const std::string& text) {
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
   const std::unique_lock<std::shared_mutex> lock(plans().mutex);
-  plans().table.insert_or_assign(PlanKey{key, device, true, 16}, plan);
+  PlanKey place{key, device, true, 16};
+  plans().table.insert_or_assign(place, plan);
+  if (key.activation == Activation::kGelu) {
+    for (const auto other : {Activation::kGeluTanh, Activation::kRelu, Activation::kSilu}) {
+      place.key.activation = other;
+      plans().table.insert_or_assign(place, plan);
+    }
+  }
   return cudaSuccess;
 }
 

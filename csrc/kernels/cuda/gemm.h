@@ -67,8 +67,9 @@ struct GemmKey {
   bool operator==(const GemmKey&) const = default;
 };
 
-// Makes `plan` the choice for `key` on the current device. cudaErrorInvalidValue with words when
-// the plan was made by another cuBLASLt version or is malformed.
+// Makes `plan` the choice for `key` on the current device; one for GELU serves the other
+// activations too, where its kernel knows them. cudaErrorInvalidValue with words when the plan was
+// made by another cuBLASLt version or is malformed.
 cudaError_t load_gemm_plan(const GemmKey& key, const std::string& plan);
 
 }  // namespace ft::cuda

@@ -2,10 +2,13 @@
 
 namespace ft::cuda::sm90 {
 
-const void* linear_kernel(int variant, bool bfloat16) {
+namespace {
+
+template <bool kButGelu>
+const void* plain_kernel(int variant, bool bfloat16) {
   const auto pick = [&]<typename Config>(Config) -> const void* {
-    return bfloat16 ? reinterpret_cast<const void*>(gemm_kernel<__nv_bfloat16, Config>)
-                    : reinterpret_cast<const void*>(gemm_kernel<__half, Config>);
+    return bfloat16 ? reinterpret_cast<const void*>(gemm_kernel<__nv_bfloat16, Config, kButGelu>)
+                    : reinterpret_cast<const void*>(gemm_kernel<__half, Config, kButGelu>);
   };
   switch (variant) {
     case 0:
@@ -19,6 +22,16 @@ const void* linear_kernel(int variant, bool bfloat16) {
     default:
       return pick(Together128x128{});
   }
+}
+
+}  // namespace
+
+const void* linear_kernel(int variant, bool bfloat16) {
+  return plain_kernel<false>(variant, bfloat16);
+}
+
+const void* but_gelu_kernel(int variant, bool bfloat16) {
+  return plain_kernel<true>(variant, bfloat16);
 }
 
 }  // namespace ft::cuda::sm90

@@ -20,6 +20,7 @@ namespace ft::cuda {
 namespace sm90 {
 
 const void* linear_kernel(int variant, bool bfloat16);     // gemm_linear_sm90.cu
+const void* but_gelu_kernel(int variant, bool bfloat16);   // all activations but GELU
 const void* norm_kernel(int variant, bool bfloat16);       // gemm_norm_sm90.cu
 const void* split_kernel(int variant, bool bfloat16);      // gemm_split_sm90.cu
 const void* tall_half_kernel(int cluster, int index);      // gemm_tall_half_sm90.cu
@@ -58,10 +59,11 @@ struct LibraryCost {
 struct Variant {
   const char* name;  // null: tall
   const void* (*kernel)(int, bool);
-  int index;                  // within its file
-  int m, n;                   // tall: tokens, features
-  int box_rows, box_columns;  // of an output box
-  int splits;                 // of K, over the blocks of a cluster
+  const void* (*but_gelu)(int, bool);  // for what is no GELU, or null
+  int index;                           // within its file
+  int m, n;                            // tall: tokens, features
+  int box_rows, box_columns;           // of an output box
+  int splits;                          // of K, over the blocks of a cluster
   int cluster, sharers, threads, shared_bytes;
   bool norm;
   Cost cost;
@@ -74,6 +76,7 @@ constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), in
                           Cost cost) {
   return {name,
           kernel,
+          Config::kNorm || Config::kSplits > 1 ? nullptr : sm90::but_gelu_kernel,
           index,
           Config::kM,
           Config::kN,
@@ -100,6 +103,7 @@ constexpr Variant tall(int index) {
                              : Cost{2.3f, 0.76f + 0.19f * kPart, kBlock, 1.1f * kPart, kHeavy};
   return {nullptr,
           sm90::tall_kernel<kCluster>,
+          nullptr,
           index,
           kTokens,
           Config::kFeatures,
@@ -242,12 +246,13 @@ struct Launchable {
 };
 
 // Raises the kernel's shared-memory limit and asks how many clusters fit, once a device.
-Launchable launchable(int v, bool bfloat16, int device) {
-  static std::array<std::array<PerDevice<Launchable>, 2>, kVariants.size()> known;
+Launchable launchable(int v, bool bfloat16, int device, bool but_gelu = false) {
+  static std::array<std::array<PerDevice<Launchable>, 4>, kVariants.size()> known;
   const Launchable* found = nullptr;
-  const cudaError_t status = known[v][bfloat16].get(device, &found, [&](Launchable& made) {
+  auto& slot = known[v][2 * but_gelu + bfloat16];
+  const cudaError_t status = slot.get(device, &found, [&](Launchable& made) {
     const Variant& variant = kVariants[v];
-    made.kernel = variant.kernel(variant.index, bfloat16);
+    made.kernel = (but_gelu ? variant.but_gelu : variant.kernel)(variant.index, bfloat16);
     cudaError_t status = cudaFuncSetAttribute(
         made.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes);
     if (status != cudaSuccess) return status;
@@ -276,8 +281,8 @@ int cluster_tiles_of(const Variant& variant, const Gemm& gemm) {
   return tiles_of(m_tiles, variant.cluster / variant.splits) * tiles_of(gemm.n, variant.n);
 }
 
-// The kernels' epilogue knows GELU alone.
-bool activates(const Gemm& gemm) { return gemm.activation == Activation::kGelu; }
+bool activates(const Gemm& gemm) { return gemm.activation != Activation::kNone; }
+bool is_gelu(const Gemm& gemm) { return gemm.activation == Activation::kGelu; }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -365,7 +370,8 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
   if (const cudaError_t status = current_device(&device); status != cudaSuccess) return status;
   const int tile = tile_of(plan, gemm, device->index);
   const Variant& variant = kVariants[tile];
-  const Launchable ready = launchable(tile, gemm.dtype == DType::kBFloat16, device->index);
+  const Launchable ready = launchable(tile, gemm.dtype == DType::kBFloat16, device->index,
+                                      activates(gemm) && !is_gelu(gemm));
   if (ready.status != cudaSuccess) return ready.status;
 
   const int tiles = cluster_tiles_of(variant, gemm) * plan.splits;
@@ -403,7 +409,7 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
     p.feature_tiles = tiles_of(gemm.n, variant.n);
     p.splits = plan.splits;
     p.items = tiles;
-    p.gelu = activates(gemm);
+    p.gelu = is_gelu(gemm);
     void* arguments[] = {&input, &weight, &residual, &output, &p};
     return launch_variant(variant, ready.kernel, clusters, launch, arguments);
   }
@@ -413,8 +419,9 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
   p.k_blocks = tiles_of(gemm.k, kBlockK);
   p.n_tiles = tiles_of(gemm.n, variant.n);
   p.cluster_tiles = tiles;
-  p.gelu = activates(gemm);
+  p.gelu = is_gelu(gemm);
   p.residual = gemm.residual != nullptr;
+  p.activation = gemm.activation;
   if (variant.norm) {
     p.gamma = norm->gamma;
     p.beta = norm->beta;
@@ -455,7 +462,7 @@ bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
   const Variant& variant = kind_of(plan);
   if (device->major != 9 || device->minor != 0 || gemm.dtype == DType::kFloat32) return false;
   if (gemm.input.dtype != gemm.dtype || gemm.weight.dtype != gemm.dtype) return false;
-  if (gemm.activation != Activation::kNone && !activates(gemm)) return false;
+  if (activates(gemm) && !is_gelu(gemm) && variant.but_gelu == nullptr) return false;
   if (variant.norm && norm == nullptr) return false;
   if (variant.norm && (gemm.n != variant.n * variant.cluster || activates(gemm))) return false;
   // Tall tiles add a residual with the layer norm or leave it, and partial sums, to its kernel.

@@ -1,6 +1,8 @@
 // Tile shapes of the sm_90 GEMM kernel, shared by the kernels' files and the dispatcher.
 #pragma once
 
+#include "kernels/types.h"
+
 namespace ft::cuda::sm90 {
 
 struct GemmParameters {
@@ -14,6 +16,7 @@ struct GemmParameters {
   float eps;
   bool gelu;
   bool residual;
+  Activation activation;  // of kernels that know all but GELU
 };
 
 struct TallParameters {

@@ -6,7 +6,7 @@
 // columns alone. A tile a cluster, no persistence: the receive area is written once.
 #include <cuda.h>
 
-#include "kernels/cuda/gelu.cuh"
+#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/gemm_elements.cuh"
 #include "kernels/cuda/gemm_sm90_variants.h"
 #include "kernels/cuda/gemm_wgmma.cuh"

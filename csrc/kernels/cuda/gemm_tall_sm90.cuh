@@ -16,7 +16,7 @@
 
 #include <cuda.h>
 
-#include "kernels/cuda/gelu.cuh"
+#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/gemm_elements.cuh"
 #include "kernels/cuda/gemm_sm90_variants.h"
 #include "kernels/cuda/gemm_wgmma.cuh"

@@ -141,6 +141,7 @@ struct AttentionShape {
   int head_dim = 0;  // even, 2 to 128
   DType dtype = DType::kFloat16;
   bool batch_invariant = false;  // a sequence's rows do not depend on the others, to the last bit
+  int bias_reach = -1;           // D of a relative bias, from 0 on; -1 where there is none
 };
 
 // Bytes of device memory the plan of such a problem takes (a multiple of 256; the same for every
@@ -154,11 +155,24 @@ cudaError_t attention_plan(const AttentionShape& shape,
                            void* plan,  // attention_plan_bytes(shape), 16-byte aligned
                            Launch launch);
 
-// softmax(q k^T / sqrt(head_dim)) v within each sequence, no mask.
+// softmax(q k^T / sqrt(head_dim) + bias) v within each sequence, no mask. A relative bias adds, to
+// query i and key j of a head, what stands in the head's column clamp(j - i, -D, D) + D.
 cudaError_t varlen_attention(const AttentionShape& shape,
-                             const void* qkv,   // [tokens, 3 * num_heads * head_dim]: q | k | v
+                             const void* qkv,  // [tokens, 3 * num_heads * head_dim]: q | k | v
+                             const void* relative_bias,  // [num_heads, 2 * bias_reach + 1] or null
                              const void* plan,  // written by attention_plan for these cu_seqlens
                              void* output,      // [tokens, num_heads * head_dim]
                              Launch launch);
+
+// ---- pooling -----------------------------------------------------------------------------------
+
+// The mean or the largest element of each column over a sequence's rows, in fp32 and in an order
+// that the sequence's length alone decides. Empty sequences give zeros, and a cu_seqlens that does
+// not ascend from 0 to at most the number of tokens gives NaN everywhere.
+cudaError_t segment_pool(const void* input,          // [tokens, hidden]
+                         const int32_t* cu_seqlens,  // [batch + 1]
+                         int batch, int tokens, int hidden, Pooling how, DType dtype,
+                         float* output,  // [batch, hidden]
+                         Launch launch);
 
 }  // namespace ft::cuda

@@ -26,7 +26,7 @@
 #include "kernels/cuda/kernels.h"
 
 #ifdef __CUDACC__
-#include "kernels/cuda/gelu.cuh"
+#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/ptx_sm90.cuh"
 #endif
 

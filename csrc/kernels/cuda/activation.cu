@@ -1,6 +1,6 @@
-// gelu(input + bias) + residual where no GEMM epilogue took it: one read of each, one write.
+// activation(input + bias) + residual where no GEMM epilogue took it: one read of each, one write.
 
-#include "kernels/cuda/gelu.cuh"
+#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/layer_norm.cuh"
 
 namespace ft::cuda {
@@ -10,8 +10,8 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    bias_gelu_kernel(const T* input, const T* bias, const T* residual, int64_t vectors, int width,
-                     T* output, const int32_t* live_rows) {
+    bias_activation_kernel(const T* input, const T* bias, const T* residual, Activation activation,
+                           int64_t vectors, int width, T* output, const int32_t* live_rows) {
   pdl_launch_dependents();
   pdl_wait();
   const int per_row = width / 8;
@@ -26,8 +26,10 @@ __global__ void __launch_bounds__(kThreads)
     piece.load(input + 8 * v);
     piece.add_to(x);
     if (bias != nullptr) piece.load(bias + 8 * (v % per_row)), piece.add_to(x);
+    activate<T>(activation, [&](auto&& f) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = gelu<T>(x[i]);
+      for (int i = 0; i < 8; ++i) x[i] = f(x[i]);
+    });
     if (residual != nullptr) piece.load(residual + 8 * v), piece.add_to(x);
     Vec8<T>::store(output + 8 * v, x);
   }
@@ -35,8 +37,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    bias_gelu_any_kernel(const T* input, const T* bias, const T* residual, int64_t elements,
-                         int width, T* output, const int32_t* live_rows) {
+    bias_activation_any_kernel(const T* input, const T* bias, const T* residual,
+                               Activation activation, int64_t elements, int width, T* output,
+                               const int32_t* live_rows) {
   pdl_launch_dependents();
   pdl_wait();
   if (live_rows != nullptr) {
@@ -47,7 +50,9 @@ __global__ void __launch_bounds__(kThreads)
        i += stride) {
     const float shift = bias == nullptr ? 0.f : to_float(bias[i % width]);
     const float addend = residual == nullptr ? 0.f : to_float(residual[i]);
-    output[i] = from_float<T>(gelu<T>(to_float(input[i]) + shift) + addend);
+    float x = to_float(input[i]) + shift;
+    activate<T>(activation, [&](auto&& f) { x = f(x); });
+    output[i] = from_float<T>(x + addend);
   }
 }
 
@@ -56,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t bias_activation(const void* input_, const void* bias_, const void* residual_,
                             Activation activation, int rows, int width, DType dtype, void* output_,
                             const int32_t* live_rows, Launch launch) {
-  if (rows < 0 || width <= 0 || activation != Activation::kGelu) return cudaErrorInvalidValue;
+  if (rows < 0 || width <= 0 || activation == Activation::kNone) return cudaErrorInvalidValue;
   return dispatch_dtype(dtype, [&]<typename T>() {
     if (rows == 0) return cudaSuccess;
     const auto* input = static_cast<const T*>(input_);
@@ -69,8 +74,9 @@ cudaError_t bias_activation(const void* input_, const void* bias_, const void* r
     const int64_t wanted = (work + kThreads - 1) / kThreads;
     const int64_t most = 64LL * device_sms();
     const auto grid = static_cast<unsigned>(wanted < most ? wanted : most);
-    return launch_kernel(vector ? bias_gelu_kernel<T> : bias_gelu_any_kernel<T>, grid, kThreads, 0,
-                         launch, input, bias, residual, work, width, output, live_rows);
+    return launch_kernel(vector ? bias_activation_kernel<T> : bias_activation_any_kernel<T>, grid,
+                         kThreads, 0, launch, input, bias, residual, activation, work, width,
+                         output, live_rows);
   });
 }
 
