@@ -2,8 +2,8 @@
 
     python scripts/figures.py
 
-Reads DEVICE-encoder-*.json and DEVICE-serving-*.json as benchmarks/encoder.py and serving.py write
-them; DEVICE is cpu or a GPU's name. A result of a tree that was not committed is refused: nobody
+Reads DEVICE-encoder-*.json, DEVICE-families-*.json and DEVICE-serving-*.json as
+benchmarks/encoder.py and serving.py write them; DEVICE is cpu or a GPU's name. A result of a tree that was not committed is refused: nobody
 could make it again. One that is older than the kernels it measures is marked.
 """
 
@@ -107,7 +107,7 @@ def cpu_encoder(path: Path, data: dict[str, Any]) -> str:
     return text + table(["system", *precisions], body)
 
 
-def gpu_encoder(path: Path, data: dict[str, Any]) -> str:
+def gpu_encoder(path: Path, data: dict[str, Any], what: str = "Encoder on a GPU") -> str:
     """Workload by column: milliseconds, ours last, with its two ratios."""
     rows = data["rows"]
     columns = [c for c in dict.fromkeys(c for r in rows for c in r["ms"]) if "ours" not in c]
@@ -122,7 +122,31 @@ def gpu_encoder(path: Path, data: dict[str, Any]) -> str:
         ratio = f"{ours / floor:.2f}" if floor else ""
         body.append([*cells, f"**{ours:.3f}**", f"{ours / best:.2f}", ratio])
     head = ["workload", "tokens", *columns, "ours", "ours / best other", "ours / GEMMs"]
-    return f"**Encoder on a GPU**, milliseconds. {origin(path, data)}\n\n" + table(head, body)
+    return f"**{what}**, milliseconds. {origin(path, data)}\n\n" + table(head, body)
+
+
+def gpu_families(path: Path, data: dict[str, Any]) -> str:
+    """The same of several architectures."""
+    return gpu_encoder(path, data, "Architectures on a GPU, all with the sizes of BERT-base")
+
+
+def cpu_families(path: Path, data: dict[str, Any]) -> str:
+    """Architecture by system: milliseconds, ours last, with its ratio to the best other."""
+    systems = dict.fromkeys(c for row in data["rows"] for c in row["ms"])
+    columns = [c for c in systems if not c.startswith("ours")]
+    body = []
+    for row in data["rows"]:
+        ms = row["ms"]
+        others = {c: v for c, v in ms.items() if not c.startswith(("ours", "gemms"))}
+        cells = [row["workload"], *(f"{ms[c]:,.0f}" if c in ms else "" for c in columns)]
+        ratio = ms["ours_fp32"] / min(others.values())
+        body.append([*cells, f"**{ms['ours_fp32']:,.0f}**", f"{ratio:.2f}"])
+    names = [c.removesuffix("_fp32") for c in columns]
+    head = ["workload", *names, "ours", "ours / best other"]
+    return (
+        "**Architectures on a CPU, all with the sizes of BERT-base**, fp32, milliseconds, medians. "
+        f"{origin(path, data)}\n\n" + table(head, body)
+    )
 
 
 def serving(path: Path, data: dict[str, Any]) -> str:
@@ -171,8 +195,10 @@ def figures() -> str:
     parts = []
     for kind, gpu, write in (
         ("encoder", True, gpu_encoder),
+        ("families", True, gpu_families),
         ("serving", True, serving),
         ("encoder", False, cpu_encoder),
+        ("families", False, cpu_families),
         ("serving", False, serving),
     ):
         found = newest(kind, gpu)
