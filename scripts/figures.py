@@ -3,8 +3,9 @@
     python scripts/figures.py
 
 Reads DEVICE-encoder-*.json, DEVICE-families-*.json and DEVICE-serving-*.json as
-benchmarks/encoder.py and serving.py write them; DEVICE is cpu or a GPU's name. A result of a tree that was not committed is refused: nobody
-could make it again. One that is older than the kernels it measures is marked.
+benchmarks/encoder.py and serving.py write them; DEVICE is cpu or a GPU's name. A result of a tree
+that was not committed is refused: nobody could make it again. One that is older than the kernels it
+measures is marked.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ from kinds import Ask, Case, Told, near
 from reference import model_of, tokenizer_of
 from texts import questions
 
+#: Of a random model's configuration.
+CONFIGURED: dict[str, Any] = {"num_labels": 1}
+
 
 def draw(count: int, rng: random.Random) -> list[Case]:
     """Questions with one to six passages each, some of them the same, some very long."""

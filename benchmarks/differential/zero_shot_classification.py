@@ -23,6 +23,14 @@ _LABELS = (
     "\u6771\u4eac", "sports", "positive", "negative", "(other)", "[SEP]", "e\u0301clair", "R&D",
 )  # fmt: skip
 
+_OUTPUTS = ("contradiction", "neutral", "entailment")
+#: Of a random model's configuration.
+CONFIGURED: dict[str, Any] = {
+    "num_labels": len(_OUTPUTS),
+    "id2label": dict(enumerate(_OUTPUTS)),
+    "label2id": {name: i for i, name in enumerate(_OUTPUTS)},
+}
+
 
 def draw(count: int, rng: random.Random) -> list[Case]:
     """Sentences with one to six labels, some of both mutated, some texts far too long."""

@@ -399,7 +399,8 @@ def test_describe_scale_unregister(running: Any) -> None:
     assert running.manage("DELETE", "/models/spare").status_code == 200
     assert running.predict("spare", SENTENCE).status_code == 404
     names = [m["modelName"] for m in running.manage("GET", "/models").json()["models"]]
-    assert "cls" in names and "spare" not in names
+    assert "cls" in names
+    assert "spare" not in names
 
 
 def test_nothing_outside_the_store_can_be_registered(running: Any, store: Path) -> None:
