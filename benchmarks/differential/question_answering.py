@@ -56,6 +56,13 @@ def judged(case: Case, ours: list[Any], theirs: list[Any], told: Told) -> str:
         return "answers of scores near 0 in another order"
     if all(near(a["score"], b["score"]) for a, b in differ):
         return "equal scores in another order"
-    if case["parameters"].get("align_to_words", True) and "max_seq_len" in case["parameters"]:
+    longest = min(case["parameters"].get("max_seq_len", 384), told.model.info.max_positions)
+    shared = {"doc_stride": min(longest // 2, 128), **case["parameters"]}
+    if longest < 384 and shared != case["parameters"]:
+        again = told.answered({"input": case["input"], "parameters": shared})
+        if again != ours:
+            found = judged({**case, "parameters": shared}, again, theirs, told)
+            return found if found == "other" else "windows share less beside a long question"
+    if longest < 384 and case["parameters"].get("align_to_words", True):
         return "words cut by a window"
     return "other"

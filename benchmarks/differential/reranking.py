@@ -38,8 +38,9 @@ def asked(base: str, adapter: str | None) -> Ask:
 
     with tempfile.TemporaryDirectory() as folder:
         model_of("AutoModelForSequenceClassification", base, adapter).save_pretrained(folder)
-        tokenizer_of(base).save_pretrained(folder)
-        model = CrossEncoder(folder, max_length=512, device="cpu")
+        tokenizer = tokenizer_of(base)
+        tokenizer.save_pretrained(folder)
+        model = CrossEncoder(folder, max_length=tokenizer.model_max_length, device="cpu")
 
     def ask(case: Case) -> Any:
         raw = torch.nn.Identity() if case["parameters"]["raw_scores"] else None
