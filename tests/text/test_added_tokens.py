@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from readings import check
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from ft_handler.text import chunks
@@ -61,19 +62,6 @@ def with_tokens(
     tokenizer.normalizer = normalizer
     tokenizer.add_tokens(tokens)
     return load_tokenizer(None, carried=tokenizer.to_str())
-
-
-def check(reader: Reader, tokenizer: Tokenizer, batch: list[str]) -> None:
-    """Ids and origins of a batch are the library's, text by text."""
-    wanted = [tokenizer.encode(text, add_special_tokens=False) for text in batch]
-    assert [ids.tolist() for ids in reader.ids(batch)] == [e.ids for e in wanted]
-    found, origins = reader.located(batch)
-    assert [ids.tolist() for ids in found] == [e.ids for e in wanted]
-    for origin, encoding in zip(origins, wanted, strict=True):
-        assert [tuple(row) for row in origin[:, :2].tolist()] == encoding.offsets
-        words = [encoding.token_to_word(token) for token in range(len(encoding))]
-        for row, word, own in zip(origin[:, 2:].tolist(), words, encoding.offsets, strict=True):
-            assert tuple(row) == (own if word is None else encoding.word_to_chars(word))
 
 
 @settings(max_examples=100)
