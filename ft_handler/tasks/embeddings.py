@@ -186,7 +186,7 @@ class EmbeddingRunner(Runner[TextInput, Parameters, Encoding[TextInput]]):
                     "truncation is off"
                 )
             ids = ids[over:] if params.truncation_direction == "left" else ids[: self._room]
-        sequence = np.concatenate((self._template.single_before, ids, self._template.single_after))
+        sequence = self._template.alone(ids)
         return Encoding(item, [sequence], [len(sequence)], over > 0)
 
     def predict(

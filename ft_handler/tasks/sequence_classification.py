@@ -180,12 +180,12 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
         over = len(ids) > room
         if over and item.input.params.long_texts != "truncate":
             spans = self._windows(item, len(ids), room)
-            parts = [self._alone(ids[begin:end]) for begin, end in spans]
+            parts = [self._template.alone(ids[begin:end]) for begin, end in spans]
             return TextEncoding(item, parts, [*map(len, parts)], False, [(s,) for s in spans])
         if over:
             self._check(item, len(ids), 0, room)
         ids = ids[:room]
-        sequence = self._alone(ids)
+        sequence = self._template.alone(ids)
         return TextEncoding(item, [sequence], [len(sequence)], over, [((0, len(ids)),)])
 
     def _pair(self, item: Item[TextInput], first: Ids, second: Ids) -> TextEncoding:
@@ -204,9 +204,6 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
         sequence, split = template.pair(first, second)
         whole = (0, len(first)), (0, len(second))
         return TextEncoding(item, [sequence], [split], over, [whole])
-
-    def _alone(self, ids: Ids) -> Ids:
-        return np.concatenate((self._template.single_before, ids, self._template.single_after))
 
     def _windows(self, item: Item[TextInput], tokens: int, room: int) -> list[tuple[int, int]]:
         """Overlapping parts of `room` tokens of a text; raises UnusableRequest without a way."""

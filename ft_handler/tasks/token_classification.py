@@ -133,9 +133,9 @@ class TokenRunner(Runner[TokenInput, Parameters, TokenEncoding]):
         )
         self.longest = loaded.max_length
         self._reader, self._pieces = loaded.reader, loaded.pieces
-        self._before = loaded.template.single_before
-        self._after = loaded.template.single_after
-        self._room = self.longest - len(self._before) - len(self._after)
+        self._template = loaded.template
+        self._lead = len(self._template.single_before)
+        self._room = self.longest - self._lead - len(self._template.single_after)
         if self._room < 1:
             raise ConfigError(f"setting 'max_length' ({self.longest}) leaves no room for text")
         if settings.stride is not None and settings.stride >= self._room:
@@ -164,13 +164,13 @@ class TokenRunner(Runner[TokenInput, Parameters, TokenEncoding]):
         return out
 
     def _windows(self, item: Item[TokenInput], ids: Ids, origins: Origins) -> TokenEncoding:
-        lead = len(self._before)
+        lead = self._lead
         if len(ids) <= self._room:
-            sequence = np.concatenate((self._before, ids, self._after))
+            sequence = self._template.alone(ids)
             places = np.arange(lead, lead + len(ids))
             return TokenEncoding(item, [sequence], [len(sequence)], False, ids, origins, places)
         spans = even_spans(len(ids), self._room, self._overlap(item.input.params))
-        sequences = [np.concatenate((self._before, ids[a:b], self._after)) for a, b in spans]
+        sequences = [self._template.alone(ids[a:b]) for a, b in spans]
         firsts = [0, *hand_over(spans, word_begins(origins)), len(ids)]
         places = np.empty(len(ids), np.int64)
         for number, (first, last) in enumerate(pairwise(firsts)):
@@ -255,7 +255,7 @@ class TokenRunner(Runner[TokenInput, Parameters, TokenEncoding]):
         spelled = pieces.spelled(text.ids[first:last], origins, text.item.input.text)
         place = {"start": int(origins[0, 0]), "end": int(origins[-1, 1])}
         if strategy == "none":
-            index = first + len(self._before)
+            index = first + self._lead
             return {"entity": name, "score": score, "index": index, "word": spelled[0], **place}
         if strategy != "simple":
             spelled = [pieces.joined(spelled[a - first : b - first]) for a, b in pairwise(cuts)]

@@ -76,6 +76,10 @@ class Template:
         """Special tokens of a pair."""
         return len(self.before) + len(self.between) + len(self.after)
 
+    def alone(self, ids: Ids) -> Ids:
+        """One text as a sequence."""
+        return np.concatenate((self.single_before, ids, self.single_after))
+
     def pair(self, first: Ids, second: Ids) -> tuple[Ids, int]:
         """Two texts as one sequence, and how many leading tokens of it have token type 0."""
         sequence = np.concatenate((self.before, first, self.between, second, self.after))
