@@ -137,9 +137,13 @@ class Form(Protocol):
 
 
 class Reply(NamedTuple):
-    """What goes back to one client."""
+    """What goes back to one client.
+
+    headers  further headers of the answer, for servers that can send them
+    """
 
     status: int
     reason: str
     body: bytes
     content_type: str = "application/json"
+    headers: Mapping[str, str] = MappingProxyType({})

@@ -22,7 +22,7 @@ step() {
 unset PYTHONPATH
 
 step "lint, format, types" scripts/check.sh
-step "other servers' clients" scripts/clients.sh
+step "other servers and their clients" scripts/environments.sh
 step "tests" pytest "$@"
 step "address sanitizer" scripts/asan.sh
 step "source distribution, wheel" scripts/check_wheel.sh

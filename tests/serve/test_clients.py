@@ -19,7 +19,7 @@ def ask(client: str, running: Any, *models: str) -> dict[str, Any]:
     """What a client library understood, by what was asked; skips where it is not installed."""
     python = ROOT / "build" / "clients" / client / "bin" / "python"
     if not python.exists():
-        pytest.skip(f"{client} is not installed (scripts/clients.sh)")
+        pytest.skip(f"{client} is not installed (scripts/environments.sh)")
     script = ROOT / "tests" / "clients" / f"{client}_client.py"
     command = [python, script, running.server.inference, *models, *TEXTS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

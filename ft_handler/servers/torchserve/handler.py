@@ -142,6 +142,8 @@ def _answer(ctx: Any, index: int, reply: Reply, grpc: bool) -> None:
     ctx.set_response_content_type(index, reply.content_type)
     if reply.status != 200:
         ctx.set_response_status(reply.status, reply.reason, index)
+    for name, value in reply.headers.items():
+        ctx.set_response_header(index, name, value)
     if grpc:
         # Ends a StreamPredictions call; without it TorchServe's front throws and the worker dies.
         # Predictions ignores it, and over HTTP it would keep the client waiting.
