@@ -161,7 +161,14 @@ class CudaEngine:
             tokens, sequences, longest = shape
         ints = graph_ints((tokens, sequences, longest))
         rows = tokens if self.per_token else sequences
-        with self._lock, torch.inference_mode(), torch.cuda.stream(self._stream):
+        # The device first: leaving a stream of another one than the thread's makes a context on the
+        # thread's, half a gigabyte of a GPU that serves somebody else.
+        with (
+            self._lock,
+            torch.inference_mode(),
+            torch.cuda.device(self._device),
+            torch.cuda.stream(self._stream),
+        ):
             slot = self._slot(ints, self.columns * rows)
             try:
                 inbox = slot.inbox
