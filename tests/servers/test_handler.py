@@ -189,9 +189,26 @@ def test_a_stream_of_grpc_ends_and_http_is_left_alone(archive):
     kept = {"data": {"content-type": ""}}
     context.request_headers = {0: kept, 1: {**kept, "content-length": "0"}, 2: {}}
     handler.handle([{"data": b"a film"}, {"data": b""}, {"data": b""}], context)
+    said = context.response_headers
+    assert [said[index] for index in (0, 2)] == [{"ts_stream_next": "false"}] * 2
+    assert set(said[1]) == {"Server-Timing"}
+
+
+def test_what_names_a_request_goes_back_to_its_client(archive):
+    handler, context = ready(archive, {"server_timing": False, "captum_explanation": True})
+    traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    named = {"Host": "x", "X-Request-ID": "a", "Traceparent": traceparent}
+    context.request_headers = {
+        0: named,
+        1: {"Host": "x", "x-request-id": "b c"},
+        2: {**named, "x-request-id": "c", "X-Request-ID": {"content-type": ""}, "explain": "True"},
+        3: {**named, "describe": "True"},
+    }
+    handler.handle([{"body": "a film"}, {}, {"body": "film"}, {}], context)
+    # TorchServe writes over X-Request-Id.
     assert context.response_headers == {
-        0: {"ts_stream_next": "false"},
-        2: {"ts_stream_next": "false"},
+        0: {"X-Client-Request-Id": "a", "traceparent": traceparent},
+        2: {"X-Client-Request-Id": "c", "traceparent": traceparent},
     }
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from ft_handler.config import RawSettings
 from ft_handler.errors import EngineLost, FtHandlerError
+from ft_handler.request import spans
+from ft_handler.request.tracing import REQUEST_ID, trace_of
 from ft_handler.runtime import Ready, keep_out_of_collections, open_model
 from ft_handler.servers.torchserve import envelope, metrics, receive
 from ft_handler.servers.torchserve.adapter import DESCRIBE, EXPLAIN, incoming, over_grpc, purpose
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that TorchServe waits for a worker where the archive does not say.
 _RESPONSE_TIMEOUT = 120.0
+#: TorchServe writes an id of its own over X-Request-Id.
+_OWN_NAMES = {REQUEST_ID: "X-Client-Request-Id"}
 
 
 class Worker:
@@ -62,7 +66,8 @@ class Worker:
         others = {i for i in everyone if asked[i] is DESCRIBE}.union(explained)
         predicted = [i for i in everyone if i not in others]
         answered, stats = self._pipeline.run(
-            [incoming(data[i], headers[i], asked[i]) for i in predicted]
+            [incoming(data[i], headers[i], asked[i]) for i in predicted],
+            traces=[trace_of(headers[i]) for i in predicted],
         )
         if len(answered) == len(data):
             return answered, stats
@@ -71,7 +76,9 @@ class Worker:
             replies[index] = reply
         if self._explainer is not None and explained:
             answered, more = self._explainer.run(
-                [incoming(data[i], headers[i]) for i in explained], stats
+                [incoming(data[i], headers[i]) for i in explained],
+                stats,
+                [trace_of(headers[i]) for i in explained],
             )
             stats.add(more)
             for index, reply in zip(explained, answered, strict=True):
@@ -114,6 +121,7 @@ def _load(ctx: Any) -> Worker:
         max_sequences=2 * max(64, properties.get("batch_size") or 1),
         model_file=model.get("serializedFile"),
         answer_within=_response_timeout(ctx.model_yaml_config),
+        tracer=spans.tracer(),
     )
     keep_out_of_collections()
     info = ready.info
@@ -142,9 +150,11 @@ def _answer(ctx: Any, index: int, reply: Reply, grpc: bool) -> None:
     ctx.set_response_content_type(index, reply.content_type)
     if reply.status != 200:
         ctx.set_response_status(reply.status, reply.reason, index)
-    for name, value in reply.headers.items():
-        ctx.set_response_header(index, name, value)
     if grpc:
         # Ends a StreamPredictions call; without it TorchServe's front throws and the worker dies.
-        # Predictions ignores it, and over HTTP it would keep the client waiting.
+        # Predictions ignores it, and over HTTP it would keep the client waiting. Other headers
+        # would be dropped.
         ctx.set_response_header(index, "ts_stream_next", "false")
+        return
+    for name, value in reply.headers.items():
+        ctx.set_response_header(index, _OWN_NAMES.get(name, name), value)
