@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ft_handler.config import RawSettings
+from ft_handler.config import CoreSettings, RawSettings
 from ft_handler.errors import EngineLost, FtHandlerError
 from ft_handler.request import spans
 from ft_handler.request.tracing import REQUEST_ID, trace_of
@@ -31,9 +31,10 @@ _OWN_NAMES = {REQUEST_ID: "X-Client-Request-Id"}
 class Worker:
     """One worker's model, asked batch by batch."""
 
-    def __init__(self, ready: Ready, settings: TorchServeSettings) -> None:
+    def __init__(self, ready: Ready, reporter: metrics.Reporter | None) -> None:
+        """reporter  whom each batch's figures are told; None is nobody."""
         self._pipeline, self._explainer = ready.pipeline, ready.explainer
-        self._metrics = settings.metrics
+        self._reporter = reporter
         self._description = Reply(200, "OK", ready.info.to_json().encode())
 
     def handle(self, data: Sequence[Mapping[str, object]], ctx: Any) -> list[bytes]:
@@ -49,8 +50,8 @@ class Worker:
         for index, reply in enumerate(replies):
             _answer(ctx, index, reply, over_grpc(headers[index]))
         stats.undecodable = receive.undecodable.take()
-        if self._metrics:
-            metrics.emit(ctx.metrics, stats)
+        if self._reporter is not None:
+            self._reporter.report(stats)
         return [reply.body for reply in replies]
 
     def _replies(
@@ -135,7 +136,15 @@ def _load(ctx: Any) -> Worker:
         info.hidden_size,
         ready.device,
     )
-    return Worker(ready, settings)
+    reporter = None
+    if settings.metrics and ctx.metrics is not None:
+        limits = {
+            metrics.BATCH_SIZE: properties.get("batch_size") or 1,
+            metrics.BATCH_TOKENS: raw.read(CoreSettings).max_batch_tokens,
+        }
+        reporter = metrics.Reporter(ctx.metrics, ctx.model_name)
+        reporter.begin(limits)
+    return Worker(ready, reporter)
 
 
 def _response_timeout(model_yaml: Mapping[str, object] | None) -> float:
