@@ -42,6 +42,10 @@ ENVIRONMENT: Mapping[str, str] = {
     "FT_HANDLER_SHARED": "Folder of optional development data for tests and benchmarks.",
     "TS_DECODE_INPUT_REQUEST": "TorchServe's: false hands JSON and text over as bytes.",
     "LOCAL_RANK": "TorchServe's: the rank of a worker process; only rank 0 answers.",
+    "OTEL_TRACES_EXPORTER": "OpenTelemetry's: where spans go, such as `otlp`; unset or `none` is "
+    "nowhere (docs/tracing.md).",
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "OpenTelemetry's: `grpc` or `http/protobuf`, for `otlp`.",
+    "OTEL_EXPORTER_OTLP_PROTOCOL": "The same, for all that OpenTelemetry sends.",
 }
 
 
@@ -268,6 +272,11 @@ class CoreSettings(Settings):
         "Take every sum on a GPU in one order, so that hidden states do not depend on what shares "
         "the batch, at some cost in speed (docs/performance.md); needs an sm_90 GPU and fp16 or "
         "bf16. On a CPU they never do.",
+    )
+    server_timing: Flag = setting(
+        True,
+        "Say in the `Server-Timing` header of every reply how long its batch took "
+        "(docs/tracing.md).",
     )
     # Names of the older setup_config.json, kept so that existing archives load.
     model_name: Text | None = setting(

@@ -22,6 +22,7 @@ from ft_handler.files import GEMM_TABLE, LABELS_FILE, OLDER_CONFIG_FILE
 from ft_handler.model.bundle import load_model, read_info, read_tokenizer
 from ft_handler.model.info import ModelInfo
 from ft_handler.request.pipeline import Pipeline
+from ft_handler.request.spans import Spans
 from ft_handler.request.work import bounds_of, tokens_in
 from ft_handler.tasks.base import AnyTask, Loaded, Runner
 from ft_handler.text.chunks import reader_of
@@ -102,6 +103,7 @@ def open_model(
     model_file: str | None = None,
     answer_within: float | None = None,
     explains: bool = False,
+    tracer: Any = None,
 ) -> Ready:
     """Load settings, library, model and tokenizer, and warm up.
 
@@ -111,6 +113,7 @@ def open_model(
     answer_within               seconds after which whoever asks gives a batch up; None is never
     explains                    explain answers, where that can be done, without a setting that asks
                                 for it
+    tracer                      OpenTelemetry's, as `spans.tracer` gives it; None writes no spans
 
     Raises FtHandlerError naming what is missing, unknown or contradictory, and EngineError for a
     model that cannot answer its own sample.
@@ -151,13 +154,24 @@ def open_model(
         "tokens at most: %s of a request, %s of what comes together", bounds.request, bounds.batch
     )
 
-    def pipeline_of(task: AnyTask, runner: Runner[Any, Any, Any]) -> Pipeline[Any, Any, Any]:
+    def pipeline_of(
+        task: AnyTask, runner: Runner[Any, Any, Any], operation: str
+    ) -> Pipeline[Any, Any, Any]:
         return Pipeline(
-            task, runner, engine, core, max_positions=info.max_positions, model=names, bounds=bounds
+            task,
+            runner,
+            engine,
+            core,
+            max_positions=info.max_positions,
+            model=names,
+            bounds=bounds,
+            spans=None if tracer is None else Spans(tracer, operation, names),
         )
 
-    pipeline = pipeline_of(task, runner)
-    explainer = pipeline_of(explanation, explaining) if explanation and explaining else None
+    pipeline = pipeline_of(task, runner, "predict")
+    explainer = None
+    if explanation and explaining:
+        explainer = pipeline_of(explanation, explaining, "explain")
     if core.warmup:
         for _ in range(3):
             replies, _ = pipeline.run([Incoming(dict(task.sample))] * 4)

@@ -46,6 +46,21 @@ class Incoming(NamedTuple):
     json_size: int | None = None
 
 
+class Trace(NamedTuple):
+    """What ties one request to what others know of it.
+
+    request_id   what the client, or the server for it, calls the request
+    traceparent  the caller's span, as W3C's Trace Context writes it
+    tracestate   what tracing systems say beside it
+    arrived      when a server took the request in, in seconds as time.time() counts them
+    """
+
+    request_id: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+    arrived: float | None = None
+
+
 class Input(Protocol):
     """What a model is asked about: texts, and the parameters that go with them."""
 
@@ -140,6 +155,7 @@ class Reply(NamedTuple):
     """What goes back to one client.
 
     headers  further headers of the answer, for servers that can send them
+    error    the type of error it is; empty for an answer
     """
 
     status: int
@@ -147,3 +163,4 @@ class Reply(NamedTuple):
     body: bytes
     content_type: str = "application/json"
     headers: Mapping[str, str] = MappingProxyType({})
+    error: str = ""

@@ -47,6 +47,13 @@ def serve_command(
     grpc_port: Annotated[
         int | None, typer.Option(help="gRPC inference port; gRPC management is the next.")
     ] = None,
+    exporter_port: Annotated[
+        int | None,
+        typer.Option(
+            help="Port of a Prometheus endpoint with what waits and which workers are ready, on "
+            "the host of the metrics (docs/metrics.md). Default: none.",
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds until all workers must be READY.")] = 300,
 ) -> None:
     """Run TorchServe in the foreground until Ctrl-C."""
@@ -63,13 +70,14 @@ def serve_command(
         port=port,
         grpc_port=grpc_port,
     )
-    raise typer.Exit(run(options, timeout))
+    raise typer.Exit(run(options, timeout, exporter_port))
 
 
-def run(options: ServeOptions, timeout: float) -> int:
+def run(options: ServeOptions, timeout: float, exporter_port: int | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; the process's exit code."""
     from rich.console import Console
 
+    from ft_handler.servers.torchserve.exporter import Exporter
     from ft_handler.servers.torchserve.process import Server
     from ft_handler.servers.torchserve.properties import shown as address_of
 
@@ -84,9 +92,12 @@ def run(options: ServeOptions, timeout: float) -> int:
         asked.set()
         raise KeyboardInterrupt
 
+    exporter = None if exporter_port is None else Exporter.of(server, exporter_port)
     previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         console.print(f"Java {server.java.version} from {server.java.origin} ({server.java.path})")
+        if exporter is not None:
+            exporter.start()
         server.start()
         with console.status("starting TorchServe") as status:
 
@@ -103,6 +114,8 @@ def run(options: ServeOptions, timeout: float) -> int:
             )
         console.print(f"  management  {server.management}/models")
         console.print(f"  metrics     {address_of('metrics_address', server.metrics, '/metrics')}")
+        if exporter is not None:
+            console.print(f"  exporter    {exporter.address}/metrics")
         console.print(
             f"  token       keys are in {server.key_file}: -H 'Authorization: Bearer KEY'"
             if server.token_auth
@@ -118,5 +131,7 @@ def run(options: ServeOptions, timeout: float) -> int:
     finally:
         asked.set()
         server.stop()
+        if exporter is not None:
+            exporter.stop()
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -35,10 +35,12 @@ from ft_handler.request.flight import Flight
 from ft_handler.request.forms import TRUNCATED
 from ft_handler.request.overlap import overlapped, parts_of
 from ft_handler.request.replies import assemble, encoded, outcome
+from ft_handler.request.spans import Spans
+from ft_handler.request.tracing import Journal
 from ft_handler.request.work import NO_BOUNDS, Bounds, Work
 from ft_handler.stats import BatchStats, Stopwatch
 from ft_handler.tasks.base import EncodingT, ParamsT, Runner, Task
-from ft_handler.types import Floats, Form, Incoming, InputT, Item, Outputs, Reply
+from ft_handler.types import Floats, Form, Incoming, InputT, Item, Outputs, Reply, Trace
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
     max_positions positions of the model
     model         its name and version, for Open Inference answers
     bounds        how much a request, and what comes together, may ask for
+    spans         where requests' spans are written, if anywhere
     clock         seconds, for the figures and the bounds
     """
 
@@ -75,12 +78,14 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         max_positions: int,
         model: Mapping[str, str],
         bounds: Bounds = NO_BOUNDS,
+        spans: Spans | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runner = runner
         self._engine = engine
         self._per_token = task.per_token
         self._clock, self._bounds = clock, bounds
+        self._spans, self._timing = spans, settings.server_timing
         self._max_batch_tokens = settings.max_batch_tokens
         edges = settings.length_buckets
         self._edges = default_buckets(max_positions) if edges is None else edges
@@ -88,33 +93,44 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         self._decoder = Decoder(task, runner.defaults, limits, model)
 
     def run(
-        self, incoming: Sequence[Incoming | RequestError], done: BatchStats | None = None
+        self,
+        incoming: Sequence[Incoming | RequestError],
+        done: BatchStats | None = None,
+        traces: Sequence[Trace | None] | None = None,
     ) -> tuple[list[Reply], BatchStats]:
         """One reply a request, in order, and their figures.
 
         incoming  requests, or why a server front refuses one already
         done      what another pipeline did of the same batch before
+        traces    what each request's headers tie it to, as `tracing.trace_of` reads them; None is
+                  for batches that come from no server, whose replies have no headers
 
         Raises EngineLost when the process has to be started again.
         """
         stats = BatchStats(requests=len(incoming))
-        watch = Stopwatch(self._clock, stats.seconds)
+        journal = Journal(traces, self._clock, timing=self._timing, spans=self._spans)
+        watch = Stopwatch(self._clock, stats.seconds, journal.laps)
         requests, items = self._decode(incoming)
         watch.lap("decode")
         bounds = self._bounds if done is None else self._bounds.after(done)
-        self._answer(requests, items, stats, watch, bounds)
-        replies = assemble(requests, items)
+        self._answer(requests, items, stats, watch, bounds, journal)
+        replies = assemble(requests, items, journal.headers)
         for reply in replies:
-            stats.failed += reply.status >= 500
-            stats.refused += 400 <= reply.status < 500
+            if reply.error:
+                stats.errors[reply.error] += 1
+                stats.failed += reply.status >= 500
+                stats.refused += reply.status < 500
         watch.lap("encode")
+        journal.close(replies, stats)
         return replies, stats
 
     def predict(self, incoming: Incoming) -> object:
         """The answer to one request, as JSON would have it; raises RequestError and EngineLost."""
         stats = BatchStats(requests=1)
         requests, items = self._decode([incoming])
-        self._answer(requests, items, stats, Stopwatch(self._clock, stats.seconds), self._bounds)
+        journal = Journal(None, self._clock, timing=False, spans=None)
+        watch = Stopwatch(self._clock, stats.seconds)
+        self._answer(requests, items, stats, watch, self._bounds, journal)
         (form,) = requests
         if isinstance(form, RequestError):
             raise form
@@ -153,6 +169,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         stats: BatchStats,
         watch: Stopwatch,
         bounds: Bounds,
+        journal: Journal,
     ) -> None:
         """Give every item its result, or its request the error that refuses it as a whole."""
         parts = parts_of(items) if self._engine.overlaps else [list(items)]
@@ -162,6 +179,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         def start(part: list[Item[InputT]]) -> _Part[EncodingT]:
             begun = self._start(part, work, watch)
             lengths.extend(begun.flight.sequences.lengths.tolist())
+            journal.count(begun.encodings)
             return begun
 
         def finish(part: _Part[EncodingT]) -> None:

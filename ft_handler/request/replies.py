@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -11,20 +12,22 @@ from ft_handler.errors import InternalError, RequestError
 from ft_handler.request.failures import log_failure
 from ft_handler.types import Form, Item, Prediction, Reply
 
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
 
 def encoded(document: object) -> bytes:
     """A document as JSON; arrays of fp32 have the fewest digits that tell them apart."""
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def encode_error(error: RequestError) -> Reply:
+def encode_error(error: RequestError, headers: Mapping[str, str] = NO_HEADERS) -> Reply:
     """The answer to a refused request: `{"code", "type", "message", "error"}`.
 
     `error` is the message again, where clients of KServe, Triton and Hugging Face look for it.
     """
     message = str(error)
     body = {"code": error.status, "type": error.type, "message": message, "error": message}
-    return Reply(error.status, error.reason, orjson.dumps(body))
+    return Reply(error.status, error.reason, orjson.dumps(body), headers=headers, error=error.type)
 
 
 def outcome(form: Form, items: Iterable[Item[Any]]) -> list[Prediction] | RequestError:
@@ -46,30 +49,37 @@ def outcome(form: Form, items: Iterable[Item[Any]]) -> list[Prediction] | Reques
     return InternalError() if unanswered else predictions
 
 
-def assemble(requests: Sequence[Form | RequestError], items: Sequence[Item[Any]]) -> list[Reply]:
+def assemble(
+    requests: Sequence[Form | RequestError],
+    items: Sequence[Item[Any]],
+    headers: Mapping[str, str] = NO_HEADERS,
+) -> list[Reply]:
     """One reply a request, in order.
 
     requests  each one's form, or the error that refused it
     items     of all requests, in the order of their places
+    headers   what every reply gets as its headers: this very mapping, not a copy
     """
     counts = [0] * len(requests)
     for item in items:
         counts[item.request] += 1
     replies, at = [], 0
     for request, count in zip(requests, counts, strict=True):
-        replies.append(_reply(request, items[at : at + count]))
+        replies.append(_reply(request, items[at : at + count], headers))
         at += count
     return replies
 
 
-def _reply(request: Form | RequestError, items: Sequence[Item[Any]]) -> Reply:
+def _reply(
+    request: Form | RequestError, items: Sequence[Item[Any]], headers: Mapping[str, str]
+) -> Reply:
     if isinstance(request, RequestError):
-        return encode_error(request)
+        return encode_error(request, headers)
     result = outcome(request, items)
     if isinstance(result, RequestError):
-        return encode_error(result)
+        return encode_error(result, headers)
     try:
-        return Reply(200, "OK", encoded(request.document(result)))
+        return Reply(200, "OK", encoded(request.document(result)), headers=headers)
     except Exception as error:
         log_failure("encode", error)
-        return encode_error(InternalError())
+        return encode_error(InternalError(), headers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 import warnings
 
 import pytest
@@ -12,8 +13,10 @@ from fakes import FakeContext, FakeEngine, model_info
 from ft_handler import runtime
 from ft_handler.errors import ConfigError, EngineLost
 from ft_handler.servers.torchserve import handler as handler_module
+from ft_handler.servers.torchserve import metrics
 from ft_handler.servers.torchserve.handler import load
 from ft_handler.servers.torchserve.metrics import METRICS
+from ft_handler.stats import STAGES
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,7 +100,8 @@ def test_explanations_are_answered_where_they_are_switched_on(archive):
     first, second = bodies[5]["explanations"]
     assert first == bodies[0]
     assert (second["words"], second["label"]) == (["warm"], "negative")
-    emitted = {name: value for name, value, *_ in context.emitted}
+    handler._reporter.flush()
+    emitted = {name: value for name, value, *_ in context.emitted if value}
     assert emitted["ft_requests_total"] == 5
     # Of each explanation n words make n + 2 sequences of n + 2 tokens.
     assert emitted["ft_tokens_total"] == 5 + 3 * 25 + 9
@@ -159,28 +163,134 @@ def test_mistakes_stop_the_worker_and_are_logged(archive, caplog):
         ready(archive)
 
 
-def test_metrics_are_emitted_once_a_batch(archive):
+class Timer:
+    """A timer that goes off when the test says so."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, seconds, call):
+        assert seconds == metrics.INTERVAL
+        self.made = call
+        return self
+
+    def start(self):
+        self.calls.append(self.made)
+
+
+@pytest.fixture
+def timer(monkeypatch):
+    timer = Timer()
+    monkeypatch.setattr(metrics.Reporter.__init__, "__defaults__", (timer,))
+    return timer
+
+
+def test_times_are_emitted_once_a_batch_and_counts_together(archive, timer):
     handler, context = ready(archive)
-    assert context.emitted == []
-    handler.handle([{"body": "a film"}, {"body": "film"}, {"body": bytearray()}], context)
-    emitted = {name: (value, unit, kind) for name, value, unit, kind in context.emitted}
+    context.emitted.clear()
+    for _ in range(3):
+        handler.handle([{"body": "a film"}, {"body": "film"}, {"body": bytearray()}], context)
+    times = [(name, kind, labels) for name, _, _, kind, labels in context.emitted]
+    assert (
+        times
+        == [
+            ("ft_host_seconds", "histogram", {}),
+            ("ft_compute_seconds", "histogram", {}),
+        ]
+        * 3
+    )
+    context.emitted.clear()
+    (flush,) = timer.calls
+    flush()
+    emitted = {(name, *labels.items()): rest for name, *rest, labels in context.emitted}
     assert len(emitted) == len(context.emitted)
-    assert emitted["ft_requests_total"] == (3, "count", "counter")
-    assert emitted["ft_tokens_total"][0] == 4 + 3
-    assert emitted["ft_padding_avoided_total"][0] == 1
-    assert emitted["ft_refused_total"][0] == 1
-    assert "ft_failed_total" not in emitted
-    assert emitted["ft_compute_seconds"][1:] == ("s", "histogram")
-    assert emitted.keys() <= {m.name for m in METRICS}
+    assert emitted["ft_requests_total",] == [9, "count", "counter"]
+    assert emitted["ft_tokens_total",] == [3 * (4 + 3), "count", "counter"]
+    assert emitted["ft_launches_total",] == [3, "count", "counter"]
+    assert emitted["ft_padding_avoided_total",] == [3, "count", "counter"]
+    assert emitted["ft_refused_total", ("Reason", "MalformedRequest")] == [3, "count", "counter"]
+    stages = {labels["Stage"] for *_, labels in context.emitted if "Stage" in labels}
+    assert stages == set(STAGES)
+    names = {name for name, *_ in emitted}
+    assert not names & {"ft_failed_total", "ft_undecodable_total", "ft_batch_size"}
+    assert names <= {m.name for m in METRICS}
 
 
-def test_undecodable_bodies_are_a_metric(archive):
+def test_every_counter_is_there_from_the_start(archive):
+    _, context = ready(archive)
+    emitted = {
+        (name, *labels.values()): (value, kind) for name, value, _, kind, labels in context.emitted
+    }
+    assert emitted.pop(("ft_batch_size",)) == (8, "gauge")
+    assert emitted.pop(("ft_max_batch_tokens",)) == (16384, "gauge")
+    assert set(emitted.values()) == {(0, "counter")}
+    assert {name for name, *_ in emitted} == {m.name for m in METRICS if m.kind == "counter"}
+    assert ("ft_refused_total", "UnusableRequest") in emitted
+    assert ("ft_failed_total", "Overloaded") in emitted
+
+
+def test_counts_go_on_where_they_were_handed_over(archive, timer):
+    handler, context = ready(archive)
+    context.emitted.clear()
+    for _ in range(2):
+        handler.handle([{"body": "a film"}], context)
+        timer.calls.pop()()
+    assert [value for name, value, *_ in context.emitted if name == "ft_requests_total"] == [1, 1]
+    count = len(context.emitted)
+    handler._reporter.flush()
+    assert len(context.emitted) == count
+
+
+def test_counts_are_handed_over_without_another_batch(archive, monkeypatch):
+    monkeypatch.setattr(metrics, "INTERVAL", 0.01)
+    handler, context = ready(archive)
+    context.emitted.clear()
+    handler.handle([{"body": "a film"}], context)
+    deadline = time.monotonic() + 30
+    while "ft_requests_total" not in [name for name, *_ in context.emitted]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_every_error_is_a_reason(archive, timer):
+    """Reasons are names of types: nobody can make more of them."""
+    handler, context = ready(archive, {"max_inputs_per_request": 2, "max_work_tokens": 20})
+    context.request_headers = {
+        4: {"Host": "x", "explain": "True"},
+        5: {"Host": "x", "Content-Encoding": "gzip"},
+    }
+    bodies = [bytearray(b"\xff"), ["a"] * 3, [3], "film " * 50, "a", bytearray(b"a")]
+    handler.handle([{"body": body} for body in bodies], context)
+    assert context.statuses == {0: 400, 1: 413, 2: 422, 3: 413, 4: 501, 5: 415}
+    timer.calls.pop()()
+    reasons = {
+        (name, labels["Reason"]): value
+        for name, value, *_, labels in context.emitted
+        if "Reason" in labels and value
+    }
+    assert reasons == {
+        ("ft_refused_total", "MalformedRequest"): 1,
+        ("ft_refused_total", "RequestTooLarge"): 2,
+        ("ft_refused_total", "UnusableRequest"): 1,
+        ("ft_refused_total", "UnsupportedMedia"): 1,
+        ("ft_failed_total", "NotOffered"): 1,
+    }
+    known = {
+        metrics.REFUSED.name: metrics.REFUSED.labels,
+        metrics.FAILED.name: metrics.FAILED.labels,
+    }
+    assert all(reason in known[name] for name, reason in reasons)
+    assert not set(metrics.REFUSED.labels) & set(metrics.FAILED.labels)
+
+
+def test_undecodable_bodies_are_a_metric(archive, timer):
     handler, context = ready(archive)
     handler_module.receive.undecodable.add()
     handler.handle([{"body": "a film"}], context)
     handler.handle([{"body": "a film"}], context)
+    timer.calls.pop()()
     values = [value for name, value, *_ in context.emitted if name == "ft_undecodable_total"]
-    assert values == [1]
+    assert values == [0, 1]
 
 
 def test_a_stream_of_grpc_ends_and_http_is_left_alone(archive):
@@ -189,9 +299,26 @@ def test_a_stream_of_grpc_ends_and_http_is_left_alone(archive):
     kept = {"data": {"content-type": ""}}
     context.request_headers = {0: kept, 1: {**kept, "content-length": "0"}, 2: {}}
     handler.handle([{"data": b"a film"}, {"data": b""}, {"data": b""}], context)
+    said = context.response_headers
+    assert [said[index] for index in (0, 2)] == [{"ts_stream_next": "false"}] * 2
+    assert set(said[1]) == {"Server-Timing"}
+
+
+def test_what_names_a_request_goes_back_to_its_client(archive):
+    handler, context = ready(archive, {"server_timing": False, "captum_explanation": True})
+    traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    named = {"Host": "x", "X-Request-ID": "a", "Traceparent": traceparent}
+    context.request_headers = {
+        0: named,
+        1: {"Host": "x", "x-request-id": "b c"},
+        2: {**named, "x-request-id": "c", "X-Request-ID": {"content-type": ""}, "explain": "True"},
+        3: {**named, "describe": "True"},
+    }
+    handler.handle([{"body": "a film"}, {}, {"body": "film"}, {}], context)
+    # TorchServe writes over X-Request-Id.
     assert context.response_headers == {
-        0: {"ts_stream_next": "false"},
-        2: {"ts_stream_next": "false"},
+        0: {"X-Client-Request-Id": "a", "traceparent": traceparent},
+        2: {"X-Client-Request-Id": "c", "traceparent": traceparent},
     }
 
 
@@ -215,16 +342,17 @@ def test_without_an_envelope_the_loader_loads(archive):
     assert service.context.model_name == "m"
 
 
-def test_metrics_can_be_switched_off(archive):
+def test_metrics_can_be_switched_off(archive, timer):
     handler, context = ready(archive, {"metrics": False})
     handler.handle([{"body": "a film"}], context)
+    assert timer.calls == []
     assert context.emitted == []
 
 
 def test_a_lost_device_ends_the_worker(archive, monkeypatch):
     handler, context = ready(archive)
 
-    def lost(data):
+    def lost(data, traces):
         raise EngineLost("gone")
 
     monkeypatch.setattr(handler._pipeline, "run", lost)

@@ -235,10 +235,13 @@ class FakeContext:
         self.content_types: dict[int, str] = {}
         self.request_headers: dict[int, dict[str, Any]] = {}
         self.response_headers: dict[int, dict[str, str]] = {}
-        self.emitted: list[tuple[str, float, str, str]] = []
+        #: Name, value, unit, kind and labels.
+        self.emitted: list[tuple[str, float, str, str, dict[str, str]]] = []
         self.metrics = self
+        self.asked = False
 
     def get_all_request_header(self, idx: int) -> dict[str, Any]:
+        self.asked = True
         return self.request_headers.get(idx, {"Host": "x", "body": {"content-type": ""}})
 
     def set_response_header(self, idx: int, key: str, value: str) -> None:
@@ -252,8 +255,17 @@ class FakeContext:
         self.content_types[idx] = value
 
     def add_metric(
-        self, name: str, value: float, unit: str, idx: int, dimensions: list, metric_type: Any
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        idx: int | None,
+        dimensions: list,
+        metric_type: Any,
     ) -> None:
-        assert idx == 0
-        assert dimensions == []
-        self.emitted.append((name, value, unit, metric_type.value))
+        # While a model loads TorchServe keeps no requests by their index.
+        assert idx == (0 if self.asked else None)
+        labels = {dimension.name: dimension.value for dimension in dimensions}
+        assert labels.pop("ModelName") == self.model_name
+        assert labels.pop("Level") == "Model"
+        self.emitted.append((name, value, unit, metric_type.value, labels))

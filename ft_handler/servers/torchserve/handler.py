@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ft_handler.config import RawSettings
+from ft_handler.config import CoreSettings, RawSettings
 from ft_handler.errors import EngineLost, FtHandlerError
+from ft_handler.request import spans
+from ft_handler.request.tracing import REQUEST_ID, trace_of
 from ft_handler.runtime import Ready, keep_out_of_collections, open_model
 from ft_handler.servers.torchserve import envelope, metrics, receive
 from ft_handler.servers.torchserve.adapter import DESCRIBE, EXPLAIN, incoming, over_grpc, purpose
@@ -22,14 +24,17 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that TorchServe waits for a worker where the archive does not say.
 _RESPONSE_TIMEOUT = 120.0
+#: TorchServe writes an id of its own over X-Request-Id.
+_OWN_NAMES = {REQUEST_ID: "X-Client-Request-Id"}
 
 
 class Worker:
     """One worker's model, asked batch by batch."""
 
-    def __init__(self, ready: Ready, settings: TorchServeSettings) -> None:
+    def __init__(self, ready: Ready, reporter: metrics.Reporter | None) -> None:
+        """reporter  whom each batch's figures are told; None is nobody."""
         self._pipeline, self._explainer = ready.pipeline, ready.explainer
-        self._metrics = settings.metrics
+        self._reporter = reporter
         self._description = Reply(200, "OK", ready.info.to_json().encode())
 
     def handle(self, data: Sequence[Mapping[str, object]], ctx: Any) -> list[bytes]:
@@ -45,8 +50,8 @@ class Worker:
         for index, reply in enumerate(replies):
             _answer(ctx, index, reply, over_grpc(headers[index]))
         stats.undecodable = receive.undecodable.take()
-        if self._metrics:
-            metrics.emit(ctx.metrics, stats)
+        if self._reporter is not None:
+            self._reporter.report(stats)
         return [reply.body for reply in replies]
 
     def _replies(
@@ -62,7 +67,8 @@ class Worker:
         others = {i for i in everyone if asked[i] is DESCRIBE}.union(explained)
         predicted = [i for i in everyone if i not in others]
         answered, stats = self._pipeline.run(
-            [incoming(data[i], headers[i], asked[i]) for i in predicted]
+            [incoming(data[i], headers[i], asked[i]) for i in predicted],
+            traces=[trace_of(headers[i]) for i in predicted],
         )
         if len(answered) == len(data):
             return answered, stats
@@ -71,7 +77,9 @@ class Worker:
             replies[index] = reply
         if self._explainer is not None and explained:
             answered, more = self._explainer.run(
-                [incoming(data[i], headers[i]) for i in explained], stats
+                [incoming(data[i], headers[i]) for i in explained],
+                stats,
+                [trace_of(headers[i]) for i in explained],
             )
             stats.add(more)
             for index, reply in zip(explained, answered, strict=True):
@@ -114,6 +122,7 @@ def _load(ctx: Any) -> Worker:
         max_sequences=2 * max(64, properties.get("batch_size") or 1),
         model_file=model.get("serializedFile"),
         answer_within=_response_timeout(ctx.model_yaml_config),
+        tracer=spans.tracer(),
     )
     keep_out_of_collections()
     info = ready.info
@@ -127,7 +136,15 @@ def _load(ctx: Any) -> Worker:
         info.hidden_size,
         ready.device,
     )
-    return Worker(ready, settings)
+    reporter = None
+    if settings.metrics and ctx.metrics is not None:
+        limits = {
+            metrics.BATCH_SIZE: properties.get("batch_size") or 1,
+            metrics.BATCH_TOKENS: raw.read(CoreSettings).max_batch_tokens,
+        }
+        reporter = metrics.Reporter(ctx.metrics, ctx.model_name)
+        reporter.begin(limits)
+    return Worker(ready, reporter)
 
 
 def _response_timeout(model_yaml: Mapping[str, object] | None) -> float:
@@ -142,9 +159,11 @@ def _answer(ctx: Any, index: int, reply: Reply, grpc: bool) -> None:
     ctx.set_response_content_type(index, reply.content_type)
     if reply.status != 200:
         ctx.set_response_status(reply.status, reply.reason, index)
-    for name, value in reply.headers.items():
-        ctx.set_response_header(index, name, value)
     if grpc:
         # Ends a StreamPredictions call; without it TorchServe's front throws and the worker dies.
-        # Predictions ignores it, and over HTTP it would keep the client waiting.
+        # Predictions ignores it, and over HTTP it would keep the client waiting. Other headers
+        # would be dropped.
         ctx.set_response_header(index, "ts_stream_next", "false")
+        return
+    for name, value in reply.headers.items():
+        ctx.set_response_header(index, _OWN_NAMES.get(name, name), value)

@@ -10,7 +10,7 @@ class TorchServeSettings(Settings):
 
     metrics: Flag = setting(
         True,
-        "Emit the metrics of docs/operations.md to TorchServe, once a batch.",
+        "Emit the metrics of docs/metrics.md to TorchServe.",
     )
     fast_receive: Flag = setting(
         True,
