@@ -12,7 +12,7 @@ from typing import Any
 from ft_handler.config import RawSettings
 from ft_handler.errors import EngineLost, FtHandlerError
 from ft_handler.runtime import Ready, keep_out_of_collections, open_model
-from ft_handler.servers.torchserve import envelope, metrics, receive
+from ft_handler.servers.torchserve import envelope, metrics, oip, receive
 from ft_handler.servers.torchserve.adapter import DESCRIBE, EXPLAIN, incoming, over_grpc, purpose
 from ft_handler.servers.torchserve.settings import TorchServeSettings
 from ft_handler.stats import BatchStats
@@ -25,10 +25,16 @@ _RESPONSE_TIMEOUT = 120.0
 
 
 class Worker:
-    """One worker's model, asked batch by batch."""
+    """One worker's model, asked batch by batch.
 
-    def __init__(self, ready: Ready, settings: TorchServeSettings) -> None:
+    model  `model_name` and `model_version`, for answers that have to say them
+    """
+
+    def __init__(
+        self, ready: Ready, settings: TorchServeSettings, model: Mapping[str, str]
+    ) -> None:
         self._pipeline, self._explainer = ready.pipeline, ready.explainer
+        self._model = model
         self._metrics = settings.metrics
         self._description = Reply(200, "OK", ready.info.to_json().encode())
 
@@ -36,12 +42,15 @@ class Worker:
         """One body a request; status and content type go through `ctx`."""
         headers = [ctx.get_all_request_header(index) for index in range(len(data))]
         asked = [purpose(own) for own in headers]
+        calls = {i: oip.document_of(data[i]) for i, own in enumerate(headers) if oip.is_call(own)}
         try:
-            replies, stats = self._replies(data, headers, asked)
+            replies, stats = self._replies(data, headers, asked, calls)
         except EngineLost as error:
             # TorchServe starts a worker that ends again; one that raises would stay broken.
             logger.critical("the device is lost, this worker ends: %s", error)
             sys.exit(1)
+        for index, call in calls.items():
+            replies[index] = oip.answer(replies[index], call, self._model)
         for index, reply in enumerate(replies):
             _answer(ctx, index, reply, over_grpc(headers[index]))
         stats.undecodable = receive.undecodable.take()
@@ -54,6 +63,7 @@ class Worker:
         data: Sequence[Mapping[str, object]],
         headers: Sequence[Mapping[str, str]],
         asked: Sequence[str | None],
+        calls: Mapping[int, Mapping[str, object]],
     ) -> tuple[list[Reply], BatchStats]:
         """One reply a request; predictions are computed before explanations, which are long."""
         everyone = range(len(data))
@@ -62,7 +72,10 @@ class Worker:
         others = {i for i in everyone if asked[i] is DESCRIBE}.union(explained)
         predicted = [i for i in everyone if i not in others]
         answered, stats = self._pipeline.run(
-            [incoming(data[i], headers[i], asked[i]) for i in predicted]
+            [
+                oip.incoming(calls[i]) if i in calls else incoming(data[i], headers[i], asked[i])
+                for i in predicted
+            ]
         )
         if len(answered) == len(data):
             return answered, stats
@@ -127,7 +140,8 @@ def _load(ctx: Any) -> Worker:
         info.hidden_size,
         ready.device,
     )
-    return Worker(ready, settings)
+    names = {"model_name": str(ctx.model_name), "model_version": str(version or "")}
+    return Worker(ready, settings, names)
 
 
 def _response_timeout(model_yaml: Mapping[str, object] | None) -> float:
