@@ -1,4 +1,4 @@
-"""TorchServe's own Open Inference gRPC (`ts_open_inference_protocol`), good and bad calls at once."""
+"""TorchServe's own Open Inference gRPC (`ts_open_inference_protocol`): good and bad at once."""
 
 from __future__ import annotations
 
