@@ -18,29 +18,35 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
-def _serve() -> None:
+def parser() -> argparse.ArgumentParser:
+    """KServe's options and ours; raises EnvironmentProblem without KServe."""
     try:
-        from kserve import logging as kserve_logging
         from kserve import model_server
     except ImportError as error:
         raise EnvironmentProblem("KServe is missing: pip install 'ft-handler[kserve]'") from error
-    from ft_handler.servers.kserve.model import EncoderModel
-    from ft_handler.servers.kserve.server import serve
-
-    parser = argparse.ArgumentParser(
+    options = argparse.ArgumentParser(
         prog="python -m ft_handler.servers.kserve",
         parents=[model_server.parser],
         description="Serve a traced model by KServe's REST and gRPC protocols.",
     )
-    parser.add_argument(
+    options.add_argument(
         "--model_dir",
         type=Path,
         required=True,
         help="The folder that `ft-handler trace` wrote, or a traced file alone.",
     )
     # It writes a header of the client's into the log.
-    parser.set_defaults(enable_latency_logging=False)
-    options = parser.parse_args()
+    options.set_defaults(enable_latency_logging=False)
+    return options
+
+
+def _serve() -> None:
+    options = parser().parse_args()
+    from kserve import logging as kserve_logging
+
+    from ft_handler.servers.kserve.model import EncoderModel
+    from ft_handler.servers.kserve.server import serve
+
     if options.workers != 1:
         raise ConfigError(
             "--workers must be 1: a process holds one model and batches what comes to it; start "
