@@ -29,7 +29,7 @@ make() {
 packages=$("$python" -c 'import site; print(site.getsitepackages()[0])')
 running=()
 make clients/kserve "kserve==0.21.0" & running+=($!)
-make clients/tritonclient "tritonclient[http]==2.73.0" & running+=($!)
+make clients/tritonclient "tritonclient[http,grpc]==2.73.0" & running+=($!)
 make clients/mlserver "mlserver==1.7.1" & running+=($!)
 make clients/openai "openai==3.57.0" & running+=($!)
 make servers/ray "ray[serve]>=2.40" "$packages" & running+=($!)

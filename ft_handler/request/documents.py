@@ -40,6 +40,8 @@ _UNUSED = frozenset({"options", "padding"})
 #: Keys of an Open Inference request that hold no parameter; KServe's client repeats the model.
 _TENSOR_KEYS = frozenset({"id", "inputs", "outputs", "parameters", "model_name", "model_version"})
 
+_NO_INPUTS = "the list of inputs is empty"
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -152,6 +154,8 @@ class Decoder(Generic[InputT, ParamsT]):
             inputs = document["inputs"]
             if is_tensors(inputs):
                 return self._tensors(document, inputs, params, binary)
+            if inputs == []:  # before an `id` beside it is found to be no parameter
+                raise UnusableRequest(_NO_INPUTS)
             alone = isinstance(inputs, str) and self._task.bare is not None
             if alone and params is self._defaults:
                 params = self._listed
@@ -202,7 +206,7 @@ class Decoder(Generic[InputT, ParamsT]):
     def _inputs(self, values: Sequence[object], params: ParamsT, name: str) -> list[InputT]:
         """The inputs of a list, which messages call by `name` and place where it has one."""
         if not values:
-            raise UnusableRequest("the list of inputs is empty")
+            raise UnusableRequest(_NO_INPUTS)
         if len(values) > self._limits.inputs:
             raise RequestTooLarge(
                 f"the request has {len(values)} inputs, the limit is {self._limits.inputs}"

@@ -14,7 +14,7 @@ from ft_handler.errors import EngineLost, FtHandlerError
 from ft_handler.request import spans
 from ft_handler.request.tracing import REQUEST_ID, trace_of
 from ft_handler.runtime import Ready, keep_out_of_collections, open_model
-from ft_handler.servers.torchserve import envelope, metrics, receive
+from ft_handler.servers.torchserve import envelope, metrics, oip, receive
 from ft_handler.servers.torchserve.adapter import DESCRIBE, EXPLAIN, incoming, over_grpc, purpose
 from ft_handler.servers.torchserve.settings import TorchServeSettings
 from ft_handler.stats import BatchStats
@@ -29,11 +29,17 @@ _OWN_NAMES = {REQUEST_ID: "X-Client-Request-Id"}
 
 
 class Worker:
-    """One worker's model, asked batch by batch."""
+    """One worker's model, asked batch by batch.
 
-    def __init__(self, ready: Ready, reporter: metrics.Reporter | None) -> None:
-        """reporter  whom each batch's figures are told; None is nobody."""
+    reporter  whom each batch's figures are told; None is nobody
+    model     `model_name` and `model_version`, for answers that have to say them
+    """
+
+    def __init__(
+        self, ready: Ready, reporter: metrics.Reporter | None, model: Mapping[str, str]
+    ) -> None:
         self._pipeline, self._explainer = ready.pipeline, ready.explainer
+        self._model = model
         self._reporter = reporter
         self._description = Reply(200, "OK", ready.info.to_json().encode())
 
@@ -41,12 +47,15 @@ class Worker:
         """One body a request; status and content type go through `ctx`."""
         headers = [ctx.get_all_request_header(index) for index in range(len(data))]
         asked = [purpose(own) for own in headers]
+        calls = {i: oip.document_of(data[i]) for i, own in enumerate(headers) if oip.is_call(own)}
         try:
-            replies, stats = self._replies(data, headers, asked)
+            replies, stats = self._replies(data, headers, asked, calls)
         except EngineLost as error:
             # TorchServe starts a worker that ends again; one that raises would stay broken.
             logger.critical("the device is lost, this worker ends: %s", error)
             sys.exit(1)
+        for index, call in calls.items():
+            replies[index] = oip.answer(replies[index], call, self._model)
         for index, reply in enumerate(replies):
             _answer(ctx, index, reply, over_grpc(headers[index]))
         stats.undecodable = receive.undecodable.take()
@@ -59,6 +68,7 @@ class Worker:
         data: Sequence[Mapping[str, object]],
         headers: Sequence[Mapping[str, str]],
         asked: Sequence[str | None],
+        calls: Mapping[int, Mapping[str, object]],
     ) -> tuple[list[Reply], BatchStats]:
         """One reply a request; predictions are computed before explanations, which are long."""
         everyone = range(len(data))
@@ -67,7 +77,10 @@ class Worker:
         others = {i for i in everyone if asked[i] is DESCRIBE}.union(explained)
         predicted = [i for i in everyone if i not in others]
         answered, stats = self._pipeline.run(
-            [incoming(data[i], headers[i], asked[i]) for i in predicted],
+            [
+                oip.incoming(calls[i]) if i in calls else incoming(data[i], headers[i], asked[i])
+                for i in predicted
+            ],
             traces=[trace_of(headers[i]) for i in predicted],
         )
         if len(answered) == len(data):
@@ -144,7 +157,8 @@ def _load(ctx: Any) -> Worker:
         }
         reporter = metrics.Reporter(ctx.metrics, ctx.model_name)
         reporter.begin(limits)
-    return Worker(ready, reporter)
+    names = {"model_name": str(ctx.model_name), "model_version": str(version or "")}
+    return Worker(ready, reporter, names)
 
 
 def _response_timeout(model_yaml: Mapping[str, object] | None) -> float:
