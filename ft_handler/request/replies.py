@@ -21,13 +21,19 @@ def encoded(document: object) -> bytes:
 
 
 def encode_error(error: RequestError, headers: Mapping[str, str] = NO_HEADERS) -> Reply:
-    """The answer to a refused request: `{"code", "type", "message", "error"}`.
+    """The answer to a refused request."""
+    return problem(error.status, error.reason, error.type, str(error), headers)
+
+
+def problem(
+    status: int, reason: str, kind: str, message: str, headers: Mapping[str, str] = NO_HEADERS
+) -> Reply:
+    """An answer that says what is wrong: `{"code", "type", "message", "error"}`.
 
     `error` is the message again, where clients of KServe, Triton and Hugging Face look for it.
     """
-    message = str(error)
-    body = {"code": error.status, "type": error.type, "message": message, "error": message}
-    return Reply(error.status, error.reason, orjson.dumps(body), headers=headers, error=error.type)
+    body = {"code": status, "type": kind, "message": message, "error": message}
+    return Reply(status, reason, orjson.dumps(body), headers=headers, error=kind)
 
 
 def outcome(form: Form, items: Iterable[Item[Any]]) -> list[Prediction] | RequestError:

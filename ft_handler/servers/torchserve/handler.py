@@ -14,6 +14,8 @@ from ft_handler.errors import EngineLost, FtHandlerError
 from ft_handler.request import spans
 from ft_handler.request.tracing import REQUEST_ID, trace_of
 from ft_handler.runtime import Ready, keep_out_of_collections, open_model
+from ft_handler.servers.answers import answers
+from ft_handler.servers.folder import response_timeout
 from ft_handler.servers.torchserve import envelope, metrics, oip, receive
 from ft_handler.servers.torchserve.adapter import DESCRIBE, EXPLAIN, incoming, over_grpc, purpose
 from ft_handler.servers.torchserve.settings import TorchServeSettings
@@ -22,8 +24,6 @@ from ft_handler.types import Reply
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that TorchServe waits for a worker where the archive does not say.
-_RESPONSE_TIMEOUT = 120.0
 #: TorchServe writes an id of its own over X-Request-Id.
 _OWN_NAMES = {REQUEST_ID: "X-Client-Request-Id"}
 
@@ -70,32 +70,28 @@ class Worker:
         asked: Sequence[str | None],
         calls: Mapping[int, Mapping[str, object]],
     ) -> tuple[list[Reply], BatchStats]:
-        """One reply a request; predictions are computed before explanations, which are long."""
+        """One reply a request, whatever it is for."""
         everyone = range(len(data))
         explains = self._explainer is not None
         explained = [i for i in everyone if asked[i] is EXPLAIN and explains]
         others = {i for i in everyone if asked[i] is DESCRIBE}.union(explained)
         predicted = [i for i in everyone if i not in others]
-        answered, stats = self._pipeline.run(
+        predictions, explanations, stats = answers(
+            self._pipeline,
+            self._explainer,
             [
                 oip.incoming(calls[i]) if i in calls else incoming(data[i], headers[i], asked[i])
                 for i in predicted
             ],
-            traces=[trace_of(headers[i]) for i in predicted],
+            [incoming(data[i], headers[i]) for i in explained],
+            [trace_of(headers[i]) for i in predicted],
+            [trace_of(headers[i]) for i in explained],
         )
-        if len(answered) == len(data):
-            return answered, stats
+        if len(predictions) == len(data):
+            return predictions, stats
         replies = [self._description] * len(data)
-        for index, reply in zip(predicted, answered, strict=True):
-            replies[index] = reply
-        if self._explainer is not None and explained:
-            answered, more = self._explainer.run(
-                [incoming(data[i], headers[i]) for i in explained],
-                stats,
-                [trace_of(headers[i]) for i in explained],
-            )
-            stats.add(more)
-            for index, reply in zip(explained, answered, strict=True):
+        for places, answered in ((predicted, predictions), (explained, explanations)):
+            for index, reply in zip(places, answered, strict=True):
                 replies[index] = reply
         return replies, stats
 
@@ -134,7 +130,7 @@ def _load(ctx: Any) -> Worker:
         # Windows make more sequences than requests.
         max_sequences=2 * max(64, properties.get("batch_size") or 1),
         model_file=model.get("serializedFile"),
-        answer_within=_response_timeout(ctx.model_yaml_config),
+        answer_within=response_timeout(ctx.model_yaml_config),
         tracer=spans.tracer(),
     )
     keep_out_of_collections()
@@ -159,14 +155,6 @@ def _load(ctx: Any) -> Worker:
         reporter.begin(limits)
     names = {"model_name": str(ctx.model_name), "model_version": str(version or "")}
     return Worker(ready, reporter, names)
-
-
-def _response_timeout(model_yaml: Mapping[str, object] | None) -> float:
-    """Seconds after which TorchServe gives a worker up: the archive's, else its own default."""
-    seconds = (model_yaml or {}).get("responseTimeout")
-    if isinstance(seconds, (int, float)) and seconds > 0:
-        return float(seconds)
-    return _RESPONSE_TIMEOUT
 
 
 def _answer(ctx: Any, index: int, reply: Reply, grpc: bool) -> None:
