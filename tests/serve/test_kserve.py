@@ -244,6 +244,30 @@ def test_what_rest_alone_refuses(served: Served) -> None:
     assert requests.get(served.base + "/v2/models/cls/ready", timeout=30).ok
 
 
+def test_the_pages_commands(traced: Mapping[str, Path], tmp_path: Path) -> None:
+    """docs/kserve.md from its first command to its last, on other ports."""
+    text = (ROOT / "docs" / "kserve.md").read_text()
+    lines = ["set -euo pipefail"]
+    for language, block in re.findall(r"^```(bash|python) run\n(.*?)^```$", text, re.M | re.S):
+        lines.append(block if language == "bash" else f"python - <<'END'\n{block}END\n")
+    port = free_port(2)
+    program = "\n".join(lines).replace("8081", str(port + 1)).replace("8080", str(port))
+    program = program.replace(
+        "sentiment &", f"sentiment --http_port={port} --grpc_port={port + 1} &"
+    )
+    (tmp_path / "build" / "example").mkdir(parents=True)
+    (tmp_path / "build" / "example" / "sentiment").symlink_to(traced["sequence_classification"])
+    path = f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}"
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.run(
+            ["bash", "-c", program], cwd=tmp_path, env={**environment(), "PATH": path}, timeout=180,
+            stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout + (tmp_path / "log").read_text()
+    for part in ('{"predictions":[{"label":', '"id":"42"', '"name":"sentiment"', "('label', "):
+        assert part in done.stdout
+
+
 def test_a_process_without_its_device_ends_and_a_model_that_fails_is_not_ready() -> None:
     """A model whose pipeline is a fake, in KServe's environment."""
     script = ROOT / "tests" / "clients" / "kserve_failing_model.py"
