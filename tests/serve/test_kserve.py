@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -242,6 +245,65 @@ def test_what_rest_alone_refuses(served: Served) -> None:
     for verb in ("load", "unload"):
         assert served.post(f"/v2/repository/models/cls/{verb}", b"", None).status_code == 501
     assert requests.get(served.base + "/v2/models/cls/ready", timeout=30).ok
+
+
+def test_the_pages_commands(traced: Mapping[str, Path], tmp_path: Path) -> None:
+    """docs/kserve.md from its first command to its last, on other ports."""
+    text = (ROOT / "docs" / "kserve.md").read_text()
+    lines = ["set -euo pipefail"]
+    for language, block in re.findall(r"^```(bash|python) run\n(.*?)^```$", text, re.M | re.S):
+        lines.append(block if language == "bash" else f"python - <<'END'\n{block}END\n")
+    port = free_port(2)
+    program = "\n".join(lines).replace("8081", str(port + 1)).replace("8080", str(port))
+    program = program.replace(
+        "sentiment &", f"sentiment --http_port={port} --grpc_port={port + 1} &"
+    )
+    (tmp_path / "build" / "example").mkdir(parents=True)
+    (tmp_path / "build" / "example" / "sentiment").symlink_to(traced["sequence_classification"])
+    path = f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}"
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        shell = subprocess.Popen(
+            ["bash", "-c", program], cwd=tmp_path, env={**environment(), "PATH": path},
+            stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = shell.wait(180)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # unless its server is left
+                os.killpg(shell.pid, signal.SIGKILL)
+    said = log.read_text()
+    assert code == 0, said
+    for part in ('{"predictions":[{"label":', '"id":"42"', '"name":"sentiment"', "('label', "):
+        assert part in said
+
+
+def test_what_cannot_be_served_is_said_in_a_line(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from ft_handler.servers.kserve.__main__ import main\n"
+        "for more in (['--workers=2'], []):\n"
+        "    sys.argv = ['serve', '--model_dir=nowhere', *more]\n"
+        "    try:\n"
+        "        main()\n"
+        "    except SystemExit as end:\n"
+        "        print(end)\n"
+    )
+    done = subprocess.run(
+        [PYTHON, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    first, second = done.stdout.splitlines()
+    assert first.startswith("error: --workers must be 1")
+    assert second == "error: --model_dir: there is no nowhere"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kserve") is not None, reason="KServe is here")
+def test_without_kserve_the_extra_is_named() -> None:
+    command = [sys.executable, "-m", "ft_handler.servers.kserve", "--model_dir=nowhere"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "error: KServe is missing: pip install 'ft-handler[kserve]'\n"
 
 
 def test_a_process_without_its_device_ends_and_a_model_that_fails_is_not_ready() -> None:
