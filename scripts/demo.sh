@@ -75,5 +75,6 @@ show curl -sS "$inference/predictions/sentiment" -H 'Content-Type: application/j
     --data '{"txt": "wrong key"}'
 
 say "padding avoided"
+sleep 2 # workers report once a second
 curl -sSf "$metrics/metrics" | python scripts/padding_avoided.py
 echo

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from ft_handler.request.failures import log_failure
@@ -29,7 +30,6 @@ _NAMES = {
     "x-request-id": "request_id",
     "x-request-start": "arrived",
 }
-_LENGTHS = frozenset(map(len, _NAMES))
 _REQUEST_ID = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
@@ -48,21 +48,23 @@ def trace_of(
                 earlier and wins
     request_id  what the server calls the request, when the client gave no usable id
     """
-    found: dict[str, str] = {}
-    for name in headers:
-        # Most headers have another length, which is quicker to see.
-        if len(name) in _LENGTHS and (known := _NAMES.get(name.lower())):
-            value = headers[name]
-            if isinstance(value, str):  # TorchServe keeps other things among the headers
-                found[known] = value
-    if not found and arrived is None and request_id is None:
+    known = _known(tuple(headers))
+    if not known and arrived is None and request_id is None:
         return None
+    # TorchServe keeps other things among the headers.
+    found = {own: value for name, own in known if isinstance(value := headers[name], str)}
     return Trace(
         _request_id(found.get("request_id")) or request_id,
         _traceparent(found.get("traceparent")),
         found.get("tracestate"),
         _start(found.get("arrived")) or arrived,
     )
+
+
+@lru_cache(256)
+def _known(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Which of a request's headers count, with the name of ours; a client's are always the same."""
+    return tuple((name, _NAMES[name.lower()]) for name in names if name.lower() in _NAMES)
 
 
 def new_request_id() -> str:

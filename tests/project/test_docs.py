@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from monitoring import rules
 
 from ft_handler import __version__, tasks
 from ft_handler.cli.bench import BENCHMARKS
@@ -22,7 +23,9 @@ from ft_handler.config import ENVIRONMENT, settings_table
 from ft_handler.errors import MalformedRequest, RequestError
 from ft_handler.request.documents import Decoder, Limits
 from ft_handler.request.replies import encode_error
+from ft_handler.servers.torchserve.exporter import COUNTERS, GAUGES
 from ft_handler.servers.torchserve.metrics import METRICS
+from ft_handler.stats import STAGES, BatchStats
 from ft_handler.types import Incoming
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,8 +86,30 @@ def test_settings_script_changes_nothing() -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    table = rows(page("docs/operations.md"))
-    assert all(table[metric.name][0] == metric.kind for metric in METRICS)
+    table = rows(page("docs/metrics.md"))
+    kinds = {name: cells[0] for name, cells in table.items() if name.startswith("ft_")}
+    exported = dict.fromkeys(GAUGES, "gauge") | dict.fromkeys(COUNTERS, "counter")
+    assert kinds == {metric.name: metric.kind for metric in METRICS} | exported
+    stages = re.findall(r"`(\w+)`", table["ft_stage_seconds_total"][1])
+    assert stages == ["Stage", *STAGES]
+
+
+def test_every_alert_is_documented() -> None:
+    alerts = [rule["alert"] for rule in rules() if "alert" in rule]
+    table = rows(page("docs/metrics.md"))
+    assert [name for name in table if name.startswith("FtHandler")] == alerts
+
+
+def test_documented_headers_are_those_of_replies() -> None:
+    from ft_handler.request import tracing
+
+    text = page("docs/tracing.md")
+    for name in (tracing.REQUEST_ID, tracing.TRACEPARENT, tracing.SERVER_TIMING):
+        assert f"`{name}`" in text
+    (shown,) = re.findall(r"^Server-Timing: (.*)$", text, re.M)
+    stats = BatchStats(seconds=dict.fromkeys(STAGES, 0.001))
+    said = tracing._timing(stats)
+    assert re.findall(r"(\w+);dur", shown) == ["queue", *re.findall(r"(\w+);dur", said)]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

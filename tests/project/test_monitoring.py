@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
-from monitoring import DASHBOARD, FOLDER, dashboard_queries, metrics_in, panels, program, rules
+from monitoring import (
+    DASHBOARD,
+    FOLDER,
+    ROOT,
+    dashboard_queries,
+    metrics_in,
+    panels,
+    program,
+    rules,
+)
 
 from ft_handler.servers.torchserve.exporter import COUNTERS, GAUGES
 from ft_handler.servers.torchserve.metrics import METRICS
@@ -88,6 +100,17 @@ def test_promtool_has_nothing_against_it(arguments: tuple[str, ...]) -> None:
         [program("promtool"), *arguments], cwd=FOLDER, capture_output=True, text=True, timeout=60
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_the_page_on_metrics() -> None:
+    folder = str(Path(program("promtool")).parent)
+    ran = subprocess.run(
+        [sys.executable, "scripts/run_doc.py", "docs/metrics.md"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("SUCCESS") >= 3
 
 
 def test_every_alert_is_tested_to_fire_and_to_be_silent() -> None:
