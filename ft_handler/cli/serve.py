@@ -75,7 +75,7 @@ def serve_command(
         ),
     ] = 0,
 ) -> None:
-    """Run TorchServe in the foreground until Ctrl-C, or SIGTERM and the end of what is in flight."""
+    """Run TorchServe in the foreground until Ctrl-C, or SIGTERM and all answers in flight."""
     from ft_handler.servers.torchserve.properties import ServeOptions, default_config, sequence
 
     options = ServeOptions(

@@ -69,9 +69,12 @@ class Api:
     def request(
         self, url: str, data: bytes | None = None, method: str | None = None, timeout: float = 60
     ) -> Any:
-        """Call the inference or management API with the right key; the answer as JSON or text."""
+        """Call the inference or management API with the right key; the answer as JSON or text.
+
+        data  a JSON document, or nothing to say
+        """
         purpose = "management" if url.startswith(self.management) else "inference"
-        headers = {}
+        headers = {"Content-Type": "application/json"} if data else {}
         key = self.key(purpose)
         if key:
             headers["Authorization"] = f"Bearer {key}"

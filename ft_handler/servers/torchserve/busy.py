@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from struct import Struct
+from struct import Struct, error
 
 FOLDER = "ft_handler_busy"
 _COUNT = Struct("<q")
@@ -39,5 +39,5 @@ def count(folder: Path, pid: int) -> int:
     """Begins and ends of a worker's batches; 0 for one that has not begun or does not count."""
     try:
         return int(_COUNT.unpack((folder / str(pid)).read_bytes())[0])
-    except (OSError, ValueError):
+    except (OSError, error):
         return 0

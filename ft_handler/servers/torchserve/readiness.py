@@ -8,10 +8,9 @@ import time
 import urllib.error
 import urllib.parse
 from collections.abc import Sequence
-from typing import Any
 
 from ft_handler import tasks
-from ft_handler.errors import ModelError
+from ft_handler.errors import ModelError, RequestTooLarge, UnusableRequest
 from ft_handler.servers.torchserve.api import Api, workers_up
 from ft_handler.servers.torchserve.draining import announced
 
@@ -75,10 +74,9 @@ class Readiness:
                 url = f"{self._api.inference}/predictions/{path}"
                 self._api.request(url, sample, "POST", deadline.left())
             except urllib.error.HTTPError as error:
-                # Settings may refuse the sample, a short max_length for one: that is an answer.
-                said = _said(error)
-                if error.code >= 500 or said.get("type") == "InvalidKeyException":
-                    return f"a prediction is answered {error.code}: {said.get('message', '')}"
+                # Settings may leave the sample no room: that is an answer.
+                if error.code not in (UnusableRequest.status, RequestTooLarge.status):
+                    return f"a prediction is answered {error.code}: {_message(error)}"
         self._proven[name] = workers
         return None
 
@@ -88,7 +86,7 @@ class Readiness:
         described = self._api.request(url, timeout=deadline.left())[0]
         try:
             mode = json.loads(described["customizedMetadata"])["mode"]
-            return tasks.get(mode).sample_text().encode()
+            return json.dumps(dict(tasks.get(mode).sample)).encode()
         except (KeyError, TypeError, ValueError, ModelError):
             return None
 
@@ -106,13 +104,9 @@ class _Deadline:
         return left
 
 
-def _said(error: urllib.error.HTTPError) -> dict[str, Any]:
-    try:
-        said = json.loads(error.read())
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
 def _message(error: urllib.error.HTTPError) -> str:
-    return str(_said(error).get("message", error.reason))
+    """What an answer's body says of the error, else its reason."""
+    try:
+        return str(json.loads(error.read())["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(error.reason)
