@@ -43,7 +43,7 @@ class Command:
             time.sleep(0.1)
 
     def end(self) -> int:
-        code = self.process.wait(60)
+        code = self.process.wait(120)
         self.reader.join(10)
         assert self.process.stdout is not None
         self.process.stdout.close()

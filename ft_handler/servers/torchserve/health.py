@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import socketserver
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +48,11 @@ class Health(ThreadingHTTPServer):
         alive: Callable[[], bool],
     ) -> None:
         try:
-            super().__init__((host, port), _Probe)
+            family, _, _, _, where = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            self.address_family = family
+            super().__init__(where, _Probe)  # type: ignore[arg-type]
         except OSError as error:
             raise EnvironmentProblem(
                 f"{host}:{port} (--health-port) cannot be bound: {error.strerror}"
@@ -57,6 +62,10 @@ class Health(ThreadingHTTPServer):
         self._asking = threading.Lock()
         self._known: dict[tuple[str, ...], tuple[float, str | None]] = {}
         self.draining = False
+
+    def server_bind(self) -> None:
+        """Bind, without the question to a name server that http.server would ask."""
+        socketserver.TCPServer.server_bind(self)
 
     def start(self) -> None:
         """Begin to answer."""
