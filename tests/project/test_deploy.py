@@ -243,6 +243,15 @@ def test_only_predictions_and_metrics_are_let_in() -> None:
     assert port["targetPort"] == "http"
 
 
+def test_prometheus_is_told_of_every_port_with_metrics() -> None:
+    monitor = yaml.safe_load((DEPLOY / "kubernetes" / "podmonitor.yaml").read_text())["spec"]
+    deployment = resources()["Deployment"]["spec"]
+    assert monitor["selector"] == deployment["selector"]
+    (container,) = deployment["template"]["spec"]["containers"]
+    asked = [endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]]
+    assert asked == [port["name"] for port in container["ports"]]
+
+
 def test_the_autoscaler_asks_for_what_the_adapter_offers() -> None:
     rules = yaml.safe_load((DEPLOY / "kubernetes" / "adapter-rules.yaml").read_text())
     offered = {rule["name"]["as"] for rule in rules["rules"]["custom"]}
