@@ -111,10 +111,12 @@ def run(options: ServeOptions, timeout: float, health_port: int | None, end: End
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     server = Server(options)
     asked: list[int] = []
-    stopping = threading.Event()
+    heeded = threading.Event()
+    heeded.set()
 
     def on_signal(number: int, _frame: object) -> None:
-        if not stopping.is_set():
+        if heeded.is_set():
+            heeded.clear()  # once it stops, it stops
             asked.append(number)
             raise KeyboardInterrupt
 
@@ -162,11 +164,11 @@ def run(options: ServeOptions, timeout: float, health_port: int | None, end: End
         return code or 1
     except KeyboardInterrupt:
         if serving and asked == [signal.SIGTERM]:
-            _drain(server, health, end, console)
+            _drain(server, health, end, console, heeded)
         console.print("stopping")
         return 0
     finally:
-        stopping.set()
+        heeded.clear()
         server.stop()
         if health is not None:
             health.stop()
@@ -174,13 +176,18 @@ def run(options: ServeOptions, timeout: float, health_port: int | None, end: End
             signal.signal(number, handler)
 
 
-def _drain(server: Server, health: Health | None, end: End, console: Console) -> None:
+def _drain(
+    server: Server, health: Health | None, end: End, console: Console, heeded: threading.Event
+) -> None:
     """Let the server finish what is in flight; another signal ends the wait."""
-    console.print("draining: not ready any more; another signal stops at once")
     if health is not None:
         health.draining = True
     try:
-        if not server.drain(end.notice, end.drain):
+        heeded.set()
+        console.print("draining: not ready any more; another signal stops at once")
+        idle = server.drain(end.notice, end.drain)
+        heeded.clear()
+        if not idle and server.alive:
             console.print(
                 f"requests are still in flight {end.notice + end.drain:g} s after SIGTERM: cut off",
                 style="red",

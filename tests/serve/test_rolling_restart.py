@@ -181,11 +181,11 @@ def test_nothing_is_lost_while_instances_restart_in_turn(
     for folder in folders:
         folder.mkdir()
 
-    def start(folder: Path, port: int | None = None, drain: str = "4") -> Command:
+    def start(folder: Path, port: int | None = None, notice: str = "3") -> Command:
         chosen = free_port(6) if port is None else port
         return command(
             folder, "--model-store", str(archives_folder), "--no-token-auth", "--health-port",
-            str(chosen + 5), "--notice", "3", "--drain", drain, port=chosen,
+            str(chosen + 5), "--notice", notice, "--drain", "4", port=chosen,
         )  # fmt: skip
 
     instances = [start(folder) for folder in folders]
@@ -214,7 +214,7 @@ def test_nothing_is_lost_while_instances_restart_in_turn(
             assert instances[at].end() == 0
             for flow in traffic.values():
                 flow.goes_on()
-            instances[at] = start(folder, instances[at].port, drain="60")
+            instances[at] = start(folder, instances[at].port, notice="600")
             instances[at].wait_for("Ctrl-C stops the server")
     finally:
         for flow in traffic.values():
