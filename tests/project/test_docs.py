@@ -155,6 +155,15 @@ def test_options_in_the_documentation_exist() -> None:
                     assert option in known[command], f"{path.name}: ft-handler {command} {option}"
 
 
+@pytest.mark.parametrize("name", ["operations", "archives", "containers", "kubernetes"])
+def test_commands_of_a_guide_are_run_or_say_why_not(name: str) -> None:
+    text = page(f"docs/{name}.md")
+    shown = re.findall(r"^```bash\n", text, re.M)
+    assert len(shown) == len(re.findall(r"^<!-- not run: [^\n]+ -->\n```bash\n", text, re.M))
+    if "```bash run\n" in text:
+        assert f'"docs/{name}.md"' in page("tests/serve/test_examples.py")
+
+
 def test_make_targets_in_the_documentation_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", page("Makefile"), re.M))
     for path in PAGES:

@@ -18,6 +18,7 @@ import pytest
 import requests
 import torch
 from ports import free_port
+from serve_command import Command
 
 pytest.importorskip("ts", reason="TorchServe is not installed (pip install 'ft-handler[serve]')")
 pytest.importorskip("model_archiver", reason="torch-model-archiver is not installed")
@@ -202,3 +203,19 @@ def archives_folder(tmp_path: Path, store: Path) -> Path:
     folder.mkdir()
     shutil.copy(store / "cls.mar", folder)
     return folder
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., Command]]:
+    """`command(folder, *arguments)` starts one; whatever is left is killed at the end."""
+    started: list[Command] = []
+
+    def start(folder: Path, *arguments: str, port: int | None = None) -> Command:
+        started.append(Command(folder, *arguments, port=port))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.end()

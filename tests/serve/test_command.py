@@ -7,10 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -18,60 +16,9 @@ import pytest
 import requests
 import yaml
 from ports import free_port
+from serve_command import Command
 
 SENTENCE = "the film was great"
-
-
-class Command:
-    """A running `ft-handler serve`; its output is read all along."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.port = free_port(5)
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            [
-                sys.executable, "-m", "ft_handler", "serve", "--port", str(self.port),
-                "--grpc-port", str(self.port + 3), *arguments,
-            ],
-            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-
-    def wait_for(self, text: str, timeout: float = 120) -> None:
-        deadline = time.monotonic() + timeout
-        while not any(text in line for line in self.lines):
-            assert self.process.poll() is None, "".join(self.lines)
-            assert time.monotonic() < deadline, "".join(self.lines)
-            time.sleep(0.1)
-
-    def end(self) -> int:
-        code = self.process.wait(60)
-        self.reader.join(10)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return code
-
-
-@pytest.fixture
-def command() -> Iterator[Callable[..., Command]]:
-    """`command(folder, *arguments)` starts one; whatever is left is killed at the end."""
-    started: list[Command] = []
-
-    def start(folder: Path, *arguments: str) -> Command:
-        started.append(Command(folder, *arguments))
-        return started[-1]
-
-    yield start
-    for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-            one.end()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

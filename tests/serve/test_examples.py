@@ -15,7 +15,7 @@ import pytest
 from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-PORTS = (8080, 8081, 8082, 7070, 7071)
+PORTS = (8080, 8081, 8082, 7070, 7071, 8083)
 
 
 def run_page(page: str, folder: Path) -> str:
@@ -26,7 +26,7 @@ def run_page(page: str, folder: Path) -> str:
     def move(source: Path, target: Path) -> None:
         text = source.read_text(encoding="utf-8")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(re.sub(r"\b(8080|8081|8082|7070|7071)\b", lambda m: moved[m[0]], text))
+        target.write_text(re.sub(rf"\b({'|'.join(moved)})\b", lambda m: moved[m[0]], text))
 
     shutil.copytree(ROOT / "examples", folder / "examples")
     move(ROOT / page, folder / page)
@@ -125,6 +125,16 @@ def test_zero_shot_classification_page(tmp_path: Path) -> None:
     assert '"labels":["sports",' in text
     assert text.count('"labels":["politics","music"]') == 2
     assert '[{"label":"music","score":0.' in text
+
+
+def test_operations_page(tmp_path: Path) -> None:
+    text = run_page("docs/operations.md", tmp_path)
+    assert text.count('{"ready": true}') == 2
+    # The new version by its own path, between the changes of the default one.
+    assert re.search(r"updated for model.*\"2\.0.*updated for model.*\"1\.0", text, re.S)
+    assert '{"label":"positive","score":0.99' in text
+    assert "draining" in text
+    assert [p.name for p in (tmp_path / "model_store").iterdir()] == ["sentiment.mar"]
 
 
 def test_readme_page(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -21,13 +20,14 @@ import tempfile
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from ft_handler.errors import EnvironmentProblem
-from ft_handler.servers.torchserve import propertyfile
+from ft_handler.servers.torchserve import busy, propertyfile
+from ft_handler.servers.torchserve.api import KEY_FILE, Api
+from ft_handler.servers.torchserve.draining import announce, wait_until_idle
 from ft_handler.servers.torchserve.java import find_java, java_options
 from ft_handler.servers.torchserve.properties import (
     ADDRESSES,
@@ -40,10 +40,14 @@ from ft_handler.servers.torchserve.properties import (
     wanted_models,
 )
 
-KEY_FILE = "key_file.json"
-
 #: Lines every start prints on a machine without a GPU or on a newer Java; they mean nothing.
 NOISE = ("WARNING: sun.reflect.Reflection.getCallerClass", "nvidia-smi not available")
+
+
+def running(options: ServeOptions, key_file: Path) -> Api:
+    """A server that was started with these options; keys are sent where there are some."""
+    properties = effective_properties(options, os.environ)
+    return Api({**properties, "disable_token_authorization": "false"}, key_file)
 
 
 def _die_with_parent() -> None:
@@ -52,7 +56,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-class Server:
+class Server(Api):
     """One TorchServe, started on `start()` (or `with`) and gone with all its workers on `stop()`.
 
     `cwd` is where TorchServe writes key_file.json when token authorization is on; everything else
@@ -68,11 +72,11 @@ class Server:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._environment = dict(os.environ if environment is None else environment)
-        self.properties = effective_properties(options, self._environment)
+        self.cwd = (cwd or Path.cwd()).resolve()
+        super().__init__(effective_properties(options, self._environment), self.cwd / KEY_FILE)
         self.models = wanted_models(options, self.properties)
         # What the user wrote is checked before the machine is.
         self.java = find_java()
-        self.cwd = (cwd or Path.cwd()).resolve()
         self._output = output or sys.stdout
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -80,33 +84,6 @@ class Server:
         self._started = 0.0
         self._deaths = 0
         self._cause = ""
-
-    # addresses
-
-    @property
-    def inference(self) -> str:
-        """Base URL of the inference API."""
-        return self.properties["inference_address"]
-
-    @property
-    def management(self) -> str:
-        """Base URL of the management API."""
-        return self.properties["management_address"]
-
-    @property
-    def metrics(self) -> str:
-        """Base URL of the metrics API."""
-        return self.properties["metrics_address"]
-
-    @property
-    def token_auth(self) -> bool:
-        """Whether requests need a key."""
-        return self.properties.get("disable_token_authorization", "false").lower() != "true"
-
-    @property
-    def key_file(self) -> Path:
-        """Where TorchServe writes its keys."""
-        return self.cwd / KEY_FILE
 
     @property
     def pid(self) -> int:
@@ -117,16 +94,6 @@ class Server:
         if self._process is None:
             raise RuntimeError("the server was not started")
         return self._process
-
-    def key(self, purpose: str) -> str | None:
-        """The key for `inference`, `management` or `API`; None when none is needed (yet)."""
-        if not self.token_auth:
-            return None
-        try:
-            keys = json.loads(self.key_file.read_text(encoding="utf-8"))
-            return str(keys[purpose]["key"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
 
     # life
 
@@ -168,6 +135,7 @@ class Server:
         """Start Java; returns at once. Raises EnvironmentProblem when a port is taken."""
         self._check_ports()
         self._scratch = Path(tempfile.mkdtemp(prefix="ft_handler_"))
+        (self._scratch / busy.FOLDER).mkdir()
         config = self._scratch / "config.properties"
         config.write_text(propertyfile.dump(self.properties), encoding="ascii")
         environment = self._environment
@@ -261,6 +229,24 @@ class Server:
                 self._output.write(line)
                 self._output.flush()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the Java server runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def drain(self, notice: float, longest: float) -> bool:
+        """Answer on until nothing is in flight; whether that came to be.
+
+        notice   seconds for which requests are expected all the same, since whoever sends them has
+                 yet to learn that `ready` fails now
+        longest  seconds after those until the wait is given up
+        """
+        assert self._scratch is not None  # there is nothing to drain before the start
+        with announce(self.port_of("management_address")):
+            return wait_until_idle(
+                self, self._scratch / busy.FOLDER, notice, longest, lambda: self.alive
+            )
+
     def stop(self) -> None:
         """End the server and every worker; may be called twice."""
         process, self._process = self._process, None
@@ -292,47 +278,6 @@ class Server:
     def wait(self) -> int:
         """Block until the server ends by itself; its exit code."""
         return self._running().wait()
-
-    # state
-
-    def request(
-        self, url: str, data: bytes | None = None, method: str | None = None, timeout: float = 60
-    ) -> Any:
-        """Call the inference or management API with the right key; the answer as JSON or text."""
-        purpose = "management" if url.startswith(self.management) else "inference"
-        headers = {}
-        key = self.key(purpose)
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        call = urllib.request.Request(url, data=data, method=method, headers=headers)
-        with urllib.request.urlopen(call, timeout=timeout) as answer:
-            body = answer.read().decode()
-        try:
-            return json.loads(body)
-        except ValueError:
-            return body
-
-    def describe(self, name: str) -> dict[str, Any]:
-        """`GET /models/NAME`: the default version's description."""
-        versions = self.request(f"{self.management}/models/{name}")
-        return dict(versions[0])
-
-    def registered(self) -> list[str]:
-        """Names of all registered models."""
-        listed = self.request(f"{self.management}/models?limit=1000")
-        return [str(model["modelName"]) for model in listed["models"]]
-
-    def ready(self) -> tuple[list[str], list[str]]:
-        """Registered models whose workers are all READY, and the others."""
-        done: list[str] = []
-        waiting: list[str] = []
-        for name in self.registered():
-            model = self.describe(name)
-            workers = model.get("workers", [])
-            up = sum(worker["status"] == "READY" for worker in workers)
-            full = up == len(workers) and up >= int(model["minWorkers"])
-            (done if full else waiting).append(name)
-        return done, waiting
 
     def wait_ready(
         self,

@@ -108,6 +108,11 @@ def archive_model(archive: Path) -> tuple[str, str]:
         raise ConfigError(f"{archive} is not a model archive: {error}") from None
 
 
+def default_config() -> Path | None:
+    """config.properties of the current folder, where there is one."""
+    return path if (path := Path("config.properties")).exists() else None
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """What `ft-handler serve` was asked for; None leaves a choice to config.properties."""
