@@ -14,6 +14,7 @@ from ft_handler.cli.bench import bench_commands
 from ft_handler.cli.doctor import doctor_command
 from ft_handler.cli.handler_path import handler_path_command
 from ft_handler.cli.inspect import inspect_command
+from ft_handler.cli.playground import playground_command
 from ft_handler.cli.predict import predict_command
 from ft_handler.cli.serve import serve_command
 from ft_handler.cli.trace import trace_command
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "archive": archive_command,
     "handler-path": handler_path_command,
     "serve": serve_command,
+    "playground": playground_command,
     "predict": predict_command,
     "verify": verify_command,
     "inspect": inspect_command,
