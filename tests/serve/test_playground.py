@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 import pytest
 import stub_server
 import yaml
+from browser import browser as headless
+from browser import obstacle
 from conftest import Running
 
 from ft_handler.playground.local import Playground
@@ -22,24 +26,15 @@ from ft_handler.prepare.trace import trace
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="Debian's chromium and chromium-driver are not installed"
-)
+OBSTACLE = obstacle()
+pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
 
 ROOT = Path(__file__).resolve().parents[2]
 AXE = ROOT / "build/axe/axe.min.js"
-FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--disable-dev-shm-usage", "--window-size=1280,900",
-)  # fmt: skip
-
 QUESTION = "who built the old bridge"
 #: Characters of two UTF-16 units and of two code points, before and behind what may be an answer.
 CONTEXT = (
@@ -96,14 +91,8 @@ class Page:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
-    yield driver
-    driver.quit()
+    with headless(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +160,7 @@ def test_classify(page: Page, stub: stub_server.Stub) -> None:
     assert said == f"{answer[0]['label']}, {100 * answer[0]['score']:.1f} %"
     # The tiny model reads a token a word, and allows 128.
     page.wait(lambda: page["tokens"].text.startswith("6"))
-    assert page["padding"].text.startswith("95 %\n122 tokens")
+    assert page["padding"].text.startswith("95 %\n122 more tokens")
     assert re.fullmatch(r"[\d.]+ ms\nqueue 1\.3 ms, tokenize 0\.4 ms, compute 33 ms",
                         page["time"].text)  # fmt: skip
     page.fill("cls-pair", "a sad story")
@@ -423,9 +412,6 @@ def test_the_command(running: Running, browser: Any, serve_page: Callable[..., s
 @pytest.fixture
 def serve_page(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """`serve_page(*options)` starts `ft-handler playground`, until the test ends; its URL."""
-    import subprocess
-    import sys
-
     with ExitStack() as stack:
 
         def start(*options: str) -> str:

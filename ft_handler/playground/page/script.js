@@ -333,7 +333,7 @@ function showCounts(counts) {
   const all = tokens + padded;
   $("tokens").replaceChildren(tokens.toLocaleString("en"), make("small", {}, "computed"));
   $("padding").replaceChildren(all ? `${Math.round((100 * padded) / all)} %` : "–",
-    make("small", {}, `${padded.toLocaleString("en")} tokens, had texts been padded to the longest allowed`));
+    make("small", {}, `${padded.toLocaleString("en")} more tokens, had each sequence been padded to the longest length allowed`));
 }
 
 let latest = 0;
