@@ -23,6 +23,7 @@ unset PYTHONPATH
 
 step "lint, format, types" scripts/check.sh
 step "other servers and their clients" scripts/environments.sh
+step "browser" scripts/browser.sh
 step "tests" pytest "$@"
 step "address sanitizer" scripts/asan.sh
 step "source distribution, wheel" scripts/check_wheel.sh
