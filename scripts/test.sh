@@ -24,6 +24,7 @@ unset PYTHONPATH
 step "lint, format, types" scripts/check.sh
 step "other servers and their clients" scripts/environments.sh
 step "Prometheus" scripts/prometheus.sh
+step "browser" scripts/browser.sh
 step "tests" pytest "$@"
 step "address sanitizer" scripts/asan.sh
 step "source distribution, wheel" scripts/check_wheel.sh

@@ -24,11 +24,20 @@ def inspect_command(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object; sizes are in bytes.")
     ] = False,
+    digest: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sha256:HEX", help="Fail unless the file has this digest; nothing else is read."
+        ),
+    ] = None,
 ) -> None:
-    """Say what a traced file, a traced folder or a .mar is, without loading or running it."""
+    """Say what a traced file, a traced folder or a .mar is, and what a server would run of it.
+
+    Nothing of it is loaded or run.
+    """
     from ft_handler.servers.torchserve.inspection import inspect
 
-    found = inspect(path)
+    found = inspect(path, digest)
     if as_json:
         # YAML knows types that JSON does not, such as dates.
         typer.echo(json.dumps(found.document(), indent=1, default=str))
@@ -48,12 +57,17 @@ def _show(found: Inspection) -> None:
         # Names in a file are anybody's: no markup, nothing a terminal would obey.
         printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
         table.add_row(Text(name), Text(printable))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=1 << 16)  # a program reads it: lines stay whole
+    console.print(table)
 
 
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     yield found.kind, str(found.path)
     yield "size", _size(found.size)
+    if found.digest is not None:
+        yield "digest", found.digest
     traced = found.traced
     if found.kind != "traced file":
         yield "model", f"{traced.name} ({_size(traced.size)})"
@@ -66,6 +80,11 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield from _section("settings", found.settings)
     for name, size in found.files.items():
         yield "file", f"{name} ({_size(size)})"
+    if found.handler is not None:
+        yield "runs", f"{found.handler}: the handler"
+    for one in found.code:
+        yield "runs", f"{one.name}: {one.runs}"
+        yield "", one.digest
 
 
 def _section(title: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from ft_handler.cli.bench import bench_commands
 from ft_handler.cli.doctor import doctor_command
 from ft_handler.cli.handler_path import handler_path_command
 from ft_handler.cli.inspect import inspect_command
+from ft_handler.cli.playground import playground_command
 from ft_handler.cli.predict import predict_command
 from ft_handler.cli.ready import ready_command
 from ft_handler.cli.serve import serve_command
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "handler-path": handler_path_command,
     "serve": serve_command,
     "ready": ready_command,
+    "playground": playground_command,
     "predict": predict_command,
     "verify": verify_command,
     "inspect": inspect_command,

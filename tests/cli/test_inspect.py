@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import zipfile
@@ -69,6 +70,10 @@ def archive(path: Path, compression: int = zipfile.ZIP_STORED, **changes: str | 
     return path
 
 
+def sha256(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
 def shown(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     with pytest.raises(SystemExit) as end:
         main(["inspect", str(path), *options])
@@ -107,6 +112,15 @@ def test_a_traced_file(
         "files": {},
         "settings": None,
         "manifest": None,
+        "digest": sha256(path.read_bytes()),
+        "handler": None,
+        "code": [
+            {
+                "name": "model.pt",
+                "runs": "loaded by torch: a program, and pickles",
+                "digest": sha256(path.read_bytes()),
+            }
+        ],
     }
 
 
@@ -220,3 +234,59 @@ def test_a_broken_archive_is_said(
 ) -> None:
     with pytest.raises(error, match=words):
         inspect(archive(tmp_path / "a.mar", **changes))
+
+
+def test_what_an_archive_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.mar"
+    files: dict[str, str | bytes] = {
+        MANIFEST: manifest(handler="own.py", requirementsFile="needs.txt"),
+        "traced_model.pt": traced_file(),
+        "model-config.yaml": SETTINGS,
+        "own.py": "raise SystemExit('run')",
+        "folder/other.py": "",
+        "libx.so": b"\x7fELF",
+        "needs.txt": "a-package",
+        "notes.txt": "nothing",
+    }
+    path.write_bytes(packed(files))
+    document = as_json(path, capsys)
+    assert document["handler"] == "own.py"
+    assert document["digest"] == sha256(path.read_bytes())
+    assert {one["name"] for one in document["code"]} == {
+        "traced_model.pt", "own.py", "folder/other.py", "libx.so", "needs.txt"
+    }  # fmt: skip
+    for one in document["code"]:
+        content = files[one["name"]]
+        assert one["digest"] == sha256(content.encode() if isinstance(content, str) else content)
+    text = shown(path, capsys)
+    assert "own.py: the handler" in text
+    assert "needs.txt: packages, installed if install_py_dep_per_model is true" in text
+    # A folder says what it holds, and has no digest of its own.
+    (tmp_path / "model-config.yaml").write_text(SETTINGS)
+    (tmp_path / "traced_model.pt").write_bytes(traced_file())
+    document = as_json(tmp_path, capsys)
+    assert document["digest"] is None
+    assert {one["name"] for one in document["code"]} == {"traced_model.pt"}
+
+
+def test_a_digest_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = archive(tmp_path / "a.mar")
+    right = sha256(path.read_bytes())
+    assert right in shown(path, capsys, "--digest", right.upper().replace("SHA256", "sha256"))
+    for digest, words in (
+        (sha256(b"another"), f"the digest is {right}, not {sha256(b'another')}"),
+        (right[:-1], "a digest is sha256: and 64 hexadecimal digits"),
+        (right.removeprefix("sha256:"), "a digest is sha256:"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["inspect", str(path), "--digest", digest])
+        assert end.value.code == 1
+        said = capsys.readouterr()
+        assert words in said.err
+        assert not said.out
+    with pytest.raises(ModelError, match="a folder has no digest"):
+        inspect(tmp_path, right)
+    # Checked first: what has another digest is not even opened as an archive.
+    path.write_text("not an archive")
+    with pytest.raises(ModelError, match="the digest is"):
+        inspect(path, right)

@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "prepare tuning",
         "runtime",
         "servers",
-        "predictor entry doctor verify",
+        "predictor entry doctor verify playground",
         "cli",
         "__main__",
     )

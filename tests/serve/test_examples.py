@@ -8,18 +8,24 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 from ports import free_port
 
+from ft_handler.servers.torchserve.archive import archive
+
 ROOT = Path(__file__).resolve().parents[2]
 PORTS = (8080, 8081, 8082, 7070, 7071, 8083)
 
 
-def run_page(page: str, folder: Path) -> str:
-    """Run a page's commands in a copy of what they use, on free ports; everything it printed."""
+def run_page(page: str, folder: Path, archives: Sequence[Path] = ()) -> str:
+    """Run a page's commands in a copy of what they use, on free ports; everything it printed.
+
+    archives  what its model store holds beforehand
+    """
     first = free_port(len(PORTS))
     moved = {str(old): str(first + i) for i, old in enumerate(PORTS)}
 
@@ -32,6 +38,8 @@ def run_page(page: str, folder: Path) -> str:
     move(ROOT / page, folder / page)
     move(ROOT / "config.properties", folder / "config.properties")
     (folder / "model_store").mkdir()
+    for made in archives:
+        shutil.copy(made, folder / "model_store")
     (folder / "tmp").mkdir()
     log = folder / "page.log"
     with log.open("w") as output:
@@ -135,6 +143,19 @@ def test_operations_page(tmp_path: Path) -> None:
     assert '{"label":"positive","score":0.99' in text
     assert "draining" in text
     assert [p.name for p in (tmp_path / "model_store").iterdir()] == ["sentiment.mar"]
+
+
+def test_security_page(traced: Mapping[str, Path], tmp_path: Path) -> None:
+    """A renewed key is taken and the old one refused; an archive's digest is checked."""
+    folder = traced["sequence_classification"]
+    made = archive(folder, model_name="sentiment", export_path=tmp_path)
+    text = run_page("docs/security.md", tmp_path / "page", [made])
+    # What a loop prints of itself comes between.
+    assert re.findall(r"^(\d{3})$", text, re.M) == ["200", "400", "200"]
+    assert re.search(r'"digest": "sha256:[0-9a-f]{64}"', text)
+    described = (tmp_path / "page/described.txt").read_text()
+    assert "ft_handler.entry:handle: the handler" in described
+    assert "libpyt_fastertransformer.so: loaded as a library" in described
 
 
 def test_readme_page(tmp_path: Path) -> None:

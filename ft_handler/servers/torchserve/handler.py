@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Worker:
         self._pipeline, self._explainer = ready.pipeline, ready.explainer
         self._model = model
         self._reporter = reporter
-        self._description = Reply(200, "OK", ready.info.to_json().encode())
+        served = replace(ready.info, mode=ready.task.name)  # settings may choose another task
+        self._description = Reply(200, "OK", served.to_json().encode())
 
     def handle(self, data: Sequence[Mapping[str, object]], ctx: Any) -> list[bytes]:
         """One body a request; status and content type go through `ctx`."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -28,8 +30,26 @@ class TracedFile:
 
 
 @dataclass(frozen=True)
+class Code:
+    """A file whose content is run by a server that loads it.
+
+    runs    when: what reads it as a program
+    digest  SHA-256 of its content, as `sha256:HEX`
+    """
+
+    name: str
+    runs: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class Inspection:
-    """What is at a path: the traced file and, around it, files with their bytes and settings."""
+    """What is at a path: the traced file and, around it, files with their bytes and settings.
+
+    digest   SHA-256 of the file at the path, as `sha256:HEX`; None of a folder
+    handler  what an archive names for TorchServe to run, a file in it or a module's function
+    code     what a server that loads it runs
+    """
 
     kind: Literal["traced file", "traced folder", "archive"]
     path: Path
@@ -38,6 +58,9 @@ class Inspection:
     files: Mapping[str, int]
     settings: Mapping[str, Any] | None
     manifest: Mapping[str, Any] | None
+    digest: str | None
+    handler: str | None
+    code: tuple[Code, ...]
 
     def document(self) -> dict[str, object]:
         """The same as JSON values; sizes are in bytes."""
@@ -54,15 +77,36 @@ class Inspection:
             "files": dict(self.files),
             "settings": self.settings,
             "manifest": self.manifest,
+            "digest": self.digest,
+            "handler": self.handler,
+            "code": [asdict(one) for one in self.code],
         }
 
 
-def inspect(path: Path) -> Inspection:
+#: How a file's name ends -> what runs it.
+_RUN = {
+    ".py": "imported, if the handler or another file asks for it",
+    ".so": "loaded as a library: machine code",
+    ".pt": "loaded by torch: a program, and pickles",
+    ".pth": "loaded by torch, if a handler asks for it: pickles",
+    ".bin": "loaded by torch, if a handler asks for it: pickles",
+    ".pkl": "unpickled, if a handler asks for it",
+    ".sh": "a shell script, run if a handler asks for it",
+    ".whl": "a Python package, installed where requirements name it",
+}
+_REQUIREMENTS = "packages, installed if install_py_dep_per_model is true: their code runs"
+
+
+def inspect(path: Path, digest: str | None = None) -> Inspection:
     """Read what a traced file, a traced folder or a .mar says of itself.
 
-    Nothing of it is loaded or executed. Raises ModelError when it is none of them, and ConfigError
-    when its settings cannot be read.
+    digest  `sha256:HEX` that the file must have; it is checked before anything is read
+
+    Nothing of it is loaded or executed. Raises ModelError when it is none of them or has another
+    digest, and ConfigError when its settings cannot be read.
     """
+    if digest is not None:
+        check_digest(path, digest)
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
@@ -77,7 +121,47 @@ def inspect(path: Path) -> Inspection:
         ) from error
     with path.open("rb") as file:
         traced = _traced(file, path.name, path.stat().st_size, str(path))
-    return Inspection("traced file", path, traced.size, traced, {}, None, None)
+    found = _digest_of(path)
+    code = (Code(path.name, _RUN[".pt"], found),)
+    return Inspection("traced file", path, traced.size, traced, {}, None, None, found, None, code)
+
+
+def check_digest(path: Path, digest: str) -> None:
+    """Raises ModelError unless a file has this SHA-256, given as `sha256:HEX`."""
+    if not re.fullmatch(r"sha256:[0-9a-fA-F]{64}", digest):
+        raise ModelError("a digest is sha256: and 64 hexadecimal digits")
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; a folder has no digest")
+    found = _digest_of(path)
+    if found != digest.lower():
+        raise ModelError(f"{path}: the digest is {found}, not {digest.lower()}")
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return _digest(file)
+
+
+def _digest(file: IO[bytes]) -> str:
+    found = hashlib.sha256()
+    while part := file.read(1 << 20):
+        found.update(part)
+    return f"sha256:{found.hexdigest()}"
+
+
+def _code(
+    names: Iterable[str], opened: Callable[[str], IO[bytes]], requirements: str | None = None
+) -> tuple[Code, ...]:
+    """Those of the files that a server runs, in their order."""
+    found = []
+    for name in names:
+        runs = _RUN.get(Path(name).suffix)
+        if name == requirements:
+            runs = _REQUIREMENTS
+        if runs is not None:
+            with opened(name) as file:
+                found.append(Code(name, runs, _digest(file)))
+    return tuple(found)
 
 
 def _traced(file: IO[bytes], name: str, size: int, origin: str) -> TracedFile:
@@ -106,8 +190,10 @@ def _folder(path: Path) -> Inspection:
     with (path / name).open("rb") as file:
         traced = _traced(file, name, files[name], str(path / name))
     return Inspection(
-        "traced folder", path, sum(files.values()), traced, files, settings, manifest=None
-    )
+        "traced folder", path, sum(files.values()), traced, files, settings,
+        manifest=None, digest=None, handler=None,
+        code=_code(files, lambda name: (path / name).open("rb")),
+    )  # fmt: skip
 
 
 def _archive(path: Path, opened: zipfile.ZipFile) -> Inspection:
@@ -130,7 +216,11 @@ def _archive(path: Path, opened: zipfile.ZipFile) -> Inspection:
             raise ModelError(f"{path}: {settings_name} names {name}, which is not in the archive")
     with opened.open(name) as file:
         traced = _traced(file, name, files[name], f"{path}: {name}")
-    return Inspection("archive", path, path.stat().st_size, traced, files, settings, manifest)
+    handler, requirements = model.get("handler"), model.get("requirementsFile")
+    return Inspection(
+        "archive", path, path.stat().st_size, traced, files, settings, manifest, _digest_of(path),
+        None if handler is None else str(handler), _code(files, opened.open, requirements),
+    )  # fmt: skip
 
 
 def _model_file(settings: Mapping[str, Any], unset: str = TRACED_FILE) -> str:

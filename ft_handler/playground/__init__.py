@@ -1,0 +1,1 @@
+"""A page to look at: a small local server that shows it and passes its requests on."""
