@@ -41,7 +41,7 @@ def playground_command(
     """Show a page, on this machine alone, that asks a running server, until Ctrl-C."""
     from ft_handler.playground.local import Playground
     from ft_handler.playground.upstream import configured, named
-    from ft_handler.servers.torchserve.process import KEY_FILE
+    from ft_handler.servers.torchserve.api import KEY_FILE
 
     if config is None and Path("config.properties").exists():
         config = Path("config.properties")
