@@ -23,9 +23,8 @@
 
 #include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/gemm_elements.cuh"
+#include "kernels/cuda/gemm_ring_sm90.cuh"
 #include "kernels/cuda/gemm_sm90_variants.h"
-#include "kernels/cuda/gemm_wgmma.cuh"
-#include "kernels/cuda/ptx_sm90.cuh"
 
 namespace ft::cuda::sm90 {
 
@@ -43,19 +42,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr bool kNorm = Config::kNorm, kTogether = Config::kTogether;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
-  const auto full = [&](int s) { return base + Config::kBarriersAt + 8 * s; };
-  const auto empty = [&](int s) { return base + Config::kBarriersAt + 8 * (kStages + s); };
+  const Ring<kStages, Config::kStageBytes> ring{base, base + Config::kBarriersAt};
   const int rank = kCluster == 1 ? 0 : static_cast<int>(cluster_rank());
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
   const int warpgroup = threadIdx.x / 128;
 
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      barrier_init(full(s), 1);
-      barrier_init(empty(s), kCluster * (kTogether ? 2 : 1));  // warpgroups that read it
-    }
-    for (int b = 2 * kStages; b < Config::kBarriers; ++b) barrier_init(full(b), 1);
-    barrier_init_fence();
+    // Warpgroups that read a stage free it.
+    ring.init(kCluster * (kTogether ? 2 : 1), Config::kBarriers - 2 * kStages);
     prefetch_map(&input_map);
     prefetch_map(&weight_map);
     prefetch_map(&output_map);
@@ -78,51 +72,28 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (threadIdx.x == 0) {
       constexpr uint16_t kEveryone = (1u << kCluster) - 1;
       const auto load_weight = [&](int tile, int block, int stage) {
-        const uint32_t to = base + stage * Config::kStageBytes + Config::kInputBytes;
+        const uint32_t to = ring.stage(stage) + Config::kInputBytes;
         if constexpr (kNorm || kCluster == 1) {
-          load_box(to, &weight_map, block * 64, column_of(tile), full(stage));
+          load_box(to, &weight_map, block * 64, column_of(tile), ring.full(stage));
         } else {
           load_box_multicast(to + rank * (Config::kWeightBytes / kCluster), &weight_map, block * 64,
-                             column_of(tile) + rank * (kN / kCluster), full(stage), kEveryone);
+                             column_of(tile) + rank * (kN / kCluster), ring.full(stage), kEveryone);
         }
       };
       const auto load_input = [&](int tile, int block, int stage) {
-        const uint32_t to = base + stage * Config::kStageBytes;
+        const uint32_t to = ring.stage(stage);
         if constexpr (kNorm) {
           if (rank < Config::kSharers)
             load_box_multicast(to + rank * (Config::kInputBytes / Config::kSharers), &input_map,
                                block * 64, row_of(tile) + rank * (kM / Config::kSharers),
-                               full(stage), kEveryone);
+                               ring.full(stage), kEveryone);
         } else {
-          load_box(to, &input_map, block * 64, row_of(tile), full(stage));
+          load_box(to, &input_map, block * 64, row_of(tile), ring.full(stage));
         }
       };
-      // Weights need no predecessor: fetch the first ring of them before waiting.
-      const int early = cluster < p.cluster_tiles ? min(kStages, p.k_blocks) : 0;
-      for (int block = 0; block < early; ++block) {
-        barrier_expect(full(block), Config::kStageBytes);
-        load_weight(cluster, block, block);
-      }
-      wait_for_predecessors();
-      int stage = 0;
-      uint32_t phase = 0;
-      int ahead = early;
-      for (int tile = cluster; tile < p.cluster_tiles; tile += clusters) {
-        for (int block = 0; block < p.k_blocks; ++block) {
-          if (ahead > 0) {
-            --ahead;
-          } else {
-            barrier_wait(empty(stage), phase ^ 1);
-            barrier_expect(full(stage), Config::kStageBytes);
-            load_weight(tile, block, stage);
-          }
-          load_input(tile, block, stage);
-          if (++stage == kStages) {
-            stage = 0;
-            phase ^= 1;
-          }
-        }
-      }
+      const Pieces tiles{cluster, p.cluster_tiles, clusters, [](int) { return 0; },
+                         [&](int) { return p.k_blocks; }};
+      produce(ring, tiles, load_weight, load_input);
     }
   } else {
     take_registers<240>();
@@ -131,9 +102,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const bool leader = thread == 0;
     const uint32_t staging = base + Config::kStagingAt + consumer * kBuffers * Config::kChunkBytes;
-    const auto filled = [&](int buffer) {
-      return full(2 * kStages + consumer * kBuffers + buffer);
-    };
+    const auto filled = [&](int buffer) { return ring.further(consumer * kBuffers + buffer); };
     // Where this lane's row of a stmatrix or ldmatrix of 16 x 16 elements lies in a chunk.
     const int matrix_row = warp * 16 + (lane & 15);
     const auto matrix_at = [&](int buffer, int part, int pair) {
@@ -176,46 +145,21 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
 
       // ---- the product ----
-      int stage = position % kStages;
-      uint32_t phase = position / kStages & 1;
-      int previous = 0;
+      Place<kStages> place{static_cast<int>(position % kStages), position / kStages & 1};
       const auto release = [&](int s) {
         if (thread < kCluster) {
-          barrier_arrive_remote(in_block(empty(s), thread));
+          barrier_arrive_remote(in_block(ring.empty(s), thread));
         }
       };
       if constexpr (!kTogether) named_barrier(my_turn, 256);
-      for (int block = 0; block < p.k_blocks; ++block) {
-        barrier_wait(full(stage), phase);
-        const uint64_t a = operand(base + stage * Config::kStageBytes +
-                                   (kTogether ? consumer * Config::kChunkBytes : 0));
-        const uint64_t b = operand(base + stage * Config::kStageBytes + Config::kInputBytes);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < 4; ++step)
-#pragma unroll
-          for (int part = 0; part < kParts; ++part)
-            Wgmma<kN, T>::run(acc[part], a + part * 512 + step * 2, b + step * 2, block | step);
-        wgmma_commit();
-        if (block > 0) {
-          wgmma_wait<1>();
-          release(previous);
-        }
-        previous = stage;
-        if (++stage == kStages) {
-          stage = 0;
-          phase ^= 1;
-        }
-      }
+      const int last = multiply<kN, T>(
+          acc, ring, place, p.k_blocks,
+          [&](int s) { return ring.stage(s) + (kTogether ? consumer * Config::kChunkBytes : 0); },
+          [&](int s) { return ring.stage(s) + Config::kInputBytes; }, release);
       if constexpr (!kTogether) named_barrier_arrive(other_turn, 256);
-      wgmma_wait<0>();
-      release(previous);
+      finish(acc);
+      release(last);
       position += p.k_blocks;
-      // The compiler does not know that the products end here: no use of acc may move above.
-#pragma unroll
-      for (int part = 0; part < kParts; ++part)
-#pragma unroll
-        for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+f"(acc[part][i])::"memory");
 
       // ---- the epilogue ----
       const uint32_t vectors_at = base + Config::kVectorsAt + consumer * Config::kVectors * kN * 2;
@@ -350,7 +294,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const int set = own & 1;  // a block may be one tile ahead of its peers, never two
         const uint32_t stats =
             base + Config::kStatsAt + (consumer * 2 + set) * kCluster * kRows * 8;
-        const uint32_t arrived = full(2 * kStages + 2 * kBuffers + consumer * 2 + set);
+        const uint32_t arrived = ring.further(2 * kBuffers + consumer * 2 + set);
         if (leader) barrier_expect(arrived, kCluster * kRows * 8);
 #pragma unroll
         for (int peer = lane & 3; peer < kCluster; peer += 4) {

@@ -8,9 +8,8 @@
 
 #include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/gemm_elements.cuh"
+#include "kernels/cuda/gemm_ring_sm90.cuh"
 #include "kernels/cuda/gemm_sm90_variants.h"
-#include "kernels/cuda/gemm_wgmma.cuh"
-#include "kernels/cuda/ptx_sm90.cuh"
 
 namespace ft::cuda::sm90 {
 namespace {
@@ -25,24 +24,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kColumns = Config::kBoxColumns, kOwn = kColumns / 2;  // sums a thread keeps
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
-  const auto full = [&](int s) { return base + Config::kBarriersAt + 8 * s; };
-  const auto empty = [&](int s) { return full(kStages + s); };
-  const auto filled = [&](int consumer) { return full(2 * kStages + consumer); };
-  const auto arrived = [&](int consumer) { return full(2 * kStages + 2 + consumer); };
+  const Ring<kStages, Config::kStageBytes> ring{base, base + Config::kBarriersAt};
+  const auto filled = [&](int consumer) { return ring.further(consumer); };
+  const auto arrived = [&](int consumer) { return ring.further(2 + consumer); };
   const int rank = static_cast<int>(cluster_rank());
   const int warpgroup = threadIdx.x / 128;
 
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      barrier_init(full(s), 1);
-      barrier_init(empty(s), 2);
-    }
-    for (int consumer = 0; consumer < 2; ++consumer) {
-      barrier_init(filled(consumer), 1);
-      barrier_init(arrived(consumer), 1);
+    ring.init(2, Config::kBarriers - 2 * kStages);
+    for (int consumer = 0; consumer < 2; ++consumer)
       barrier_expect(arrived(consumer), (kSplits - 1) * Config::kPartBytes);
-    }
-    barrier_init_fence();
     prefetch_map(&input_map);
     prefetch_map(&weight_map);
     prefetch_map(&output_map);
@@ -57,28 +48,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warpgroup == 0) {
     give_registers<24>();
     if (threadIdx.x == 0) {
-      const auto load_weight = [&](int block, int stage) {
-        barrier_expect(full(stage), Config::kStageBytes);
-        load_box(base + stage * Config::kStageBytes + Config::kInputBytes, &weight_map, block * 64,
-                 column, full(stage));
-      };
-      // Weights need no predecessor: fetch the first ring of them before waiting.
-      const int early = min(begin + kStages, end);
-      for (int block = begin; block < early; ++block) load_weight(block, block - begin);
-      wait_for_predecessors();
-      int stage = 0;
-      uint32_t phase = 0;
-      for (int block = begin; block < end; ++block) {
-        if (block >= early) {
-          barrier_wait(empty(stage), phase ^ 1);
-          load_weight(block, stage);
-        }
-        load_box(base + stage * Config::kStageBytes, &input_map, block * 64, row, full(stage));
-        if (++stage == kStages) {
-          stage = 0;
-          phase ^= 1;
-        }
-      }
+      const Pieces part{0, 1, 1, [&](int) { return begin; }, [&](int) { return end; }};
+      produce(
+          ring, part,
+          [&](int, int block, int stage) {
+            load_box(ring.stage(stage) + Config::kInputBytes, &weight_map, block * 64, column,
+                     ring.full(stage));
+          },
+          [&](int, int block, int stage) {
+            load_box(ring.stage(stage), &input_map, block * 64, row, ring.full(stage));
+          });
     }
   } else {
     take_registers<240>();
@@ -105,32 +84,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
 
     // ---- the product ----
-    float acc[Config::kN / 2];
-    int stage = 0, previous = 0;
-    uint32_t phase = 0;
-    for (int block = begin; block < end; ++block) {
-      barrier_wait(full(stage), phase);
-      const uint64_t a = operand(base + stage * Config::kStageBytes + consumer * 64 * 128);
-      const uint64_t b = operand(base + stage * Config::kStageBytes + Config::kInputBytes);
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 4; ++step)
-        Wgmma<Config::kN, T>::run(acc, a + step * 2, b + step * 2, (block - begin) | step);
-      wgmma_commit();
-      if (block > begin) {
-        wgmma_wait<1>();
-        if (leader) barrier_arrive(empty(previous));
-      }
-      previous = stage;
-      if (++stage == kStages) {
-        stage = 0;
-        phase ^= 1;
-      }
-    }
-    wgmma_wait<0>();
-    // The compiler does not know that the products end here: no use of acc may move above.
-#pragma unroll
-    for (int i = 0; i < Config::kN / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+    float acc[1][Config::kN / 2];
+    Place<kStages> place;
+    multiply<Config::kN, T>(
+        acc, ring, place, end - begin, [&](int s) { return ring.stage(s) + consumer * 64 * 128; },
+        [&](int s) { return ring.stage(s) + Config::kInputBytes; },
+        [&](int s) {
+          if (leader) barrier_arrive(ring.empty(s));
+        });
+    finish(acc);
 
     // ---- the exchange ----
     // By twos: part step - 1 of the receive area is for the block whose rank differs in the binary
@@ -146,7 +108,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int r = 0; r < kSplits; ++r) {
       if (r != rank) continue;  // every register's place is known when compiling
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) sum[i] = acc[r * kOwn + i];
+      for (int i = 0; i < kOwn; ++i) sum[i] = acc[0][r * kOwn + i];
 #pragma unroll
       for (int step = 1; step < kSplits; ++step) {
         const int peer = r ^ step;
@@ -154,7 +116,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                        there_arrived = in_block(arrived(consumer), peer);
 #pragma unroll
         for (int quad = 0; quad < kOwn / 4; ++quad) {
-          const float* x = &acc[peer * kOwn + quad * 4];
+          const float* x = &acc[0][peer * kOwn + quad * 4];
           store_remote(there + quad_at(step, quad), there_arrived, {x[0], x[1], x[2], x[3]});
         }
       }

@@ -18,9 +18,8 @@
 
 #include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/gemm_elements.cuh"
+#include "kernels/cuda/gemm_ring_sm90.cuh"
 #include "kernels/cuda/gemm_sm90_variants.h"
-#include "kernels/cuda/gemm_wgmma.cuh"
-#include "kernels/cuda/ptx_sm90.cuh"
 
 namespace ft::cuda::sm90 {
 
@@ -88,19 +87,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kStages = Config::kStages, kChunk = Config::kChunk;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
-  const auto full = [&](int s) { return base + Config::kBarriersAt + 8 * s; };
-  const auto empty = [&](int s) { return base + Config::kBarriersAt + 8 * (kStages + s); };
+  const Ring<kStages, Config::kStageBytes> ring{base, base + Config::kBarriersAt};
   const int rank = kNorm ? static_cast<int>(cluster_rank()) : 0;
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
   const int warpgroup = threadIdx.x / 128;
 
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      barrier_init(full(s), 1);
-      barrier_init(empty(s), 2);
-    }
-    for (int b = 2 * kStages; b < Config::kBarriers; ++b) barrier_init(full(b), 1);
-    barrier_init_fence();
+    ring.init(2, Config::kBarriers - 2 * kStages);
     prefetch_map(&input_map);
     prefetch_map(&weight_map);
     prefetch_map(&output_map);
@@ -125,38 +118,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warpgroup == 0) {
     give_registers<24>();
     if (threadIdx.x == 0) {
-      const auto load_weight = [&](int item, int block, int stage) {
-        load_box(base + stage * Config::kStageBytes, &weight_map, block * 64, feature_of(item),
-                 full(stage));
-      };
-      // Weights need no predecessor: fetch the first ring of them before waiting.
-      const int early = min(kStages, end_block(cluster) - first_block(cluster));
-      for (int s = 0; s < early; ++s) {
-        barrier_expect(full(s), Config::kStageBytes);
-        load_weight(cluster, first_block(cluster) + s, s);
-      }
-      wait_for_predecessors();
-      int stage = 0;
-      uint32_t phase = 0;
-      int ahead = early;
-      for (int item = cluster; item < p.items; item += clusters) {
-        const int end = end_block(item);
-        for (int block = first_block(item); block < end; ++block) {
-          if (ahead > 0) {
-            --ahead;
-          } else {
-            barrier_wait(empty(stage), phase ^ 1);
-            barrier_expect(full(stage), Config::kStageBytes);
-            load_weight(item, block, stage);
-          }
-          load_box(base + stage * Config::kStageBytes + Config::kWeightBytes, &input_map,
-                   block * 64, token_of(item), full(stage));
-          if (++stage == kStages) {
-            stage = 0;
-            phase ^= 1;
-          }
-        }
-      }
+      const Pieces items{cluster, p.items, clusters, first_block, end_block};
+      produce(
+          ring, items,
+          [&](int item, int block, int stage) {
+            load_box(ring.stage(stage), &weight_map, block * 64, feature_of(item),
+                     ring.full(stage));
+          },
+          [&](int item, int block, int stage) {
+            load_box(ring.stage(stage) + Config::kWeightBytes, &input_map, block * 64,
+                     token_of(item), ring.full(stage));
+          });
     }
   } else {
     take_registers<240>();
@@ -168,9 +140,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     // This lane's row of a turned 16 x 16 store: the token, and the piece of 8 features in it.
     const uint32_t turned = staging + ((lane >> 4) * 8 + (lane & 7)) * 128 +
                             (((warp * 2 + (lane >> 3 & 1)) ^ (lane & 7)) << 4);
-    const uint32_t filled = full(2 * kStages + consumer);
-    int stage = 0;
-    uint32_t phase = 0;
+    const uint32_t filled = ring.further(consumer);
+    Place<kStages> place;
     uint32_t own = 0;  // tiles so far
     for (int item = cluster; item < p.items; item += clusters, ++own) {
       const int feature = feature_of(item) + consumer * 64;
@@ -190,33 +161,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
 
       // ---- the product ----
-      float acc[kTokens / 2];
-      const int begin = first_block(item), end = end_block(item);
-      int previous = 0;
-      for (int block = begin; block < end; ++block) {
-        barrier_wait(full(stage), phase);
-        const uint64_t a = operand(base + stage * Config::kStageBytes + consumer * 64 * 128);
-        const uint64_t b = operand(base + stage * Config::kStageBytes + Config::kWeightBytes);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < 4; ++step)
-          Wgmma<kTokens, T>::run(acc, a + step * 2, b + step * 2, (block - begin) | step);
-        wgmma_commit();
-        if (block > begin) {
-          wgmma_wait<1>();
-          if (leader) barrier_arrive(empty(previous));
-        }
-        previous = stage;
-        if (++stage == kStages) {
-          stage = 0;
-          phase ^= 1;
-        }
-      }
-      wgmma_wait<0>();
-      if (leader) barrier_arrive(empty(previous));
-      // The compiler does not know that the products end here: no use of acc may move above.
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+      float product[1][kTokens / 2];
+      float (&acc)[kTokens / 2] = product[0];
+      const auto release = [&](int s) {
+        if (leader) barrier_arrive(ring.empty(s));
+      };
+      const int last = multiply<kTokens, T>(
+          product, ring, place, end_block(item) - first_block(item),
+          [&](int s) { return ring.stage(s) + consumer * 64 * 128; },
+          [&](int s) { return ring.stage(s) + Config::kWeightBytes; }, release);
+      finish(product);
+      release(last);
 
       // ---- the epilogue ----
       if (feature >= p.n) continue;
@@ -270,7 +225,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         // A thread a row: of the block, to every block of the cluster, of the whole row.
         const int set = own & 1;  // a block may be one tile ahead of its peers, never two
         const uint32_t stats = base + Config::kStatsAt + set * Config::kStatsBytes;
-        const uint32_t arrived = full(2 * kStages + 2 + set);
+        const uint32_t arrived = ring.further(2 + set);
         const int row = consumer * 128 + thread;
         if (row == 0) barrier_expect(arrived, Config::kStatsBytes);
         if (row < kTokens) {
