@@ -1,6 +1,6 @@
 """Memory of a worker and of TorchServe's Java, through a real server: what sizing starts from.
 
-    python benchmarks/memory.py [--models minilm base large] [--out FILE]
+    python benchmarks/worker_memory.py [--models minilm base large] [--out FILE]
 
 Weights are random; sizes are those of the named models. Each server has one worker, which answers
 a list of 32 texts of 512 tokens, the largest batch of the default settings. Figures are
