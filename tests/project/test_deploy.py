@@ -104,7 +104,7 @@ def test_compose_publishes_on_loopback_and_leaves_time_to_drain() -> None:
     published = [port for service in services.values() for port in service["ports"]]
     assert published
     assert all(port.startswith("127.0.0.1:") for port in published)
-    assert not any(re.search(r":(808[12]|707[01])$", port) for port in published)
+    assert not any(re.search(r":(808[124]|707[01])$", port) for port in published)
     assert all(service["read_only"] for service in services.values())
     final = (DEPLOY / "docker" / "Dockerfile.cpu").read_text()
     serve = options_of(
@@ -236,9 +236,9 @@ def test_pods_end_within_their_time() -> None:
 def test_only_predictions_and_metrics_are_let_in() -> None:
     ingress = resources()["NetworkPolicy"]["spec"]["ingress"]
     assert all(rule["from"] for rule in ingress)
-    assert sorted(port["port"] for rule in ingress for port in rule["ports"]) == [8082, 8443]
+    assert sorted(port["port"] for rule in ingress for port in rule["ports"]) == [8082, 8084, 8443]
     ports = {p["containerPort"]: p["name"] for c in containers() for p in c["ports"]}
-    assert ports == {8443: "http", 8082: "metrics"}
+    assert ports == {8443: "http", 8082: "metrics", 8084: "exporter"}
     (port,) = resources()["Service"]["spec"]["ports"]
     assert port["targetPort"] == "http"
 
