@@ -247,6 +247,15 @@ def test_what_rest_alone_refuses(served: Served) -> None:
     assert requests.get(served.base + "/v2/models/cls/ready", timeout=30).ok
 
 
+def test_the_model_says_its_tensors(served: Served) -> None:
+    told = requests.get(served.base + "/v2/models/cls", timeout=30).json()
+    assert told["inputs"] == [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
+    assert told["outputs"] == [
+        {"name": "label", "datatype": "BYTES", "shape": [-1]},
+        {"name": "score", "datatype": "FP32", "shape": [-1]},
+    ]
+
+
 def test_the_pages_commands(traced: Mapping[str, Path], tmp_path: Path) -> None:
     """docs/kserve.md from its first command to its last, on other ports."""
     text = (ROOT / "docs" / "kserve.md").read_text()
