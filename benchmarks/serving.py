@@ -217,7 +217,8 @@ def wrk_load(url: str, bodies: Path, kind: str, connections: int, seconds: float
 
 
 def own_metrics(server: Server) -> dict[str, float]:
-    """This package's counters and sums at the metrics address."""
+    """This package's counters and sums at the metrics address, by model, name and own label."""
+    time.sleep(1.5)  # workers report their counts once a second
     with urllib.request.urlopen(server.metrics + "/metrics", timeout=30) as answer:
         text = answer.read().decode()
     found: dict[str, float] = {}
@@ -225,7 +226,9 @@ def own_metrics(server: Server) -> dict[str, float]:
         match = re.match(r"((?:Ft|ft_)\w+)\{([^}]*)\} ([-\d.eE+]+)", line)
         if match and not match[1].endswith("_bucket"):
             model = re.search(r'ModelName="([^"]*)"', match[2])
-            found[f"{model[1] if model else ''}:{match[1]}"] = float(match[3])
+            own = re.match(r'(?:Stage|Reason)="([^"]*)"', match[2])
+            name = f"{match[1]}.{own[1]}" if own else match[1]
+            found[f"{model[1] if model else ''}:{name}"] = float(match[3])
     return found
 
 

@@ -6,6 +6,7 @@ Whether there are any, where they go and how many of them, the standard OTEL_* v
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
@@ -46,6 +47,8 @@ def tracer() -> Any | None:
     What the process has set up already is used. Otherwise OTEL_TRACES_EXPORTER asks for it.
     """
     wanted = (environment("OTEL_TRACES_EXPORTER") or "none").strip().lower() != "none"
+    if not wanted and "opentelemetry.trace" not in sys.modules:
+        return None  # nobody can have set it up
     try:
         from opentelemetry import trace
     except ImportError:

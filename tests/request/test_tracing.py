@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -354,6 +356,21 @@ def test_nobody_asked_for_spans(unset, monkeypatch):
     assert spans_module.tracer() is None
 
 
+def test_what_nobody_asked_for_is_not_loaded():
+    program = (
+        "import sys; from ft_handler.request import spans; spans.tracer(); "
+        "print(sum(name.startswith('opentelemetry') for name in sys.modules))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PATH": "", "PYTHONPATH": ":".join(sys.path)},
+    )
+    assert ran.stdout == "0\n", ran.stderr
+
+
 def test_the_variables_of_opentelemetry_set_it_up(unset, monkeypatch):
     pytest.importorskip("opentelemetry.sdk.trace", reason="OpenTelemetry's SDK is not installed")
     for name, value in {
@@ -407,8 +424,6 @@ def test_what_the_process_has_set_up_is_used(unset):
 
 
 def test_a_missing_package_is_said(monkeypatch, caplog):
-    import sys
-
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
     assert spans_module.tracer() is None
