@@ -22,22 +22,7 @@ from ray_cluster import Cluster, ray_python
 
 ROOT = Path(__file__).resolve().parents[2]
 JSON, PLAIN = "application/json", "text/plain"
-WORDS = [
-    "the",
-    "old",
-    "bridge",
-    "was",
-    "built",
-    "by",
-    "an",
-    "engineer",
-    "film",
-    "great",
-    "bad",
-    "plot",
-    "café",
-    "harbour",
-]
+WORDS = ("the", "old", "bridge", "was", "built", "by", "an", "engineer", "film", "caf\u00e9")
 #: One model alone, which speaks HTTP itself, and two behind a front.
 ALONE, SEVERAL = "", "/several"
 

@@ -1,4 +1,4 @@
-"""Ray Serve's parts without a running Ray; tests/serve/test_ray.py runs them where Ray is installed."""
+"""Ray Serve's parts without a running Ray; tests/serve/test_ray.py runs them where one can be."""
 
 from __future__ import annotations
 
