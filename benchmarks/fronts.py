@@ -31,14 +31,14 @@ from ft_handler.predictor import Predictor
 from ft_handler.servers.torchserve.process import Server
 from ft_handler.servers.torchserve.properties import ServeOptions
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import serving
 from load import load
 from provenance import device_name, provenance
 from ray_cluster import Cluster
 
+HERE = Path(__file__).resolve().parent
 BATCH_SIZE, DELAY_MS = 32, 5
 SERVERS = HERE.parent / "build" / "servers"
 FRONTS = ("torchserve", "ray", "kserve")
