@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,6 +87,16 @@ def test_what_one_model_says_wins_over_what_holds_for_all() -> None:
 def test_arguments_that_cannot_be_meant_are_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         Arguments.model_validate(given)
+
+
+def test_every_option_is_documented() -> None:
+    page = (ROOT / "docs" / "ray-serve.md").read_text(encoding="utf-8")
+    section = page.split("## Options")[1].split("## Several models")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(rows) == sorted(
+        f"| `{name}` | `{json.dumps(field.default)}` | {field.description} |"
+        for name, field in Arguments.model_fields.items()
+    )
 
 
 def test_a_gpu_is_asked_for_where_the_device_is_one() -> None:
