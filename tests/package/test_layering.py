@@ -87,6 +87,17 @@ def test_modules_import_downward_only(path):
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_servers_know_no_other_server(path):
+    here = name_of(path).split(".")
+    if here[0] != "servers" or not (PACKAGE / "servers" / here[1]).is_dir():
+        return
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[:2] == ["ft_handler", "servers"] and (PACKAGE / "/".join(parts[1:3])).is_dir():
+            assert len(parts) == 2 or parts[2] == here[1], f"{name_of(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_stages_without_tensors_do_not_import_torch(path):
     if room(path) in WITHOUT_TORCH:
         tops = {n.split(".")[0] for n in imports(path)}
