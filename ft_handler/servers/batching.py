@@ -11,21 +11,28 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 from ft_handler.config import CoreSettings
-from ft_handler.errors import ConfigError, EngineLost, InternalError, Overloaded, RequestError
+from ft_handler.errors import EngineLost, InternalError, Overloaded, RequestError
 from ft_handler.request.failures import log_failure
 from ft_handler.request.replies import encode_error
+from ft_handler.servers.folder import batching, most_waiting
+from ft_handler.servers.inputs import size_of
 from ft_handler.stats import BatchStats
-from ft_handler.types import Incoming, Reply
+from ft_handler.types import Incoming, Reply, Trace
 
 #: Bytes of a body that make a token, as texts in English do; others make more of them.
 _BYTES_A_TOKEN = 4
-#: Where model-config.yaml does not say otherwise.
-_REQUESTS, _DELAY_MS, _WAITING = 32, 5, 1000
 
-#: Replies to a batch, in order, and its figures: what `Pipeline.run` is.
-Run = Callable[[Sequence[Incoming | RequestError]], tuple[list[Reply], BatchStats]]
+
+class Run(Protocol):
+    """What `Pipeline.run` is: replies to a batch, in order, and its figures."""
+
+    def __call__(
+        self, incoming: Sequence[Incoming | RequestError], *, traces: Sequence[Trace | None]
+    ) -> tuple[list[Reply], BatchStats]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +57,15 @@ class BatchLimits:
         Beyond `max_batch_tokens` the encoder takes a batch in parts, so that nothing is gained by
         having the first part wait for the last. Raises ConfigError.
         """
-        return cls(
-            _whole(model_yaml, "batchSize", _REQUESTS, 1),
-            core.max_batch_tokens * _BYTES_A_TOKEN,
-            _whole(model_yaml, "maxBatchDelay", _DELAY_MS, 0) / 1000,
-            _whole(model_yaml, "jobQueueSize", _WAITING, 1),
-        )
+        told = batching(model_yaml)
+        size = core.max_batch_tokens * _BYTES_A_TOKEN
+        return cls(told.size, size, told.delay, most_waiting(model_yaml))
 
 
 @dataclass(slots=True)
 class _Waiting:
     incoming: Incoming | RequestError
+    trace: Trace | None
     size: int
     since: float
     reply: asyncio.Future[Reply]
@@ -95,12 +100,12 @@ class Batcher:
         """How many requests wait for a batch."""
         return len(self._waiting)
 
-    async def submit(self, incoming: Incoming | RequestError) -> Reply:
+    async def submit(self, incoming: Incoming | RequestError, trace: Trace | None = None) -> Reply:
         """The reply to one request, or to what a server refuses itself; too many get a 503."""
         if len(self._waiting) >= self._limits.waiting:
             return encode_error(Overloaded())
         loop = asyncio.get_running_loop()
-        one = _Waiting(incoming, _size_of(incoming), loop.time(), loop.create_future())
+        one = _Waiting(incoming, trace, size_of(incoming), loop.time(), loop.create_future())
         self._waiting.append(one)
         self._size += one.size
         self._came.set()
@@ -116,9 +121,12 @@ class Batcher:
             if not batch:
                 continue
             try:
-                replies, stats = await loop.run_in_executor(
-                    self._thread, self._run, [one.incoming for one in batch]
+                run = partial(
+                    self._run,
+                    [one.incoming for one in batch],
+                    traces=[one.trace for one in batch],
                 )
+                replies, stats = await loop.run_in_executor(self._thread, run)
             except Exception as error:
                 if isinstance(error, EngineLost):
                     self._lost(error)
@@ -162,25 +170,3 @@ class Batcher:
                 batch.append(one)
                 size += one.size
         return batch
-
-
-def _size_of(incoming: Incoming | RequestError) -> int:
-    """Bytes, or characters where a parser has made texts of them."""
-    if isinstance(incoming, RequestError):
-        return 0
-    return _bytes_in(incoming.body) + sum(map(_bytes_in, incoming.fields.values()))
-
-
-def _bytes_in(value: object) -> int:
-    if isinstance(value, (str, bytes, bytearray)):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(map(_bytes_in, value.values()))
-    return sum(map(_bytes_in, value)) if isinstance(value, list) else 0
-
-
-def _whole(settings: Mapping[str, object], name: str, default: int, least: int) -> int:
-    value = settings.get(name, default)
-    if type(value) is not int or value < least:
-        raise ConfigError(f"'{name}' in model-config.yaml must be an integer of at least {least}")
-    return value

@@ -25,12 +25,22 @@ class Batching:
 
 def batching(model_yaml: Mapping[str, object]) -> Batching:
     """`batchSize` and `maxBatchDelay` of model-config.yaml; raises ConfigError."""
-    size, delay = model_yaml.get("batchSize", 32), model_yaml.get("maxBatchDelay", 5)
-    if type(size) is not int or size < 1:
-        raise ConfigError("'batchSize' in model-config.yaml must be a whole number from 1 on")
-    if not isinstance(delay, (int, float)) or delay < 0:
+    delay = model_yaml.get("maxBatchDelay", 5)
+    if isinstance(delay, bool) or not isinstance(delay, (int, float)) or delay < 0:
         raise ConfigError("'maxBatchDelay' in model-config.yaml must be milliseconds from 0 on")
-    return Batching(size, delay / 1000)
+    return Batching(_count(model_yaml, "batchSize", 32), delay / 1000)
+
+
+def most_waiting(model_yaml: Mapping[str, object]) -> int:
+    """`jobQueueSize` of model-config.yaml: how many requests may wait; raises ConfigError."""
+    return _count(model_yaml, "jobQueueSize", 1000)
+
+
+def _count(model_yaml: Mapping[str, object], name: str, default: int) -> int:
+    value = model_yaml.get(name, default)
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"'{name}' in model-config.yaml must be a whole number from 1 on")
+    return value
 
 
 def response_timeout(model_yaml: Mapping[str, object] | None) -> float:

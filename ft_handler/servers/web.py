@@ -8,6 +8,7 @@ bodies are those of docs/http.md, with Open Inference's routes of health and met
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
@@ -28,8 +29,9 @@ from ft_handler.request.bodies import parse_json
 from ft_handler.request.failures import log_failure
 from ft_handler.request.replies import encode_error, problem
 from ft_handler.request.texts import utf8
+from ft_handler.request.tracing import new_request_id, trace_of
 from ft_handler.servers.inputs import incoming
-from ft_handler.types import Incoming, Reply
+from ft_handler.types import Incoming, Reply, Trace
 from ft_handler.version import __version__
 
 #: Bytes of a body where nothing says otherwise; TorchServe's `max_request_size`.
@@ -47,7 +49,7 @@ class Model(Protocol):
 
     version: str
 
-    async def answer(self, incoming: Incoming, explain: bool) -> Reply:
+    async def answer(self, incoming: Incoming, explain: bool, trace: Trace | None) -> Reply:
         """The answer to a request, or the explanation of its answer."""
 
     async def ready(self) -> bool:
@@ -121,13 +123,15 @@ class _Front:
     async def _answer(
         self, request: Request, explain: bool, query: Mapping[str, str] | None = None
     ) -> Response:
+        headers = dict(request.headers)
+        trace = trace_of(headers, arrived=time.time(), request_id=new_request_id())
         try:
             model = self._model(request)
             item = {**(query or {}), **await self._item(request)}
-            asked = incoming(item, dict(request.headers))
+            asked = incoming(item, headers)
             if isinstance(asked, RequestError):
                 raise asked
-            return _response(await model.answer(asked, explain))
+            return _response(await model.answer(asked, explain, trace))
         except RequestError as error:
             return _response(encode_error(error))
         except _NotFound as error:

@@ -19,9 +19,10 @@ pytest.importorskip("ray.serve", reason="Ray is not installed")
 from pydantic import ValidationError
 from ray.serve import schema
 
-from ft_handler.errors import EngineLost
+from ft_handler.errors import EngineLost, MalformedRequest
+from ft_handler.servers.inputs import size_of
 from ft_handler.servers.ray import app
-from ft_handler.servers.ray.asked import Asked, cost_of, size_of
+from ft_handler.servers.ray.asked import Asked, cost_of
 from ft_handler.servers.ray.options import Arguments, ModelOptions, Options
 from ft_handler.servers.ray.replica import Replica
 from ft_handler.types import Incoming, Reply
@@ -108,6 +109,8 @@ def test_a_gpu_is_asked_for_where_the_device_is_one() -> None:
 
 def test_a_batch_is_measured_by_what_its_requests_brought() -> None:
     assert size_of(Incoming(b"12345", {"top_k": b"2", "n": 3})) == 6
+    assert size_of(Incoming({"inputs": ["abc", {"text": "de"}, 7]})) == 5
+    assert size_of(MalformedRequest("no")) == 0
     assert cost_of([Asked(Incoming(), False, 1.0), Asked(Incoming(), False, 2.2)]) == 4
 
 

@@ -14,7 +14,7 @@ from ft_handler.config import CoreSettings
 from ft_handler.errors import ConfigError, EngineLost, MalformedRequest, RequestError
 from ft_handler.servers.batching import Batcher, BatchLimits
 from ft_handler.stats import BatchStats
-from ft_handler.types import Incoming, Reply
+from ft_handler.types import Incoming, Reply, Trace
 
 TEXT = "zanzibar"
 LIMITS = BatchLimits(requests=4, size=100, delay=0.0, waiting=100)
@@ -25,10 +25,12 @@ class Echo:
 
     def __init__(self) -> None:
         self.batches: list[list[object]] = []
+        self.traces: list[Trace | None] = []
         self.begun, self.go = threading.Event(), threading.Event()
         self.go.set()
 
-    def __call__(self, incoming):
+    def __call__(self, incoming, *, traces):
+        self.traces += traces
         bodies = [
             type(one).__name__ if isinstance(one, RequestError) else one.body for one in incoming
         ]
@@ -75,6 +77,19 @@ def test_what_comes_while_a_batch_is_computed_is_the_next_one():
         assert echo.batches == [["first"], list("abcd"), list("ef")]
         assert [f.requests for f in figures] == [1, 4, 2]
         assert batcher.waiting == 0
+
+    asyncio.run(main())
+
+
+def test_each_request_keeps_its_trace():
+    async def main():
+        echo = Echo()
+        batcher = of(echo, replace(LIMITS, delay=3600.0))
+        traces = [Trace(name) for name in "abcd"]
+        requests = zip("abcd", traces, strict=True)
+        await asyncio.gather(*(batcher.submit(Incoming(body), trace) for body, trace in requests))
+        assert echo.batches == [list("abcd")]
+        assert echo.traces == traces
 
     asyncio.run(main())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from ft_handler.errors import Overloaded
 from ft_handler.request.pipeline import Pipeline
 from ft_handler.servers.inputs import not_explained
 from ft_handler.servers.web import app
-from ft_handler.types import Incoming, Reply
+from ft_handler.types import Incoming, Reply, Trace
 
 JSON, PLAIN = "application/json", "text/plain"
 URLENCODED = "application/x-www-form-urlencoded"
@@ -51,13 +52,13 @@ class OneModel:
         self.is_ready = True
         self.fails: Exception | None = None
 
-    async def answer(self, incoming: Incoming, explain: bool) -> Reply:
+    async def answer(self, incoming: Incoming, explain: bool, trace: Trace | None) -> Reply:
         self.asked.append(incoming)
         if self.fails:
             raise self.fails
         request = not_explained() if explain else incoming
-        ((reply,), _) = self.pipeline.run([request])
-        return reply._replace(headers={"Server-Timing": "compute;dur=1"})
+        ((reply,), _) = self.pipeline.run([request], traces=[trace])
+        return reply
 
     async def ready(self) -> bool:
         if self.fails:
@@ -150,7 +151,16 @@ def test_every_path_of_predictions_answers(web: Web, path: str) -> None:
         answer = web.ask(method, path, b"the film was great", PLAIN)
         assert (answer.status, answer.json) == (200, expected)
     assert answer.headers["content-type"] == JSON
-    assert answer.headers["server-timing"] == "compute;dur=1"
+    assert re.fullmatch(r"queue;dur=.*, tokenize;dur=.*", answer.headers["server-timing"])
+    assert answer.headers["x-request-id"]
+
+
+def test_a_request_is_followed_by_what_its_headers_say(web: Web) -> None:
+    parent = f"00-{'a' * 32}-{'b' * 16}-01"
+    headers = {"X-Request-ID": "mine", "traceparent": parent}
+    answer = web.ask("POST", "/predictions/cls", b"a text", "text/plain", headers)
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.headers["traceparent"] == parent
     assert answer.headers["content-length"] == str(len(answer.body))
 
 

@@ -15,12 +15,15 @@ import kserve
 import orjson
 
 from ft_handler.config import CoreSettings, RawSettings, model_yaml
-from ft_handler.errors import EngineLost, NotOffered
+from ft_handler.errors import EngineLost
+from ft_handler.request import spans
 from ft_handler.request.open_inference import input_tensors, output_tensors
 from ft_handler.request.replies import encode_error
+from ft_handler.request.tracing import new_request_id, trace_of
 from ft_handler.runtime import Ready, keep_out_of_collections, open_model
 from ft_handler.servers import server_settings
 from ft_handler.servers.batching import Batcher, BatchLimits
+from ft_handler.servers.inputs import not_explained
 from ft_handler.servers.kserve import metrics
 from ft_handler.servers.kserve.payloads import incoming_of, refuse, response_of
 from ft_handler.types import Incoming
@@ -56,6 +59,7 @@ class EncoderModel(kserve.Model):  # type: ignore[misc]
             name=self.name,
             # Windows make more sequences than requests.
             max_sequences=2 * max(64, limits.requests),
+            tracer=spans.tracer(),
         )
         keep_out_of_collections()
         self._opened = ready
@@ -117,11 +121,11 @@ class EncoderModel(kserve.Model):  # type: ignore[misc]
         Raises what KServe answers with a refusal's status and message.
         """
         assert self._predictions is not None, "load() comes first"
-        return await _answer(payload, self._predictions)
+        return await _answer(payload, self._predictions, headers)
 
     async def explain(self, payload: Any, headers: Mapping[str, str] | None = None) -> Any:
         """What each word does for the answer; payloads, answers and errors are `predict`'s."""
-        return await _answer(payload, self._explanations)
+        return await _answer(payload, self._explanations, headers)
 
     async def answers(self) -> bool:
         """Whether the model answers its own sample now, behind whatever waits."""
@@ -137,18 +141,17 @@ class EncoderModel(kserve.Model):  # type: ignore[misc]
         return self._opened
 
 
-async def _answer(payload: Any, batcher: Batcher | None) -> Any:
+async def _answer(payload: Any, batcher: Batcher | None, headers: Mapping[str, str] | None) -> Any:
     tensors = isinstance(payload, kserve.InferRequest)
     if tensors:
         incoming = incoming_of(payload)
     else:
         incoming = payload if isinstance(payload, Incoming) else Incoming(payload)
     if batcher is None:
-        reply = encode_error(
-            NotOffered("explanations are not offered (setting captum_explanation)")
-        )
+        reply = encode_error(not_explained())
     else:
-        reply = await batcher.submit(incoming)
+        trace = trace_of(headers or {}, arrived=time.time(), request_id=new_request_id())
+        reply = await batcher.submit(incoming, trace)
     if isinstance(payload, Incoming):
         return reply
     if reply.status != 200:

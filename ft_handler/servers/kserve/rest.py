@@ -15,9 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ft_handler.errors import RequestTooLarge
+from ft_handler.errors import RequestError, RequestTooLarge
 from ft_handler.request.replies import encode_error
-from ft_handler.types import Incoming, Reply
+from ft_handler.servers.inputs import incoming
+from ft_handler.types import Reply
 
 _Ask = Callable[..., Awaitable[tuple[Any, dict[str, str]]]]
 
@@ -51,15 +52,11 @@ async def _reply(request: Request, plane: DataPlane, ask: _Ask, most_bytes: int)
         body += chunk
         if len(body) > most_bytes:
             return encode_error(RequestTooLarge(f"the body is longer than {most_bytes} bytes"))
-    headers = request.headers
-    size = headers.get("inference-header-content-length", "").strip()
-    incoming = Incoming(
-        body,
-        content_type=headers.get("content-type"),
-        content_encoding=headers.get("content-encoding"),
-        json_size=int(size) if size.isascii() and size.isdigit() and len(size) < 10 else None,
-    )
-    reply, _ = await ask(name, incoming, dict(headers))
+    headers = dict(request.headers)
+    asked = incoming({"body": body}, headers)
+    if isinstance(asked, RequestError):
+        return encode_error(asked)
+    reply, _ = await ask(name, asked, headers)
     assert isinstance(reply, Reply)
     return reply
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ft_handler.types import Incoming
+from ft_handler.types import Incoming, Trace
 
 
 class Asked(NamedTuple):
@@ -15,17 +15,9 @@ class Asked(NamedTuple):
     incoming: Incoming
     explain: bool
     cost: float
+    trace: Trace | None = None
 
 
 def cost_of(asked: Sequence[Asked]) -> int:
     """What a batch costs, in requests of the usual size."""
     return math.ceil(sum(one.cost for one in asked))
-
-
-def size_of(incoming: Incoming) -> int:
-    """Bytes that a request brought: nearly in proportion to its tokens, and known without reading.
-
-    What a parser has made something of already counts nothing.
-    """
-    values = (incoming.body, *incoming.fields.values())
-    return sum(len(value) for value in values if isinstance(value, (bytes, bytearray, str)))

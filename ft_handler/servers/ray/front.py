@@ -14,7 +14,7 @@ from ft_handler.errors import Overloaded
 from ft_handler.request.replies import encode_error
 from ft_handler.servers.ray.passed import Passed
 from ft_handler.servers.web import app
-from ft_handler.types import Incoming, Reply
+from ft_handler.types import Incoming, Reply, Trace
 
 #: Seconds in which a replica says that it is there.
 _READY_WITHIN = 5.0
@@ -41,9 +41,9 @@ class _Behind:
     def __init__(self, version: str, handle: Any) -> None:
         self.version, self._handle = version, handle
 
-    async def answer(self, incoming: Incoming, explain: bool) -> Reply:
+    async def answer(self, incoming: Incoming, explain: bool, trace: Trace | None) -> Reply:
         try:
-            reply: Reply = await self._handle.answer.remote(incoming, explain)
+            reply: Reply = await self._handle.answer.remote(incoming, explain, trace)
         except (BackPressureError, DeploymentUnavailableError):
             return encode_error(Overloaded())
         return reply

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ft_handler.config import CoreSettings, RawSettings
+from ft_handler.request import spans
 from ft_handler.request.replies import encode_error
 from ft_handler.runtime import keep_out_of_collections, open_model
 from ft_handler.servers import server_settings
@@ -59,6 +60,7 @@ class Loaded:
             # Windows make more sequences than requests.
             max_sequences=2 * max(64, max_batch_size),
             answer_within=response_timeout(yaml),
+            tracer=spans.tracer(),
         )
         self._pipeline, self._explainer = ready.pipeline, ready.explainer
         self.sample = Incoming(dict(ready.task.sample))
@@ -70,10 +72,15 @@ class Loaded:
     def replies(self, asked: Sequence[Asked]) -> list[Reply]:
         """One reply a request, in order; raises EngineLost."""
         explains = self._explainer is not None
-        predicted = [one.incoming for one in asked if not one.explain]
-        explained = [one.incoming for one in asked if one.explain and explains]
+        predicted = [one for one in asked if not one.explain]
+        explained = [one for one in asked if one.explain and explains]
         predictions, explanations, _ = answers(
-            self._pipeline, self._explainer, predicted, explained
+            self._pipeline,
+            self._explainer,
+            [one.incoming for one in predicted],
+            [one.incoming for one in explained],
+            [one.trace for one in predicted],
+            [one.trace for one in explained],
         )
         if not explains:
             refused = encode_error(not_explained())

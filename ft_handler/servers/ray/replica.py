@@ -18,11 +18,12 @@ from starlette.responses import Response
 from ft_handler.config import model_yaml
 from ft_handler.errors import EngineLost
 from ft_handler.servers.folder import batching
-from ft_handler.servers.ray.asked import Asked, cost_of, size_of
+from ft_handler.servers.inputs import size_of
+from ft_handler.servers.ray.asked import Asked, cost_of
 from ft_handler.servers.ray.options import ModelOptions
 from ft_handler.servers.ray.passed import Passed
 from ft_handler.servers.web import app
-from ft_handler.types import Incoming, Reply
+from ft_handler.types import Incoming, Reply, Trace
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +70,15 @@ class Replica:
 
     # -- a model as `ft_handler.servers.web` asks it --
 
-    async def answer(self, incoming: Incoming, explain: bool = False) -> Reply:
+    async def answer(
+        self, incoming: Incoming, explain: bool = False, trace: Trace | None = None
+    ) -> Reply:
         """The answer to a request, which shares its batch with what comes at the same time."""
         # Ray makes batches of what has come even while none can be computed, and small ones then
         # queue up. What waits here until the model is free makes one batch instead.
         await self._free.wait()
         cost = min(self._most, max(1.0, size_of(incoming) / self._bytes_a_request))
-        reply: Reply = await self._batched(Asked(incoming, explain, cost))
+        reply: Reply = await self._batched(Asked(incoming, explain, cost, trace))
         return reply
 
     async def ready(self) -> bool:
