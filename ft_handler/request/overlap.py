@@ -32,7 +32,8 @@ def parts_of(items: Sequence[Item[InputT]]) -> list[list[Item[InputT]]]:
     parts: list[list[Item[InputT]]] = [[] for _ in range(count)]
     before = 0
     for item, size in zip(items, sizes, strict=True):
-        parts[before * count // total].append(item)
+        # What has no text and comes last begins where everything has ended.
+        parts[min(before * count // total, count - 1)].append(item)
         before += size
     return [part for part in parts if part]
 

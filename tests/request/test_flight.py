@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 from fakes import AsyncEngine, FakeEngine, items_of, pipeline_of
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ft_handler.errors import EngineLost, OutOfDeviceMemory
@@ -198,6 +198,7 @@ def test_work_is_measured_in_bytes():
 
 
 @given(st.lists(st.integers(0, 9000), max_size=40))
+@example([6000, 9000, 9000, 0])
 def test_parts_are_whole_in_order_and_of_similar_size(sizes):
     items = texts(*("x" * size for size in sizes))
     parts = parts_of(items)
