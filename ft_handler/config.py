@@ -340,6 +340,10 @@ def parse_yaml(text: bytes, origin: str) -> Mapping[str, object]:
     return loaded
 
 
+#: Where settings come from that are no file's.
+_ARGUMENTS = "the arguments"
+
+
 class RawSettings:
     """Settings as they stand in files, not yet read; each group takes the names that it owns."""
 
@@ -382,7 +386,8 @@ class RawSettings:
             where: {name: value for name, value in values.items() if name not in given}
             for where, values in self._sources.items()
         }
-        return RawSettings({"the arguments": given, **rest}, self.older_mode)
+        arguments = {**rest.pop(_ARGUMENTS, {}), **given}
+        return RawSettings({_ARGUMENTS: arguments, **rest}, self.older_mode)
 
     def read(self, group: type[SettingsT]) -> SettingsT:
         """The settings of one group. Raises ConfigError for wrong values and contradictions."""

@@ -74,26 +74,6 @@ def rows_of(
     ]
 
 
-def input_tensors(task: AnyTask) -> list[dict[str, object]]:
-    """The tensors that a request has to bring, as a model's metadata says it."""
-    return [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in task.required]
-
-
-def output_tensors(task: AnyTask) -> list[dict[str, object]]:
-    """The tensors that an answer may have, as a model's metadata says it.
-
-    Where an input has a list of answers there is one more axis.
-    """
-    return [
-        {
-            "name": name,
-            "datatype": column.datatype,
-            "shape": [-1, -1] if column.vector else [-1],
-        }
-        for name, column in task.columns_of.items()
-    ]
-
-
 def wanted_outputs(wanted: object, offered: Sequence[str]) -> tuple[str, ...] | None:
     """The names of the outputs asked for, None for all; raises UnusableRequest."""
     if wanted is None:

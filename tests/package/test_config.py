@@ -77,6 +77,9 @@ def test_arguments_win_over_files(tmp_path):
     raw = RawSettings.of_model_dir(tmp_path, {"handler": {"device": "cuda"}})
     core = raw.over({"max_length": 7, "device": "cpu"}).read(CoreSettings)
     assert (core.max_length, core.device, core.num_labels) == (7, "cpu", 2)
+    again = raw.over({"max_length": 7, "device": "cpu"}).over({"max_length": 9})
+    core = again.read(CoreSettings)
+    assert (core.max_length, core.device, core.num_labels) == (9, "cpu", 2)
 
 
 @pytest.mark.parametrize(

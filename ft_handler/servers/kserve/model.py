@@ -17,7 +17,6 @@ import orjson
 from ft_handler.config import CoreSettings, RawSettings, model_yaml
 from ft_handler.errors import EngineLost
 from ft_handler.request import spans
-from ft_handler.request.open_inference import input_tensors, output_tensors
 from ft_handler.request.replies import encode_error
 from ft_handler.request.tracing import new_request_id, trace_of
 from ft_handler.runtime import Ready, keep_out_of_collections, open_model
@@ -26,6 +25,7 @@ from ft_handler.servers.batching import Batcher, BatchLimits
 from ft_handler.servers.inputs import not_explained
 from ft_handler.servers.kserve import metrics
 from ft_handler.servers.kserve.payloads import incoming_of, refuse, response_of
+from ft_handler.servers.signature import signature
 from ft_handler.types import Incoming
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class EncoderModel(kserve.Model):  # type: ignore[misc]
         super().__init__(name)
         self._source = source
         self._opened: Ready | None = None
+        self._signature: dict[str, list[dict[str, Any]]] = {"inputs": [], "outputs": []}
         self._predictions: Batcher | None = None
         self._explanations: Batcher | None = None
 
@@ -61,6 +62,7 @@ class EncoderModel(kserve.Model):  # type: ignore[misc]
             max_sequences=2 * max(64, limits.requests),
             tracer=spans.tracer(),
         )
+        self._signature = signature(ready)
         keep_out_of_collections()
         self._opened = ready
         # One thread: a second batch at the same time would only slow the first one down.
@@ -97,11 +99,11 @@ class EncoderModel(kserve.Model):  # type: ignore[misc]
 
     def get_input_types(self) -> list[dict[str, object]]:
         """The tensors that a request has to bring."""
-        return input_tensors(self._ready.task)
+        return self._signature["inputs"]
 
     def get_output_types(self) -> list[dict[str, object]]:
         """The tensors of an answer."""
-        return output_tensors(self._ready.task)
+        return self._signature["outputs"]
 
     def validate(self, payload: Any) -> Any:
         """The payload as it is: the request path says what is wrong, in its own words."""
