@@ -17,6 +17,7 @@
 
 #include "kernels/cpu/kernels.h"
 #include "torch/checks.h"
+#include "torch/text.h"
 
 namespace ft {
 namespace {
@@ -444,7 +445,7 @@ Tensor embedding_layer_norm(const Tensor& input_ids, const Tensor& token_type_id
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias,
-              const OptTensor& residual, const std::string& activation) {
+              const OptTensor& residual, const Text& activation) {
   FT_CHECK_DIM(input, 2);
   const Tensor blob = checked_blob(weight, "weight", 1, -1, input.size(1));
   const int64_t tokens = input.size(0);
@@ -536,7 +537,7 @@ Tensor residual_layer_norm(const Tensor& input, const OptTensor& bias, const Ten
   return out;
 }
 
-Tensor bias_activation(const Tensor& input, const OptTensor& bias, const std::string& activation) {
+Tensor bias_activation(const Tensor& input, const OptTensor& bias, const Text& activation) {
   FT_CHECK_DIM(input, 2);
   const Activation follows = activation_named(activation);
   FT_CHECK(follows != Activation::kNone, "bias_activation: activation must be one, is none");
@@ -556,7 +557,7 @@ Tensor bias_activation(const Tensor& input, const OptTensor& bias, const std::st
   return out;
 }
 
-Tensor segment_pool(const Tensor& input, const Tensor& cu_seqlens, const std::string& how) {
+Tensor segment_pool(const Tensor& input, const Tensor& cu_seqlens, const Text& how) {
   FT_CHECK_DIM(input, 2);
   const Pooling pooling = pooling_named(how);
   const int64_t tokens = input.size(0), hidden = input.size(1);
@@ -666,7 +667,7 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
 
 Tensor encode(const Tensor& input_ids, const Tensor& token_type_ids, const OptTensor& position_ids,
               const Tensor& cu_seqlens, int64_t max_seqlen, const std::vector<Tensor>& weights,
-              const std::string& spec, const std::string& options) {
+              const Text& spec, const Text& options) {
   // Whatever they say, a sequence's results depend on it alone here.
   parse_encoder_options(options);
   return run_encoder(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen, weights,

@@ -20,6 +20,7 @@
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/runtime.h"
 #include "torch/checks.h"
+#include "torch/text.h"
 
 namespace ft {
 namespace {
@@ -370,7 +371,7 @@ std::pair<int64_t, int64_t> check_linear(const char* op, const Tensor& input, co
 }
 
 Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias,
-              std::optional<Tensor> residual, std::string activation) {
+              std::optional<Tensor> residual, Text activation) {
   const char* op = "linear";
   const int64_t n = check_linear(op, input, weight, bias, residual).first;
   const Activation follows = activation_named(activation);
@@ -431,7 +432,7 @@ Tensor varlen_attention(Tensor qkv, Tensor cu_seqlens, int64_t max_seqlen, int64
   return out;
 }
 
-Tensor segment_pool(Tensor input, Tensor cu_seqlens, std::string how) {
+Tensor segment_pool(Tensor input, Tensor cu_seqlens, Text how) {
   const char* op = "segment_pool";
   FT_CHECK_FLOAT(input);
   FT_CHECK_DIM(input, 2);
@@ -477,7 +478,7 @@ Tensor residual_layer_norm(Tensor input, std::optional<Tensor> bias, Tensor resi
   return out;
 }
 
-Tensor bias_activation(Tensor input, std::optional<Tensor> bias, std::string activation) {
+Tensor bias_activation(Tensor input, std::optional<Tensor> bias, Text activation) {
   FT_CHECK_FLOAT(input);
   FT_CHECK_DIM(input, 2);
   const Activation follows = activation_named(activation);
@@ -605,8 +606,8 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
 }
 
 Tensor encode(Tensor input_ids, Tensor token_type_ids, std::optional<Tensor> position_ids,
-              Tensor cu_seqlens, int64_t max_seqlen, std::vector<Tensor> weights, std::string spec,
-              std::string options) {
+              Tensor cu_seqlens, int64_t max_seqlen, std::vector<Tensor> weights, Text spec,
+              Text options) {
   return run_encoder(input_ids, token_type_ids, position_ids, cu_seqlens, max_seqlen,
                      std::move(weights), parse_encoder_spec(spec), parse_encoder_options(options));
 }
@@ -673,8 +674,8 @@ std::string gemm_candidates(Tensor weight, int64_t rows, bool gelu, bool residua
 }
 
 // Makes a measured plan the choice for its shape class on `device`.
-void load_gemm_plan(int64_t device, std::string dtype, int64_t rows, int64_t n, int64_t k,
-                    bool gelu, bool residual, bool norm, std::string plan) {
+void load_gemm_plan(int64_t device, Text dtype, int64_t rows, int64_t n, int64_t k, bool gelu,
+                    bool residual, bool norm, Text plan) {
   cuda::GemmKey key{cuda::gemm_row_class(narrow_int(rows, "rows")),
                     narrow_int(n, "n"),
                     narrow_int(k, "k"),
