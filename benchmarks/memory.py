@@ -3,17 +3,17 @@
     python benchmarks/memory.py                                    # BERT-base, every precision
     python benchmarks/memory.py --model minilm --precision fp32 int8
 
-A row is one process in MiB: `without` is what Python, torch and this package take before the model,
-`loaded` after loading and warming up, `answered` after a batch of 32 texts of SST-2's lengths, `peak`
-the most until then. Weights are random. `unique` is what ends with the process, resident memory less
-what other processes share.
+A row is one process, in MiB: `without` is what Python, torch and this package take before the
+model, `loaded` after loading and warming up, `answered` after 32 texts of SST-2's lengths in one
+batch, `peak` the most resident until then. `unique` is what ends with the process: resident memory
+less what other processes share. Weights are random.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -46,7 +46,9 @@ def worker(folder: Path, texts: list[str]) -> dict[str, Any]:
     row["loaded"] = resident()
     predictor.predict(texts)
     row["answered"] = resident()
-    row["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Of this program alone; getrusage's begins with what the parent had.
+    status = Path("/proc/self/status").read_text()
+    row["peak"] = int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) / 1024
     return row
 
 
@@ -81,10 +83,9 @@ def main(given: list[str] | None = None) -> None:
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             size = (traced / "traced_model.pt").stat().st_size / 2**20
             rows.append({"precision": precision, "file": size, **json.loads(done.stdout)})
-            figures = [f"{k} {rows[-1][k]['rss']:,.0f}" for k in ("without", "loaded", "answered")]
-            print(
-                f"{precision:5} file {size:,.0f} {' '.join(figures)} peak {rows[-1]['peak']:,.0f}"
-            )
+            row = rows[-1]
+            figures = [f"{k} {row[k]['rss']:,.0f}" for k in ("without", "loaded", "answered")]
+            print(f"{precision:5} file {size:,.0f} {' '.join(figures)} peak {row['peak']:,.0f}")
     out.write_text(json.dumps({"provenance": record, "rows": rows}, indent=1) + "\n")
     print(f"written: {out}")
 
