@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +243,8 @@ def gemms(shape: Shape, total: int, dtype: torch.dtype, device: str) -> Run:
     return run
 
 
-def onnx_file(model: torch.nn.Module, folder: Path) -> Path:
-    """The model exported with free batch and length."""
+def write_onnx(model: torch.nn.Module, path: Path) -> None:
+    """Export the model with free batch and length."""
 
     class Hidden(torch.nn.Module):
         def __init__(self) -> None:
@@ -254,7 +254,6 @@ def onnx_file(model: torch.nn.Module, folder: Path) -> Path:
         def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             return self.model(ids, mask).last_hidden_state
 
-    path = folder / "model.onnx"
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     sample = Batch(np.array([48, 64]), "cpu")
     torch.onnx.export(
@@ -262,33 +261,28 @@ def onnx_file(model: torch.nn.Module, folder: Path) -> Path:
         output_names=["out"], dynamo=True, external_data=True,
         dynamic_shapes={"ids": free, "mask": free}, verbose=False,
     )  # fmt: skip
-    return path
 
 
-def onnxruntime_fused(path: Path, shape: Shape) -> Path:
-    """The exported graph with BERT's fusions, as the vendor's own recipe has it."""
+def write_fused(exported: Path, shape: Shape, path: Path) -> None:
+    """The exported graph with ONNX Runtime's fusions for BERT, as its own recipe has it."""
     from onnxruntime.transformers import optimizer
 
-    fused = path.with_name("fused.onnx")
     graph = optimizer.optimize_model(
-        str(path), model_type="bert", num_heads=shape[3], hidden_size=shape[1], opt_level=1
+        str(exported), model_type="bert", num_heads=shape[3], hidden_size=shape[1], opt_level=1
     )
-    graph.save_model_to_file(str(fused), use_external_data_format=True)
-    return fused
+    graph.save_model_to_file(str(path), use_external_data_format=True)
 
 
-def onnxruntime_int8(fused: Path) -> Path:
+def write_quantised(fused: Path, path: Path) -> None:
     """The fused graph with its products quantised dynamically, weights per output channel."""
     from onnx import TensorProto
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantised = fused.with_name("quantised.onnx")
     quantize_dynamic(
-        fused, quantised, per_channel=True, weight_type=QuantType.QInt8,
+        fused, path, per_channel=True, weight_type=QuantType.QInt8,
         op_types_to_quantize=["MatMul", "Attention"], use_external_data_format=True,
         extra_options={"MatMulConstBOnly": True, "DefaultTensorType": TensorProto.FLOAT},
     )  # fmt: skip
-    return quantised
 
 
 def onnxruntime_engine(path: Path) -> Engine:
@@ -325,8 +319,8 @@ def openvino_engine(path: Path, hint: str | None) -> Engine:
     return engine
 
 
-def openvino_int8(path: Path) -> Path:
-    """The model with weights and activations quantised by NNCF, calibrated on random tokens."""
+def write_nncf(exported: Path, path: Path) -> None:
+    """The graph with weights and activations quantised by NNCF, calibrated on random tokens."""
     import nncf
     import openvino
 
@@ -334,15 +328,13 @@ def openvino_int8(path: Path) -> Path:
     feeds = [{"ids": text.ids.numpy(), "mask": text.mask.numpy()} for text in texts]
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
         quantised = nncf.quantize(
-            openvino.Core().read_model(path), nncf.Dataset(feeds), subset_size=len(feeds),
+            openvino.Core().read_model(exported), nncf.Dataset(feeds), subset_size=len(feeds),
             model_type=nncf.ModelType.TRANSFORMER,
         )  # fmt: skip
-    target = path.with_name("nncf.xml")
-    openvino.save_model(quantised, target, compress_to_fp16=False)
-    return target
+    openvino.save_model(quantised, path, compress_to_fp16=False)
 
 
-def ctranslate2_folder(family: str, shape: Shape, folder: Path) -> Path:
+def write_ctranslate2(family: str, shape: Shape, folder: Path) -> None:
     """A checkpoint of the same shape, converted; its converter wants a pooler and a tokenizer."""
     import ctranslate2
     import transformers
@@ -351,7 +343,7 @@ def ctranslate2_folder(family: str, shape: Shape, folder: Path) -> Path:
     transformers.utils.logging.disable_progress_bar()
     # The converter reads an attribute that newer transformers dropped.
     type(model.config).position_embedding_type = "absolute"
-    source = folder / "checkpoint"
+    source = folder.with_name("checkpoint")
     model.save_pretrained(source)
     count = model.config.vocab_size
     if family == "roberta":
@@ -362,9 +354,7 @@ def ctranslate2_folder(family: str, shape: Shape, folder: Path) -> Path:
         names = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         (source / "vocab.txt").write_text("\n".join(filled(names, count)))
         transformers.BertTokenizer(str(source / "vocab.txt")).save_pretrained(source)
-    target = folder / "ctranslate2"
-    ctranslate2.converters.TransformersConverter(str(source)).convert(str(target), force=True)
-    return target
+    ctranslate2.converters.TransformersConverter(str(source)).convert(str(folder), force=True)
 
 
 def filled(names: list[str], count: int) -> list[str]:
@@ -398,6 +388,7 @@ def named(family: str) -> str:
 class Engines:
     """Every wanted system of one model, prepared once for all batches.
 
+    folder   where converted models are, or come to be
     missing  column, or a step before several, -> why it is not there
     """
 
@@ -409,22 +400,19 @@ class Engines:
         self.reference = self.hf()
         with quiet():
             for precision in ("fp32", "bf16"):
-                if precision in arguments.precisions:
-                    self.add_torch(precision)
-            for precision in arguments.precisions:
-                self.add(f"ours_{precision}", lambda p=precision: self.ours(p))
+                self.add_torch(precision)
+            for precision in PRECISIONS:
+                self.add(f"ours_{precision}", lambda p=precision: our_encoder(self.reference, p))
             self.add_onnx()
             self.add_ctranslate2()
 
     def hf(self) -> torch.nn.Module:
         return hf_model(self.family, self.shape, self.arguments.max_length)
 
-    def ours(self, precision: str) -> Engine:
-        return our_encoder(self.reference, precision)
-
     def add(self, column: str, make: Callable[[], Engine]) -> None:
         """Prepare a system, or note why not."""
-        if not wanted(column, self.arguments):
+        system, _, precision = column.rpartition("_")
+        if not self.wants(system, precision):
             return
         if engine := self.step(column, make):
             self.found[column] = engine
@@ -443,24 +431,23 @@ class Engines:
             print(f"preparing {name} took {seconds:.0f} s", flush=True)
         return made
 
-    def any_wanted(self, engine: str, names: Iterable[str] = PRECISIONS) -> bool:
+    def wants(self, system: str, *kinds: str) -> bool:
+        """Whether a column of a system is wanted in one of some precisions."""
         return any(
-            wanted(f"{engine}_{p}", self.arguments) for p in names if p in self.arguments.precisions
+            kind in self.arguments.precisions and wanted(f"{system}_{kind}", self.arguments)
+            for kind in kinds
         )
 
     def add_torch(self, precision: str) -> None:
         """What plain torch has, in one type."""
-        if not any(
-            wanted(f"{system}_{precision}", self.arguments)
-            for system in ("hf", "compile", "packed", "gemms")
-        ):
+        if not any(self.wants(name, precision) for name in ("hf", "compile", "packed", "gemms")):
             return
         own = self.reference
         dtype = precisions.get(precision).dtype
         if precision != "fp32":
             own = copy_of(own, dtype)
         plain = own
-        if self.family != "bert" and wanted(f"packed_{precision}", self.arguments):
+        if self.family != "bert" and self.wants("packed", precision):
             plain = hf_model("bert", self.shape, self.arguments.max_length).to(dtype)
         heads = self.shape[3]
         self.add(f"hf_{precision}", lambda: lambda batch: hf_run(own, batch))
@@ -470,47 +457,52 @@ class Engines:
             f"gemms_{precision}", lambda: lambda batch: gemms(self.shape, batch.total, dtype, "cpu")
         )
 
-    def add_onnx(self) -> None:
-        """ONNX Runtime and OpenVINO, both from one exported file."""
-        runtime = self.any_wanted("onnxruntime", ("fp32", "int8"))
-        if not runtime and not self.any_wanted("openvino"):
-            return
+    def converted(self, name: str, write: Callable[[Path], None]) -> Path | None:
+        """A converted model of the folder, written unless it is there; None where that fails."""
 
-        def export() -> Path:
+        def make() -> Path:
+            path = self.folder / name
             # Exporting needs autograd's ordinary tensors.
             with torch.inference_mode(False), torch.no_grad():
-                return onnx_file(self.hf(), self.folder)
+                if not path.exists():
+                    write(path)
+            return path
 
-        exported = self.step("onnx export", export)
+        found: Path | None = self.step(f"conversion to {name}", make)
+        return found
+
+    def add_onnx(self) -> None:
+        """ONNX Runtime and OpenVINO, both from one exported file."""
+        runtime = self.wants("onnxruntime", "fp32", "int8")
+        if not (runtime or self.wants("openvino", *PRECISIONS)):
+            return
+        exported = self.converted("model.onnx", lambda path: write_onnx(self.hf(), path))
         if not exported:
             return
-        wants = self.arguments.precisions
-        fused = runtime and self.step(
-            "onnxruntime fusion", lambda: onnxruntime_fused(exported, self.shape)
-        )
-        if fused and "fp32" in wants:
-            self.add("onnxruntime_fp32", lambda: onnxruntime_engine(fused))
-        if fused and "int8" in wants:
-            self.add("onnxruntime_int8", lambda: onnxruntime_engine(onnxruntime_int8(fused)))
-        for precision, hint in (("fp32", "f32"), ("bf16", "bf16")):
-            if precision in wants:
-                self.add(f"openvino_{precision}", lambda h=hint: openvino_engine(exported, h))
-        if "int8" in wants:
-            self.add("openvino_int8", lambda: openvino_engine(openvino_int8(exported), None))
+        if runtime:
+            fused = self.converted("fused.onnx", lambda p: write_fused(exported, self.shape, p))
+            if fused:
+                self.add("onnxruntime_fp32", lambda: onnxruntime_engine(fused))
+            if fused and self.wants("onnxruntime", "int8"):
+                small = self.converted("quantised.onnx", lambda p: write_quantised(fused, p))
+                if small:
+                    self.add("onnxruntime_int8", lambda: onnxruntime_engine(small))
+        self.add("openvino_fp32", lambda: openvino_engine(exported, "f32"))
+        self.add("openvino_bf16", lambda: openvino_engine(exported, "bf16"))
+        if self.wants("openvino", "int8"):
+            quantised = self.converted("nncf.xml", lambda path: write_nncf(exported, path))
+            if quantised:
+                self.add("openvino_int8", lambda: openvino_engine(quantised, None))
 
     def add_ctranslate2(self) -> None:
-        if not self.any_wanted("ctranslate2"):
+        if not self.wants("ctranslate2", *PRECISIONS):
             return
-
-        def convert() -> Path:
-            with torch.inference_mode(False):
-                return ctranslate2_folder(self.family, self.shape, self.folder)
-
-        converted = self.step("ctranslate2 conversion", convert)
-        types = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
-        for precision in self.arguments.precisions if converted else ():
-            name = types[precision]
-            self.add(f"ctranslate2_{precision}", lambda n=name: ctranslate2_engine(converted, n))
+        folder = self.converted(
+            "ctranslate2", lambda path: write_ctranslate2(self.family, self.shape, path)
+        )
+        if folder:
+            for precision, name in (("fp32", "float32"), ("bf16", "bfloat16"), ("int8", "int8")):
+                self.add(f"ctranslate2_{precision}", lambda n=name: ctranslate2_engine(folder, n))
 
 
 def reason(error: Exception) -> str:
@@ -529,10 +521,11 @@ def cpu_row(name: str, engines: Engines, batch: Batch, rounds: int) -> dict[str,
         say(f"{name}: warming {column} up")
         try:
             run = engine(batch)
-            run()
-            start = time.perf_counter()
-            run()
-            turns[column] = max(1, min(20, int(TURN / (time.perf_counter() - start))))
+            for _ in range(2):  # the first one allocates, and may compile
+                start = time.perf_counter()
+                run()
+                seconds = time.perf_counter() - start
+            turns[column] = max(1, min(20, int(TURN / seconds)))
             systems[column] = run
         except Exception as error:
             missing[column] = reason(error)
@@ -571,7 +564,9 @@ def cpu_rows(arguments: argparse.Namespace, save: Callable[[list[Any]], None]) -
     rows = []
     for model in arguments.model:
         with tempfile.TemporaryDirectory() as scratch, torch.inference_mode(), quiet():
-            engines = Engines(arguments, model, Path(scratch))
+            folder = (arguments.folder or Path(scratch)) / f"{arguments.family}-{model}"
+            folder.mkdir(parents=True, exist_ok=True)
+            engines = Engines(arguments, model, folder)
             for lengths, count in itertools.product(arguments.lengths, arguments.batch):
                 if lengths == "ragged":
                     drawn = draw_lengths(
@@ -914,6 +909,9 @@ def arguments_of(given: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     cpu.add_argument("--max-length", type=int, default=128, help="of ragged batches")
     cpu.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    cpu.add_argument(
+        "--folder", type=Path, help="keep converted models here and use those that are there"
+    )
     cpu.add_argument("--threads", type=int, help="default: all processors")
     gpu = parser.add_argument_group("cuda")
     gpu.add_argument(
