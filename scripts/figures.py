@@ -5,8 +5,8 @@ benchmarks/results/.
 
 Reads the newest DEVICE-encoder-*.json, DEVICE-families-*.json, DEVICE-serving-*.json and
 cpu-memory-*.json and every cpu-precisions-*.json, as benchmarks/encoder.py, serving.py and
-memory.py write them; DEVICE is cpu or a GPU's name. A result of a tree that was not committed is refused:
-nobody could make it again. One that is older than the kernels it measures is marked.
+memory.py write them; DEVICE is cpu or a GPU's name. A result of a tree that was not committed is
+refused: nobody could make it again. One that is older than the kernels it measures is marked.
 """
 
 from __future__ import annotations
