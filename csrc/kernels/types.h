@@ -5,7 +5,8 @@
 
 namespace ft {
 
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// kInt8 is a type of packed weights on the CPU alone.
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3 };
 
 // Bytes of one element. Inlined always: a shared copy might be the one compiled for instructions
 // that this processor lacks.
@@ -16,6 +17,8 @@ __attribute__((always_inline)) constexpr int64_t size_of(DType dtype) {
     case DType::kFloat16:
     case DType::kBFloat16:
       return 2;
+    case DType::kInt8:
+      return 1;
   }
   return 0;
 }

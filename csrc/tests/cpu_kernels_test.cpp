@@ -229,9 +229,12 @@ std::vector<double> attend(const std::vector<double>& qkv, const std::vector<int
 std::vector<double> wide(const std::vector<float>& x) { return {x.begin(), x.end()}; }
 
 Buffer packed(const Values& w, int64_t layers, int64_t n, int64_t k, const ft::cpu::Threads& t) {
-  const int64_t bytes = ft::cpu::packed_bytes(w.type, layers, n, k);
+  ft::cpu::LayeredWeight weight{n, k};
+  weight.kept = w.operand();
+  weight.kept_count = layers;
+  const int64_t bytes = ft::cpu::packed_bytes(weight);
   Buffer blob(bytes);
-  ft::cpu::pack_weight(w.raw.get(), w.type, layers, n, k, blob.get(), t);
+  ft::cpu::pack_weight(weight, blob.get(), t);
   if (!ft::cpu::blob_fault(blob.get(), bytes).empty()) std::abort();
   return blob;
 }

@@ -46,6 +46,8 @@ inline const char* dtype_name(ScalarType dtype) {
       return "bool";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Char:
+      return "int8";
     default:
       return "another type";
   }

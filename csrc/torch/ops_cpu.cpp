@@ -192,6 +192,12 @@ Tensor checked_blob(const Tensor& tensor, const char* name, int64_t layers, int6
 
 // ---- ops ---------------------------------------------------------------------------------------
 
+Tensor packed(const cpu::LayeredWeight& weight) {
+  Tensor blob = empty({cpu::packed_bytes(weight)}, ScalarType::Byte);
+  cpu::pack_weight(weight, blob.mutable_data_ptr(), torch_threads());
+  return blob;
+}
+
 Tensor prepare_weight(const Tensor& weight, const OptTensor& scale) {
   FT_CHECK_FLOAT(weight);
   check_no_scale(weight, scale);
@@ -201,21 +207,65 @@ Tensor prepare_weight(const Tensor& weight, const OptTensor& scale) {
   const int64_t layers = whole.dim() == 3 ? whole.size(0) : 1;
   const int64_t n = whole.size(whole.dim() - 2), k = whole.size(whole.dim() - 1);
   FT_CHECK(n > 0 && k > 0, "weight must not be empty, has shape ", shape_of(weight));
-  Tensor blob = empty({cpu::packed_bytes(dtype_of(whole), layers, n, k)}, ScalarType::Byte);
-  cpu::pack_weight(whole.const_data_ptr(), dtype_of(whole), layers, n, k, blob.mutable_data_ptr(),
-                   torch_threads());
-  return blob;
+  cpu::LayeredWeight layered{n, k};
+  layered.kept = operand_of(whole);
+  layered.kept_count = layers;
+  return packed(layered);
+}
+
+Tensor prepare_layers(const Tensor& quantized, const Tensor& scale, const Tensor& kept,
+                      const std::vector<int64_t>& kept_layers) {
+  const int64_t kept_count = static_cast<int64_t>(kept_layers.size());
+  const Tensor& any = quantized.numel() > 0 ? quantized : kept;
+  FT_CHECK(any.dim() == 3 && any.numel() > 0,
+           "quantized and kept must have shape [L, N, K], one of them with L > 0, have ",
+           shape_of(quantized), " and ", shape_of(kept));
+  const int64_t n = any.size(1), k = any.size(2);
+  const int64_t quantized_count = quantized.numel() > 0 ? quantized.size(0) : 0;
+  cpu::LayeredWeight layered{n, k};
+  Tensor whole, scales, whole_kept;
+  if (quantized_count > 0) {
+    FT_CHECK(quantized.is_cpu() && scale.is_cpu(),
+             "quantized and scale must be on the CPU like the other tensors");
+    FT_CHECK_DTYPE(quantized, ScalarType::Char);
+    FT_CHECK_DTYPE(scale, ScalarType::Float);
+    FT_CHECK(has_shape(scale, {quantized_count, n}), "scale must have shape [", quantized_count,
+             ", ", n, "], has ", shape_of(scale));
+    whole = contiguous(quantized);
+    scales = contiguous(scale);
+    layered.quantized = static_cast<const int8_t*>(whole.const_data_ptr());
+    layered.scale = static_cast<const float*>(scales.const_data_ptr());
+    layered.quantized_count = quantized_count;
+  }
+  FT_CHECK(kept_count == (kept.numel() > 0 ? kept.size(0) : 0), "kept_layers must have an index ",
+           "for each of kept, ", shape_of(kept), ", has ", kept_count);
+  for (int64_t i = 0; i < kept_count; ++i) {
+    FT_CHECK(kept_layers[i] < quantized_count + kept_count &&
+                 kept_layers[i] > (i > 0 ? kept_layers[i - 1] : -1),
+             "kept_layers must increase within [0, ", quantized_count + kept_count, "), has ",
+             kept_layers[i], " at ", i);
+  }
+  if (kept_count > 0) {
+    whole_kept = checked_float(kept, "kept", {kept_count, n, k});
+    layered.kept = operand_of(whole_kept);
+    layered.kept_count = kept_count;
+    layered.kept_layers = kept_layers.data();
+  }
+  return packed(layered);
 }
 
 bool is_prepared(const Tensor& prepared, const Tensor& weight) {
   const int64_t dim = weight.dim();
-  if (!prepared.is_cpu() || !weight.is_cpu() || !is_float_type(weight.scalar_type()) ||
-      (dim != 2 && dim != 3) || prepared.scalar_type() != ScalarType::Byte || prepared.dim() != 1 ||
+  const bool quantized = weight.scalar_type() == ScalarType::Char;
+  if (!prepared.is_cpu() || !weight.is_cpu() ||
+      !(quantized || is_float_type(weight.scalar_type())) || (dim != 2 && dim != 3) ||
+      prepared.scalar_type() != ScalarType::Byte || prepared.dim() != 1 ||
       !prepared.is_contiguous()) {
     return false;
   }
-  return cpu::is_packed(prepared.const_data_ptr(), prepared.numel(), dtype_of(weight),
-                        dim == 3 ? weight.size(0) : 1, weight.size(dim - 2), weight.size(dim - 1));
+  return cpu::is_packed(prepared.const_data_ptr(), prepared.numel(),
+                        quantized ? DType::kInt8 : dtype_of(weight), dim == 3 ? weight.size(0) : 1,
+                        weight.size(dim - 2), weight.size(dim - 1));
 }
 
 template <typename Id>
@@ -639,10 +689,10 @@ Tensor encoder(const Tensor& input_ids, const Tensor& token_type_ids, const OptT
 }
 
 // The ops' interfaces: 1 is `encoder` with its 24 arguments, 2 is `encode`, 3 are its activations
-// beside gelu, its relative bias and `segment_pool`. A change of a signature or of what an argument
-// means is a new one.
+// beside gelu, its relative bias and `segment_pool`, 4 is `prepare_layers`. A change of a signature
+// or of what an argument means is a new one.
 #define FT_FIRST_INTERFACE "1"
-#define FT_LAST_INTERFACE "3"
+#define FT_LAST_INTERFACE "4"
 
 #ifndef FT_HANDLER_VERSION
 #define FT_HANDLER_VERSION "unknown"
@@ -694,6 +744,7 @@ extern "C" __attribute__((visibility("default"))) const char ft_handler_library[
 
 STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CPU, m) {
   m.impl("prepare_weight", TORCH_BOX(&ft::prepare_weight));
+  m.impl("prepare_layers", TORCH_BOX(&ft::prepare_layers));
   m.impl("is_prepared", TORCH_BOX(&ft::is_prepared));
   m.impl("remove_padding", TORCH_BOX(&ft::remove_padding));
   m.impl("restore_padding", TORCH_BOX(&ft::restore_padding));

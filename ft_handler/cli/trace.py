@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -124,6 +125,23 @@ def trace_command(
             help="For embeddings: of length 1 or not. Default: what modules.json says, else not.",
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate",
+            help="For int8: texts on which it is measured what quantising costs, in any form that "
+            "`ft-handler verify` reads. Default: random tokens.",
+        ),
+    ] = None,
+    keep_products: Annotated[
+        str | None,
+        typer.Option(
+            *_names("keep_products"),
+            help="For int8: products to keep in bf16, comma-separated, such as "
+            "'layers.0.down,layers.*.out', or none. Default: those whose loss is measured to be "
+            "too large.",
+        ),
+    ] = None,
     strict: Annotated[
         bool,
         typer.Option(
@@ -152,7 +170,7 @@ def trace_command(
         config_name=config_name,
         cache_dir=cache_dir,
         adapter=adapter,
-        labels=[part.strip() for part in labels.split(",")] if labels else None,
+        labels=listed_in(labels) if labels else None,
         max_seq_length=max_seq_length,
         do_lower_case=do_lower_case,
         batch_size=batch_size,
@@ -163,5 +181,19 @@ def trace_command(
         strict=strict,
         pooling=pooling,
         normalize=normalize,
+        calibration=None if calibrate is None else calibration_of(calibrate),
+        keep_products=None if keep_products is None else listed_in(keep_products),
     )
     trace(options, typer.echo)
+
+
+def listed_in(text: str) -> list[str]:
+    """The parts between commas."""
+    return [part.strip() for part in text.split(",")]
+
+
+def calibration_of(path: Path) -> list[Mapping[str, str]]:
+    """The texts of a data file."""
+    from ft_handler.verify.data import Layout, read_examples
+
+    return [example.texts for example in read_examples(path, Layout())]

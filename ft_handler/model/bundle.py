@@ -163,6 +163,11 @@ def load_model(
     target = torch.device(device)
     if target.type not in precisions.get(info.data_type).devices:
         raise ModelError(f"{path}: is in {info.data_type}, which no {target.type} device serves")
+    if target.type == "cuda" and info.quantized is not None and not info.quantized.half:
+        raise ModelError(
+            f"{path}: a GPU computes {info.data_type} in fp16, in which this model overflows; "
+            "serve it on a CPU, or trace it in bf16"
+        )
     fused = info.model_type == "thsext"
     if fused:
         load_library(library, interface=info.op_interface, cuda=target.type == "cuda")
@@ -222,9 +227,12 @@ _HEADS_1 = {
 }
 
 
-def _data_type(stored: torch.dtype, info: ModelInfo) -> str:
+def _data_type(stored: torch.dtype, product: torch.dtype, info: ModelInfo) -> str:
+    """What a module's word table and its products say."""
     expected = precisions.get(info.data_type)
-    return info.data_type if stored == expected.dtype else str(stored).removeprefix("torch.")
+    if stored == expected.dtype and (product == torch.int8) == (expected.quantized is not None):
+        return info.data_type
+    return str(stored if stored != expected.dtype else product).removeprefix("torch.")
 
 
 def _told(module: torch.jit.ScriptModule, info: ModelInfo) -> dict[str, object]:
@@ -238,7 +246,11 @@ def _told(module: torch.jit.ScriptModule, info: ModelInfo) -> dict[str, object]:
         "num_layers": int(spec["layers"]),
         "num_heads": int(spec["heads"]),
         "num_labels": module.columns,
-        "data_type": _data_type(tensors["encoder.embeddings.word"].dtype, info),
+        "data_type": _data_type(
+            tensors["encoder.embeddings.word"].dtype,
+            tensors["encoder.layers.qkv.weight"].dtype,
+            info,
+        ),
     }
 
 
@@ -253,5 +265,5 @@ def _told_by_format_1(module: torch.jit.ScriptModule, info: ModelInfo) -> dict[s
         **sizes,
         "num_heads": module.encoder.num_heads,
         "num_labels": tensors[_HEADS_1[mode]].shape[0],
-        "data_type": _data_type(tensors["encoder.word"].dtype, info),
+        "data_type": _data_type(tensors["encoder.word"].dtype, tensors["encoder.word"].dtype, info),
     }

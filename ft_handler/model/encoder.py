@@ -4,7 +4,7 @@ T tokens, B sequences, H hidden, E embedding, I intermediate, L layers, V vocabu
 """
 
 # Annotations are read by TorchScript too, which cannot resolve strings: no __future__ import.
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from ft_handler.model.spec import EncoderSpec
 TABLES = ("embeddings.word", "embeddings.position", "embeddings.token_type")
 PROJECTION = ("embeddings.projection.weight", "embeddings.projection.bias")
 RELATIVE_BIAS = "attention.relative_bias"
+PRODUCTS = ("layers.qkv", "layers.out", "layers.up", "layers.down", "embeddings.projection")
+"""What is a matrix product, in the order in which `Encoder.prepared` holds them."""
 WEIGHTS = (
     *TABLES,
     "embeddings.norm.weight", "embeddings.norm.bias",
@@ -37,7 +39,7 @@ def weight_names(spec: EncoderSpec, projected: bool = False) -> tuple[str, ...]:
 
 
 class Parameters(nn.Module):
-    """A linear layer's or a layer norm's weight and bias, or a stack of them over the layers."""
+    """A layer norm's weight and bias, or a stack of them over the layers."""
 
     weight: Tensor
     bias: Tensor
@@ -47,9 +49,108 @@ class Parameters(nn.Module):
         self.register_buffer("weight", weights[f"{name}.weight"])
         self.register_buffer("bias", weights[f"{name}.bias"])
 
-    def drop_weight(self) -> None:
+
+class Product(Parameters):
+    """A linear layer's weight `[N,K]` and bias `[N]`, or a stack of them over the layers."""
+
+    shape: list[int]
+
+    def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
+        super().__init__(weights, name)
+        self.shape = list(self.weight.shape)
+
+    def prepare(self) -> Tensor:
+        """The weight laid out for the processor it is on."""
+        prepared: Tensor = torch.ops.fastertransformer.prepare_weight(self.weight)
+        return prepared
+
+    def is_prepared(self, prepared: Tensor) -> bool:
+        """Whether this is what `prepare` makes where the parameters are now."""
+        # Of the weight's shape and type without holding one, which may have been dropped.
+        like = self.bias.reshape([-1])[:1].expand(self.shape)
+        found: bool = torch.ops.fastertransformer.is_prepared(prepared, like)
+        return found
+
+    def drop(self) -> None:
         """Put nothing in the weight's place."""
-        self.weight = torch.empty([0], dtype=self.weight.dtype, device=self.weight.device)
+        self.weight = self.weight.new_empty([0])
+
+
+class QuantizedProduct(Parameters):
+    """A product of every layer, in int8 but for those layers in which it is kept as floats.
+
+    weight  int8 `[Lq,N,K]`, -127 to 127; scale  fp32 `[Lq,N]`, what a step of each output is
+    kept    `[Lk,N,K]`; kept_layers  which of the Lq + Lk layers these are, in rising order
+    bias    `[L,N]`, or `[N]` outside of the layers, where Lq + Lk is 1
+    """
+
+    scale: Tensor
+    kept: Tensor
+    kept_layers: list[int]
+    shape: list[int]
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], name: str, kept_layers: Sequence[int]
+    ) -> None:
+        super().__init__(weights, name)
+        self.register_buffer("scale", weights[f"{name}.scale"])
+        self.register_buffer("kept", weights[f"{name}.kept"])
+        self.kept_layers = list(kept_layers)
+        self.shape = list(self.weight.shape)
+
+    def dequantized(self) -> Tensor:
+        """The float weights `[L,N,K]` or `[N,K]` in the bias's type, for GPUs."""
+        layers = self.shape[0] + len(self.kept_layers)
+        full = torch.empty(
+            [layers, self.shape[1], self.shape[2]], dtype=self.bias.dtype, device=self.bias.device
+        )
+        quantized = 0
+        for layer in range(layers):
+            if layer in self.kept_layers:
+                full[layer] = self.kept[layer - quantized]
+            else:
+                full[layer] = self.weight[quantized] * self.scale[quantized].unsqueeze(1)
+                quantized += 1
+        return full if self.bias.dim() == 2 else full[0]
+
+    def prepare(self) -> Tensor:
+        """The weights laid out for the processor they are on: on a GPU as floats."""
+        if self.bias.is_cuda:
+            prepared: Tensor = torch.ops.fastertransformer.prepare_weight(self.dequantized())
+            return prepared
+        layered: Tensor = torch.ops.fastertransformer.prepare_layers(
+            self.weight, self.scale.float(), self.kept, self.kept_layers
+        )
+        return layered
+
+    def is_prepared(self, prepared: Tensor) -> bool:
+        """Whether this is what `prepare` makes where the parameters are now."""
+        shape = [self.shape[0], self.shape[1], self.shape[2]]
+        if self.bias.is_cuda:
+            shape[0] += len(self.kept_layers)
+            like = self.bias.reshape([-1])[:1].expand(shape if self.bias.dim() == 2 else shape[1:])
+        elif shape[0] > 0:
+            like = self.weight.new_empty([1]).expand(shape)
+        else:
+            shape[0] = len(self.kept_layers)
+            like = self.kept.new_empty([1]).expand(shape)
+        found: bool = torch.ops.fastertransformer.is_prepared(prepared, like)
+        return found
+
+    def drop(self) -> None:
+        """Put nothing in the weights' place."""
+        self.weight = self.weight.new_empty([0])
+        self.scale = self.scale.new_empty([0])
+        self.kept = self.kept.new_empty([0])
+
+
+Kept = Mapping[str, Sequence[int]]
+"""Of products in int8: their names as in PRODUCTS -> the layers in which they are floats."""
+
+
+def product_of(weights: Mapping[str, Tensor], name: str, kept: Kept) -> Product | QuantizedProduct:
+    """A product as the weights have it."""
+    return QuantizedProduct(weights, name, kept[name]) if name in kept else Product(weights, name)
 
 
 class Embeddings(nn.Module):
@@ -59,25 +160,25 @@ class Embeddings(nn.Module):
     position: Tensor
     token_type: Tensor
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], kept: Kept) -> None:
         super().__init__()
         for name in TABLES:
             self.register_buffer(name.removeprefix("embeddings."), weights[name])
         self.norm = Parameters(weights, "embeddings.norm")
         projected = PROJECTION[0] in weights
-        self.projection = Parameters(weights, "embeddings.projection") if projected else None
+        self.projection = product_of(weights, PRODUCTS[4], kept) if projected else None
 
 
 class Layers(nn.Module):
     """Parameters of all layers: weights `[L,N,K]`, biases `[L,N]`, norms `[L,H]`; L or 1."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], kept: Kept) -> None:
         super().__init__()
-        self.qkv = Parameters(weights, "layers.qkv")
-        self.out = Parameters(weights, "layers.out")
+        self.qkv = product_of(weights, PRODUCTS[0], kept)
+        self.out = product_of(weights, PRODUCTS[1], kept)
         self.norm1 = Parameters(weights, "layers.norm1")
-        self.up = Parameters(weights, "layers.up")
-        self.down = Parameters(weights, "layers.down")
+        self.up = product_of(weights, PRODUCTS[2], kept)
+        self.down = product_of(weights, PRODUCTS[3], kept)
         self.norm2 = Parameters(weights, "layers.norm2")
 
 
@@ -100,49 +201,35 @@ class Encoder(nn.Module):
     __constants__ = ("max_positions", "spec")
 
     prepared: list[Tensor]
-    shapes: list[list[int]]
 
-    def __init__(self, spec: EncoderSpec, weights: Mapping[str, Tensor]) -> None:
-        """Take the tensors as they are; raises ModelError when one is missing or unknown."""
+    def __init__(
+        self, spec: EncoderSpec, weights: Mapping[str, Tensor], kept: Kept | None = None
+    ) -> None:
+        """Take the tensors as they are; raises ModelError when one is missing or unknown.
+
+        kept  which products are in int8, and in which layers they are floats; None: no product is
+        """
         super().__init__()
+        kept = kept or {}
         names = weight_names(spec, PROJECTION[0] in weights)
-        if set(weights) != set(names):
-            missing = ", ".join(sorted(set(names) - set(weights))) or "none"
-            unknown = ", ".join(sorted(set(weights) - set(names))) or "none"
+        wanted = {*names, *(f"{name}.{more}" for name in kept for more in ("scale", "kept"))}
+        if set(weights) != wanted:
+            missing = ", ".join(sorted(wanted - set(weights))) or "none"
+            unknown = ", ".join(sorted(set(weights) - wanted)) or "none"
             raise ModelError(f"an encoder's weights: missing {missing}; unknown {unknown}")
-        self.embeddings = Embeddings(weights)
-        self.layers = Layers(weights)
+        self.embeddings = Embeddings(weights, kept)
+        self.layers = Layers(weights, kept)
         self.attention = Attention(weights) if spec.relative_distance else None
         self.spec = spec.text(names)
         self.max_positions = int(weights["embeddings.position"].shape[0])
         self.options = ""
         self.prepared = []
-        # Of the unpacked GEMM weights, once they are released.
-        self.shapes = []
-
-    def unpacked(self) -> list[Tensor]:
-        """The GEMM weights as stored, empty once released."""
-        weights = [
-            self.layers.qkv.weight,
-            self.layers.out.weight,
-            self.layers.up.weight,
-            self.layers.down.weight,
-        ]
-        projection = self.embeddings.projection
-        if projection is not None:
-            weights.append(projection.weight)
-        return weights
+        self.released = False
 
     def is_prepared(self) -> bool:
         """Whether the GEMM weights are prepared for where the parameters are now."""
-        if len(self.prepared) == 0:
-            return False
         # All are prepared together and move together, so that one speaks for all of them.
-        weight = self.layers.qkv.weight
-        if len(self.shapes) > 0:
-            weight = self.layers.qkv.bias.reshape([-1])[:1].expand(self.shapes[0])
-        prepared: bool = torch.ops.fastertransformer.is_prepared(self.prepared[0], weight)
-        return prepared
+        return len(self.prepared) > 0 and self.layers.qkv.is_prepared(self.prepared[0])
 
     @torch.jit.export
     def prepare(self) -> None:
@@ -152,30 +239,36 @@ class Encoder(nn.Module):
         """
         if self.is_prepared():
             return
-        if len(self.shapes) > 0:
+        if self.released:
             raise RuntimeError(
                 "the encoder's unpacked weights were released, so it cannot move to another "
                 "device, dtype or processor; load the model file again there (a file that was "
                 "saved after the release has to be made again)"
             )
         self.prepared = [
-            torch.ops.fastertransformer.prepare_weight(weight) for weight in self.unpacked()
+            self.layers.qkv.prepare(),
+            self.layers.out.prepare(),
+            self.layers.up.prepare(),
+            self.layers.down.prepare(),
         ]
+        projection = self.embeddings.projection
+        if projection is not None:
+            self.prepared.append(projection.prepare())
 
     @torch.jit.export
     def release(self) -> None:
         """Prepare, then drop the unpacked GEMM weights: half the memory, no more moves or saves."""
         self.prepare()
-        if len(self.shapes) > 0:
+        if self.released:
             return
-        self.shapes = [list(weight.size()) for weight in self.unpacked()]
-        self.layers.qkv.drop_weight()
-        self.layers.out.drop_weight()
-        self.layers.up.drop_weight()
-        self.layers.down.drop_weight()
+        self.released = True
+        self.layers.qkv.drop()
+        self.layers.out.drop()
+        self.layers.up.drop()
+        self.layers.down.drop()
         projection = self.embeddings.projection
         if projection is not None:
-            projection.drop_weight()
+            projection.drop()
 
     @torch.jit.export
     def configure(self, options: str) -> None:

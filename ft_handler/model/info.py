@@ -25,6 +25,23 @@ FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="ignore", strict=True))
+class QuantizedInfo:
+    """What a traced file of quantised products says of them.
+
+    kept      products that are floats all the same, such as "layers.3.down"
+    chosen    on what it was measured which ones those are: "texts", "random tokens", or "wish"
+    error     the root mean square of the outputs' differences from fp32 there, as a part of that of
+              the outputs (of logits at least 1)
+    half      whether the model stays within fp16, in which GPUs compute the file
+    """
+
+    kept: list[str]
+    chosen: Literal["texts", "random tokens", "wish"]
+    error: float
+    half: bool
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="ignore", strict=True))
 class ModelInfo:
     """What a traced file says of itself.
 
@@ -43,6 +60,7 @@ class ModelInfo:
                     interpret
     checkpoint      the hub's name of what was traced; None where it was a folder
     adapter         the name of the adapter's folder, if one was merged
+    quantized       of a precision with quantised products
     """
 
     format_version: int
@@ -69,6 +87,7 @@ class ModelInfo:
     chosen: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     adapter: str | None = None
+    quantized: QuantizedInfo | None = None
 
     def to_json(self) -> str:
         """The text of the file's `ft_handler.json`."""

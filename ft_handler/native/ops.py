@@ -24,13 +24,29 @@ _ops = getattr(torch.ops, NAMESPACE)
 def prepare_weight(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """Lay a GEMM weight `[L,N,K]` or `[N,K]` out for the running processor; opaque on the CPU.
 
-    `scale` is for quantised weights, of which this library knows none yet.
+    `scale` must be None: `prepare_layers` takes quantised weights.
     """
     return cast(Tensor, _ops.prepare_weight(weight, scale))
 
 
+def prepare_layers(
+    quantized: Tensor, scale: Tensor, kept: Tensor, kept_layers: list[int]
+) -> Tensor:
+    """Lay a product of every layer out for the running CPU, in int8 but for layers that are kept.
+
+    quantized    int8 `[Lq,N,K]` of -127 to 127; `scale` fp32 `[Lq,N]`, what a step is worth
+    kept         float `[Lk,N,K]`; `kept_layers`, in rising order, which of the Lq + Lk these are
+
+    The result goes where `prepare_weight`'s goes. Inputs are rounded inside of the product, row by
+    row and slice of K by slice (see `ft_handler.native.twins.quantized_product`).
+    """
+    return cast(Tensor, _ops.prepare_layers(quantized, scale, kept, kept_layers))
+
+
 def is_prepared(prepared: Tensor, weight: Tensor) -> bool:
     """Whether `prepared` is what `prepare_weight` makes of such a weight here, by its header.
+
+    Of layers it is asked with `quantized`, or with `kept` where no layer is quantised.
 
     False after a move to another device, dtype, shape or processor; the numbers are not compared.
     """
@@ -186,6 +202,13 @@ def _prepare_weight_fake(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     # How many bytes the packed form takes depends on the processor.
     size = torch.library.get_ctx().new_dynamic_size()
     return weight.new_empty(size, dtype=torch.uint8)
+
+
+@_fake("prepare_layers")
+def _prepare_layers_fake(
+    quantized: Tensor, scale: Tensor, kept: Tensor, kept_layers: list[int]
+) -> Tensor:
+    return quantized.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
 # remove_padding and is_prepared have none: they return a plain number that depends on what tensors

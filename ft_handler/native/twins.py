@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,78 @@ def prepare_weight(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     if scale is not None:
         raise ValueError("scale must be None for a float weight")
     return weight.float()
+
+
+#: The largest magnitude of a quantised number, and the most columns of one slice.
+LEVELS = 127
+MOST_SLICE = 512
+
+
+def slice_length(columns: int) -> int:
+    """Columns of each slice but the last: as equal as multiples of 64 allow, at most MOST_SLICE."""
+    return math.ceil(columns / math.ceil(columns / MOST_SLICE) / 64) * 64
+
+
+@dataclass(frozen=True)
+class PreparedLayers:
+    """A product of every layer, in int8 with a scale an output, or kept as floats.
+
+    layers  one a layer: `(quantised int8 [N,K], scale [N])` or `weight [N,K]`
+    """
+
+    layers: tuple[tuple[Tensor, Tensor] | Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: int) -> PreparedLayers:
+        """One layer's product."""
+        return PreparedLayers((self.layers[index],))
+
+
+Weight = Tensor | PreparedLayers
+_W = TypeVar("_W", bound=Weight)
+
+
+def prepare_layers(
+    quantized: Tensor, scale: Tensor, kept: Tensor, kept_layers: Sequence[int]
+) -> PreparedLayers:
+    """Products by layer: `quantized` int8 `[Lq,N,K]`, `scale [Lq,N]`, `kept [Lk,N,K]`.
+
+    kept_layers  which of the Lq + Lk layers are kept, in rising order
+    """
+    products = iter(zip(quantized, scale.float(), strict=True))
+    floats = dict(zip(kept_layers, kept.float(), strict=True))
+    total = quantized.shape[0] + kept.shape[0]
+    return PreparedLayers(tuple(floats[i] if i in floats else next(products) for i in range(total)))
+
+
+def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `[T,K]` as whole numbers of at most LEVELS, and what a step of each is worth `[T,1]`.
+
+    Rows below 2^-100 throughout become zeros, those with a number that is not finite NaN.
+    """
+    most = x.abs().amax(1, keepdim=True)
+    small = most < 2.0**-100
+    step = torch.where(small, 0.0, most / LEVELS)
+    step = torch.where(torch.isfinite(most), step, math.nan)
+    return torch.where(small, 0.0, torch.round(x * (LEVELS / most))), step
+
+
+def quantized_product(x: Tensor, quantized: Tensor, scale: Tensor) -> Tensor:
+    """`x @ (quantized * scale).T` with the inputs rounded slice by slice: `[T,K]` -> `[T,N]`.
+
+    A row's inputs have a step of their own in each slice of K, so that a column of outliers
+    coarsens its slice alone. Sums in a slice are those of whole numbers, across slices fp32.
+    """
+    length = slice_length(x.shape[1])
+    out = torch.zeros(x.shape[0], quantized.shape[0], device=x.device)
+    for inputs, weight in zip(
+        torch.split(x.float(), length, dim=1), torch.split(quantized, length, dim=1), strict=True
+    ):
+        rows, step = quantized_rows(inputs)
+        out += (rows @ weight.float().T) * step
+    return out * scale
 
 
 def is_prepared(prepared: Tensor, weight: Tensor) -> bool:
@@ -154,15 +228,25 @@ def bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tens
     return activated(x if bias is None else x + bias.float(), activation)
 
 
+def product(input: Tensor, weight: Weight) -> Tensor:
+    """`input @ weight.T` of a weight `[N,K]`, or of what `prepare_layers` made of one layer."""
+    if isinstance(weight, PreparedLayers):
+        (only,) = weight.layers
+        if isinstance(only, tuple):
+            return quantized_product(input, *only)
+        weight = only
+    return input.float() @ weight.float().reshape(-1, weight.shape[-1]).T
+
+
 def linear(
     input: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str = "",
 ) -> Tensor:
     """`input @ weight.T + bias`, activated, then `+ residual`: `[T,K]`, `[N,K]` -> `[T,N]`."""
-    out = input.float() @ weight.float().reshape(-1, weight.shape[-1]).T
+    out = product(input, weight)
     if bias is not None:
         out = out + bias.float()
     out = activated(out, activation)
@@ -236,16 +320,16 @@ def residual_layer_norm(
     return layer_norm(x if bias is None else x + bias.float(), gamma, beta, eps)
 
 
-def _said(spec: str, weights: Sequence[Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What an encoder's specification says, and its tensors by name."""
+def _said(spec: str, weights: Sequence[_W]) -> tuple[dict[str, str], dict[str, _W]]:
+    """What an encoder's specification says, and its weights by name."""
     words = dict(word.split("=", 1) for word in spec.split())
     return words, dict(zip(words["weights"].split(","), weights, strict=True))
 
 
-def _layer(named: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+def _layer(named: Mapping[str, _W], index: int) -> dict[str, _W]:
     """One layer's parameters, by what follows `layers.`; those of one layer may serve all."""
     return {
-        name.removeprefix("layers."): stack[index % stack.shape[0]]
+        name.removeprefix("layers."): cast(_W, stack[index % len(stack)])
         for name, stack in named.items()
         if name.startswith("layers.")
     }
@@ -257,7 +341,7 @@ def encode(
     position_ids: Tensor | None,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     spec: str,
     options: str = "",
 ) -> Tensor:
@@ -266,9 +350,12 @@ def encode(
     `spec` says the sizes and the order of `weights`, as `EncoderSpec.text` writes it. A stack of
     one layer's parameters serves every layer, and embeddings of another width than H are projected
     (Lan et al., arXiv 1909.11942). A relative bias serves every layer (Song et al., arXiv
-    2004.09297). `options` say how the ops run and change nothing here.
+    2004.09297). Products are plain weights or what `prepare_layers` made. `options` say how the ops
+    run and change nothing here.
     """
-    said, named = _said(spec, weights)
+    said, all_named = _said(spec, weights)
+    quantized = {n: w for n, w in all_named.items() if isinstance(w, PreparedLayers)}
+    named = {n: w for n, w in all_named.items() if isinstance(w, Tensor)}
     eps = float(said["eps"])
     x = embedding_layer_norm(
         input_ids,
@@ -282,21 +369,22 @@ def encode(
         named["embeddings.norm.bias"],
         eps,
     )
-    if "embeddings.projection.weight" in named:
-        projection = named["embeddings.projection.weight"]
+    if "embeddings.projection.weight" in all_named:
+        projection = all_named["embeddings.projection.weight"]
         x = linear(x, projection, named["embeddings.projection.bias"], None)
     for i in range(int(said["layers"])):
         p = _layer(named, i)
-        qkv = linear(x, p["qkv.weight"], p["qkv.bias"], None)
+        w: dict[str, Weight] = {**p, **_layer(quantized, i)}
+        qkv = linear(x, w["qkv.weight"], p["qkv.bias"], None)
         context = varlen_attention(
             qkv, cu_seqlens, max_seqlen, int(said["heads"]), named.get("attention.relative_bias")
         )
-        projected = linear(context, p["out.weight"], None, None)
+        projected = linear(context, w["out.weight"], None, None)
         x = residual_layer_norm(
             projected, p["out.bias"], x, p["norm1.weight"], p["norm1.bias"], eps
         )
-        inner = linear(x, p["up.weight"], p["up.bias"], None, said["activation"])
-        outer = linear(inner, p["down.weight"], None, None)
+        inner = linear(x, w["up.weight"], p["up.bias"], None, said["activation"])
+        outer = linear(inner, w["down.weight"], None, None)
         x = residual_layer_norm(outer, p["down.bias"], x, p["norm2.weight"], p["norm2.bias"], eps)
     return x
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ft_handler.errors import ModelError
 from ft_handler.model import bundle
-from ft_handler.precisions import Precision
+from ft_handler.precisions import Precision, get
 from ft_handler.prepare import hf
 from ft_handler.prepare.options import TraceOptions
 
 Samples = tuple[Tensor, Tensor, Tensor]
 Expected = Callable[[tuple[Tensor, ...], Tensor], tuple[Tensor, ...]]
+Answer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class Reference(nn.Module):
@@ -86,18 +87,26 @@ def trace_plain(
 
 
 def compare(
-    path: Path, reference: Reference, precision: Precision, per_token: bool, samples: Samples
+    path: Path,
+    reference: Reference,
+    precision: Precision,
+    per_token: bool,
+    samples: Samples,
+    simulated: Answer | None = None,
 ) -> tuple[float, float]:
     """Largest logit difference of the file from transformers in fp32, and what is allowed.
 
-    What is allowed is the precision's to say. Of outputs a token, those of pads do not count. A
-    second shape shows whether the first one froze into the file. Raises ModelError where outputs
-    are not finite: nothing can be compared with those, or answered.
+    What is allowed is the precision's to say; of quantised products by what a simulation loses. Of
+    outputs a token, those of pads do not count. A second shape shows whether the first one froze
+    into the file. Raises ModelError where outputs are not finite: nothing can be compared with
+    those, or answered.
     """
     half = samples[0].shape[1] // 2
     other = (samples[0][:1, :half], samples[1][:1, :half], samples[2][:1, :half])
     traced = bundle.load_model(path).module
-    low = reference.to_type(precision.dtype) if precision.own_error else None
+    low = simulated
+    if low is None and precision.own_error:
+        low = reference.to_type(precision.dtype)
     difference = own = largest = 0.0
     with torch.inference_mode():
         for batch in (samples, other):
@@ -115,6 +124,34 @@ def compare(
             difference = max(difference, _apart(found, wanted, kept))
             own = max(own, _apart(theirs, wanted, kept))
     return difference, precision.allowed(largest, own)
+
+
+def hold_exact(answer: Answer, reference: Reference, per_token: bool, samples: Samples) -> None:
+    """Refuse what in fp32 is not transformers' model; raises ModelError.
+
+    What is measured by a simulation needs one of the right model.
+    """
+    kept = samples[1].bool() if per_token else slice(None)
+    with torch.inference_mode():
+        wanted, found = reference(*samples), answer(*samples)
+    if not _finite(wanted, kept):
+        raise ModelError("transformers' own outputs for random tokens are not finite")
+    largest = max(float(w[kept].abs().max()) for w in wanted)
+    difference, allowed = _apart(found, wanted, kept), get("fp32").allowed(largest, 0.0)
+    if not difference <= allowed:
+        raise ModelError(
+            f"the fused model's logits differ from transformers' by {difference:.2e} in fp32, more "
+            f"than the {allowed:.2e} that is allowed"
+        )
+
+
+def stays_finite(
+    reference: Reference, dtype: torch.dtype, per_token: bool, samples: Samples
+) -> bool:
+    """Whether transformers' model stays finite in a type."""
+    with torch.inference_mode():
+        kept = samples[1].bool() if per_token else slice(None)
+        return _finite(reference.to_type(dtype)(*samples), kept)
 
 
 def _apart(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], kept: Tensor | slice) -> float:

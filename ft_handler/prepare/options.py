@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,10 @@ class TraceOptions:
 
     strict              refuse what is otherwise traced with a note
     pooling, normalize  how embeddings are made, in the place of what the checkpoint's files say
+    calibration         texts by the keys of requests, on which it is measured what quantised
+                        products cost; None: random tokens
+    keep_products       products that are not quantised, or patterns of their names; None leaves it
+                        to the measurement
     """
 
     mode: str
@@ -34,6 +39,8 @@ class TraceOptions:
     strict: bool = False
     pooling: str | None = None
     normalize: bool | None = None
+    calibration: Sequence[Mapping[str, str]] | None = None
+    keep_products: Sequence[str] | None = None
 
     @property
     def wishes(self) -> dict[str, object]:

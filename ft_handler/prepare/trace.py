@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,17 +18,29 @@ from ft_handler import precisions, tasks
 from ft_handler.errors import ModelError
 from ft_handler.files import TRACED_FILE
 from ft_handler.model.bundle import save_model
-from ft_handler.model.info import FORMAT_VERSION, ModelInfo
+from ft_handler.model.info import FORMAT_VERSION, ModelInfo, QuantizedInfo
 from ft_handler.native.library import load_library
+from ft_handler.prepare import quantize
 from ft_handler.prepare.checkpoint import Checkpoint, load_checkpoint
-from ft_handler.prepare.compare import Reference, compare, sample_batch, trace_plain
-from ft_handler.prepare.fuse import fuse
+from ft_handler.prepare.compare import (
+    Reference,
+    compare,
+    hold_exact,
+    sample_batch,
+    stays_finite,
+    trace_plain,
+)
+from ft_handler.prepare.fuse import fuse, head_arguments
 from ft_handler.prepare.hf import import_transformers, quiet_transformers
 from ft_handler.prepare.options import TraceOptions
+from ft_handler.prepare.quantize import Simulation
 from ft_handler.prepare.settings import write_settings
 from ft_handler.prepare.tokenizer import write_tokenizer
 from ft_handler.tasks.base import AnyTask
 from ft_handler.version import __version__
+
+#: Random sequences that stand in for calibration texts; more of them say more than longer ones.
+CALIBRATION_SAMPLES, CALIBRATION_LONGEST = 32, 128
 
 
 def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) -> Path:
@@ -38,6 +52,16 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
     tasks.get(options.mode)  # a mode that is none is told before anything is loaded
     if options.batch_size < 1:
         raise ModelError("batch_size must be at least 1")
+    if precision.quantized is not None and options.model_type != "thsext":
+        raise ModelError(
+            f"--data_type {precision.name} needs --model_type thsext, not {options.model_type}"
+        )
+    if precision.quantized is None and (
+        options.calibration is not None or options.keep_products is not None
+    ):
+        raise ModelError(
+            f"--calibrate and --keep_products are for --data_type int8, not {precision.name}"
+        )
     if options.model_type == "thsext" or options.ths_path is not None:
         say(f"library: {load_library(options.ths_path)}")
     say(f"loading {options.model_name_or_path}")
@@ -88,7 +112,32 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
     head = architecture.head(task)
     reference = Reference(checkpoint.model, token_types > 0, head.expected).eval()
     say(f"tracing {describe_shape(task, info)}")
+    simulated = None
     if options.model_type == "thsext":
+        if precision.quantized is not None:
+            simulation = Simulation(
+                architecture.spec(config),
+                checkpoint.weights,
+                head.module(**head_arguments(checkpoint.weights)),
+                precision,
+            )
+            hold_exact(simulation.padded(None), reference, task.per_token, samples)
+            if options.calibration is None:
+                drawn = replace(options, batch_size=CALIBRATION_SAMPLES)
+                most = min(longest, CALIBRATION_LONGEST)
+                padded = sample_batch(drawn, info.vocab_size, token_types, pad, most)
+                batches = quantize.of_padded(*padded)
+            else:
+                batches = quantize.of_texts(
+                    options.calibration, tokenizer.text, token_types, longest, options.seed
+                )
+            if not batches:
+                raise ModelError("--calibrate: no text to measure on")
+            half = stays_finite(reference, precision.dtype, task.per_token, samples)
+            measured = quantize.Measured(simulation, batches, least_output(task))
+            quantized = choose_products(options, simulation, measured, half, say)
+            info = replace(info, quantized=quantized)
+            simulated = simulation.padded(quantized.kept)
         module = fuse(
             task,
             head,
@@ -96,6 +145,7 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
             checkpoint.weights,
             precision,
             info.num_labels,
+            info.quantized.kept if info.quantized is not None else (),
         )
     else:
         module = trace_plain(reference, precision.dtype, samples)
@@ -104,7 +154,9 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
         save_model(module, info, candidate, tokenizer.text)
         say(f"checking {options.batch_size} random sequences of up to {longest} tokens")
         try:
-            difference, allowed = compare(candidate, reference, precision, task.per_token, samples)
+            difference, allowed = compare(
+                candidate, reference, precision, task.per_token, samples, simulated
+            )
             if not difference <= allowed:
                 raise ModelError(
                     f"the traced logits differ from transformers' by {difference:.2e}, more than "
@@ -118,6 +170,51 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
     write_settings(task, info, longest, output)
     say(f"wrote {output}: {', '.join(sorted(p.name for p in output.iterdir() if p.is_file()))}")
     return output
+
+
+def least_output(task: AnyTask) -> float:
+    """What outputs at least count as, where an error is taken as a part of them.
+
+    Logits near 0 are undecided, and errors far below 1 leave them so; vectors have any length.
+    """
+    return 1.0 if task.labelled or task.per_token else 0.0
+
+
+def choose_products(
+    options: TraceOptions,
+    simulation: Simulation,
+    measured: quantize.Measured,
+    half: bool,
+    say: Callable[[str], None],
+) -> QuantizedInfo:
+    """The products that are kept as floats, as wished or as measured; says which, and their cost.
+
+    half  whether the model stays within the type in which GPUs compute it
+    """
+    bounds = precisions.get(options.data_type).quantized
+    assert bounds is not None
+    bound = bounds.random if options.calibration is None else bounds.texts
+    measured_on: Literal["texts", "random tokens"] = (
+        "random tokens" if options.calibration is None else "texts"
+    )
+    if options.keep_products is None:
+        choice = quantize.choose(measured, simulation.names, bound, say)
+    else:
+        kept = quantize.wished(options.keep_products, simulation.names)
+        choice = quantize.Choice(kept, measured.quantized(kept))
+    say(
+        f"kept in bf16: {', '.join(choice.kept) or 'no product'}"
+        f"{' (--keep_products)' if options.keep_products is not None else ''}; on {measured_on} "
+        f"outputs change by {choice.error:.1%} (products are kept from {bound:.0%} on)"
+    )
+    if not half:
+        say(f"note: overflows in fp16, in which GPUs compute {options.data_type}: for CPUs alone")
+    return QuantizedInfo(
+        kept=list(choice.kept),
+        chosen=measured_on if options.keep_products is None else "wish",
+        error=choice.error,
+        half=half,
+    )
 
 
 def _weigh(doubts: Iterable[str], strict: bool, say: Callable[[str], None]) -> None:
@@ -168,7 +265,11 @@ def describe(
             "transformers": import_transformers().__version__,
             "ft_handler": __version__,
         },
-        op_interface=max(spec.op_interface, architecture.head(task).op_interface),
+        op_interface=max(
+            spec.op_interface,
+            architecture.head(task).op_interface,
+            precisions.get(options.data_type).op_interface,
+        ),
         function_to_apply=checkpoint.function_to_apply,
         chosen=dict(checkpoint.tailored.chosen),
         # Whoever may ask a server for these words need not know its folders.

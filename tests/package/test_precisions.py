@@ -27,10 +27,11 @@ def rows() -> Iterator[None]:
 
 
 def test_rows_know_their_types() -> None:
-    assert precisions.names() == ("fp32", "fp16", "bf16")
+    assert precisions.names() == ("fp32", "fp16", "bf16", "int8")
     found = [precisions.get(name).dtype for name in precisions.names()]
-    assert found == [torch.float32, torch.float16, torch.bfloat16]
-    with pytest.raises(ModelError, match="data_type 'int3' is not one of fp32, fp16, bf16"):
+    # What is not a product of an int8 file is in half precision.
+    assert found == [torch.float32, torch.float16, torch.bfloat16, torch.float16]
+    with pytest.raises(ModelError, match="data_type 'int3' is not one of fp32, fp16, bf16, int8"):
         precisions.get("int3")
 
 

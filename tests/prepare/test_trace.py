@@ -258,7 +258,7 @@ def test_a_tokenizer_alone_from_vocab(tiny_classification: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"data_type": "int8"}, "data_type 'int8'"),
+        ({"data_type": "int3"}, "data_type 'int3'"),
         ({"max_seq_length": 129}, "max_seq_length 129 is not between 4 and the model's 128"),
         ({"batch_size": 0}, "batch_size"),
         ({"tokenizer_name": "./nowhere"}, "no such folder"),

@@ -168,10 +168,33 @@ const float* as_float(Operand array, int64_t count, Arena& arena, bool fill) {
 
 const BlobHeader& header(const void* blob) { return *static_cast<const BlobHeader*>(blob); }
 
-// One layer's weight, or the one that all layers share.
+const BlobLayer* blob_layers(const void* blob) {
+  return reinterpret_cast<const BlobLayer*>(static_cast<const char*>(blob) + kBlobHeader);
+}
+
+// One layer's weight, or the one that all layers share. A quantised one begins with its scales.
 Operand layer_of(const void* blob, int64_t layer) {
-  const BlobHeader& h = header(blob);
-  return {static_cast<const char*>(blob) + kBlobHeader + layer % h.layers * h.layer_bytes, h.dtype};
+  const BlobLayer& l = blob_layers(blob)[layer % header(blob).layers];
+  const void* data = static_cast<const char*>(blob) + l.offset;
+  return {data, l.dtype, l.dtype == DType::kInt8 ? static_cast<const float*>(data) : nullptr};
+}
+
+// f(layer, offset, dtype, index among the layers of its kind) for every layer of a weight; returns
+// the blob's size.
+template <typename Function>
+int64_t for_layers(const LayeredWeight& w, const Function& f) {
+  const int64_t layers = w.kept_count + w.quantized_count;
+  int64_t offset = kBlobHeader + aligned(layers * static_cast<int64_t>(sizeof(BlobLayer)));
+  int64_t kept = 0;
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const bool keep =
+        kept < w.kept_count && (w.kept_layers == nullptr || w.kept_layers[kept] == layer);
+    const DType dtype = keep ? w.kept.dtype : DType::kInt8;
+    f(layer, offset, dtype, keep ? kept : layer - kept);
+    kept += keep;
+    offset += kernels().layer_bytes(dtype, w.n, w.k);
+  }
+  return offset;
 }
 
 // A parameter in float32 [width] for each layer, or one that all share.
@@ -281,24 +304,53 @@ std::string isas_available() {
 
 // ---- weights -----------------------------------------------------------------------------------
 
-int64_t packed_bytes(DType dtype, int64_t layers, int64_t n, int64_t k) {
-  return kBlobHeader + layers * kernels().layer_bytes(dtype, n, k);
+int64_t packed_bytes(const LayeredWeight& weight) {
+  return for_layers(weight, [](int64_t, int64_t, DType, int64_t) {});
 }
 
-void pack_weight(const void* weight, DType dtype, int64_t layers, int64_t n, int64_t k, void* blob,
-                 const Threads& threads) {
+void pack_weight(const LayeredWeight& weight, void* blob, const Threads& threads) {
   const Kernels& isa = kernels();
-  prefer_large_pages(blob, packed_bytes(dtype, layers, n, k));
-  BlobHeader h{kBlobMagic, isa.layout, dtype, 0, layers, n, k, isa.layer_bytes(dtype, n, k)};
+  const int64_t n = weight.n, k = weight.k;
+  prefer_large_pages(blob, packed_bytes(weight));
+  const int64_t layers = weight.kept_count + weight.quantized_count;
+  const BlobHeader h{kBlobMagic, isa.layout, layers, n, k};
+  char* const bytes = static_cast<char*>(blob);
   std::memset(blob, 0, kBlobHeader);
   std::memcpy(blob, &h, sizeof(h));
-  const int64_t panels = ceil_div(n, isa.tiling(dtype).nr);
-  for_tasks(threads, layers * panels, [&](int64_t task, int) {
-    const int64_t layer = task / panels, p = task % panels;
-    isa.pack(static_cast<const char*>(weight) + layer * n * k * size_of(dtype), dtype, n, k,
-             static_cast<char*>(blob) + kBlobHeader + layer * h.layer_bytes, p, p + 1);
+  for_layers(weight, [&](int64_t layer, int64_t offset, DType dtype, int64_t index) {
+    const BlobLayer entry{offset, dtype, 0};
+    std::memcpy(bytes + kBlobHeader + layer * sizeof(entry), &entry, sizeof(entry));
+    const int64_t panels = ceil_div(n, isa.tiling(dtype).nr);
+    const int64_t first = index * n * k * size_of(dtype);
+    for_tasks(threads, panels, [&](int64_t p, int) {
+      if (dtype == DType::kInt8) {
+        isa.pack_int8(weight.quantized + first, weight.scale + index * n, n, k, bytes + offset, p,
+                      p + 1);
+      } else {
+        isa.pack(static_cast<const char*>(weight.kept.data) + first, dtype, n, k, bytes + offset, p,
+                 p + 1);
+      }
+    });
   });
 }
+
+namespace {
+
+// How large a blob of at least these bytes is by what stands in it, or -1 if that cannot be.
+int64_t described_bytes(const void* blob, int64_t bytes) {
+  const BlobHeader& h = header(blob);
+  constexpr int64_t kEntry = sizeof(BlobLayer);
+  if (h.layers < 1 || h.layers > (bytes - kBlobHeader) / kEntry) return -1;
+  int64_t offset = kBlobHeader + aligned(h.layers * kEntry);
+  for (int64_t layer = 0; layer < h.layers; ++layer) {
+    const BlobLayer& l = blob_layers(blob)[layer];
+    if (l.offset != offset || l.dtype < DType::kFloat32 || l.dtype > DType::kInt8) return -1;
+    offset += kernels().layer_bytes(l.dtype, h.n, h.k);
+  }
+  return offset;
+}
+
+}  // namespace
 
 std::string blob_fault(const void* blob, int64_t bytes) {
   if (bytes < kBlobHeader || header(blob).magic != kBlobMagic) {
@@ -308,18 +360,20 @@ std::string blob_fault(const void* blob, int64_t bytes) {
   if (h.layout != kernels().layout) {
     return std::string("was prepared for another instruction set than ") + isa_name();
   }
-  if (h.layer_bytes != kernels().layer_bytes(h.dtype, h.n, h.k) ||
-      bytes != kBlobHeader + h.layers * h.layer_bytes) {
-    return "has the wrong size for what its header says";
-  }
+  if (bytes != described_bytes(blob, bytes)) return "has the wrong size for what its header says";
   return "";
 }
 
 bool is_packed(const void* blob, int64_t bytes, DType dtype, int64_t layers, int64_t n, int64_t k) {
   if (bytes < kBlobHeader) return false;
   const BlobHeader& h = header(blob);
-  return h.magic == kBlobMagic && h.layout == kernels().layout && h.dtype == dtype &&
-         h.layers == layers && h.n == n && h.k == k && bytes == packed_bytes(dtype, layers, n, k);
+  if (h.magic != kBlobMagic || h.layout != kernels().layout || h.n != n || h.k != k ||
+      bytes != described_bytes(blob, bytes)) {
+    return false;
+  }
+  const BlobLayer* first = blob_layers(blob);
+  return layers == std::count_if(first, first + h.layers,
+                                 [&](const BlobLayer& l) { return l.dtype == dtype; });
 }
 
 // ---- ops ---------------------------------------------------------------------------------------
@@ -460,7 +514,10 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
   // float32.
   bool pairs = isa.bf16_dot;
   for (const void* blob : {op.projection, op.qkv, op.out, op.up, op.down}) {
-    pairs = pairs && (blob == nullptr || header(blob).dtype == DType::kBFloat16);
+    for (int64_t layer = 0; pairs && blob && layer < header(blob).layers; ++layer) {
+      const DType dtype = blob_layers(blob)[layer].dtype;
+      pairs = dtype == DType::kBFloat16 || dtype == DType::kInt8;
+    }
   }
   const DType act = pairs ? DType::kBFloat16 : f32;
   const int64_t es = size_of(act);

@@ -204,6 +204,8 @@ inline void with_type(DType type, Function f) {
       return f(F16{});
     case DType::kBFloat16:
       return f(BF16{});
+    case DType::kInt8:
+      return;  // no type of single numbers
   }
 }
 
@@ -400,6 +402,7 @@ inline void finish_rows(const Gemm& g, const float* from, int64_t ld, int64_t m,
     int64_t j = 0;
     for (; j + kLanes <= columns; j += kLanes) {
       Vec v = load(row + j);
+      if (g.weight.scale) v *= load(g.weight.scale + n0 + j);
       if (g.bias) v += load(g.bias + n0 + j);
       v = Activated::template of<Target>(v);
       if (residual) v += load(residual + j);
@@ -408,6 +411,7 @@ inline void finish_rows(const Gemm& g, const float* from, int64_t ld, int64_t m,
     if (j < columns) {
       const int64_t left = columns - j;
       Vec v = partial_at<F32>(row, j, left);
+      if (g.weight.scale) v *= partial_at<F32>(g.weight.scale + n0, j, left);
       if (g.bias) v += partial_at<F32>(g.bias + n0, j, left);
       v = Activated::template of<Target>(v);
       if (residual) v += partial_at<F32>(residual, j, left);
@@ -640,6 +644,7 @@ void attention_panels(const Attention& t, void* scratch) {
 #if FT_BF16_DOT
 #include "kernels/cpu/impl_bf16.h"
 #endif
+#include "kernels/cpu/impl_int8.h"
 
 // ---- rows --------------------------------------------------------------------------------------
 
@@ -839,7 +844,7 @@ Tiling tiling(DType weight) {
 #if FT_BF16_DOT
   if (on_pairs(weight)) return {FT_BF16_DOT == 1 ? 12 : 32, kWide, kPairBlock};
 #endif
-  (void)weight;
+  if (weight == DType::kInt8) return {kInt8Rows, kInt8Nr, kInt8Block};
   return {kMr, kNr, kRowBlock};
 }
 
@@ -847,6 +852,7 @@ int64_t layer_bytes(DType type, int64_t n, int64_t k) {
 #if FT_BF16_DOT
   if (on_pairs(type)) return pair_layer_bytes(n, k);
 #endif
+  if (type == DType::kInt8) return int8_layer_bytes(n, k);
   return panel_layer_bytes(type, n, k);
 }
 
@@ -865,10 +871,11 @@ void pack(const void* weight, DType type, int64_t n, int64_t k, void* out, int64
 }
 
 int64_t gemm_scratch() {
+  const int64_t bytes = larger(kInt8Scratch, kGemmScratch * 4);
 #if FT_BF16_DOT
-  return larger(kPairScratch, kGemmScratch * 4);
+  return larger(kPairScratch, bytes);
 #else
-  return kGemmScratch * 4;
+  return bytes;
 #endif
 }
 
@@ -876,6 +883,7 @@ void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* s
 #if FT_BF16_DOT
   if (on_pairs(g.weight.dtype)) return gemm_pairs(g, m0, m1, p0, p1, scratch);
 #endif
+  if (g.weight.dtype == DType::kInt8) return gemm_int8(g, m0, m1, p0, p1, scratch);
   gemm_panels(g, m0, m1, p0, p1, scratch);
 }
 
@@ -903,6 +911,7 @@ constexpr Kernels table(const char* name, int layout) {
       .tiling = tiling,
       .layer_bytes = layer_bytes,
       .pack = pack,
+      .pack_int8 = pack_int8,
       .gemm_scratch = gemm_scratch,
       .gemm = gemm,
       .attention_scratch = attention_scratch,

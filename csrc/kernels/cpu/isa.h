@@ -12,7 +12,7 @@ inline constexpr float kLog2E = 1.44269504f;  // exponentials are powers of two
 struct Gemm {
   Operand a;  // [M, lda]
   int64_t lda;
-  Operand weight;  // packed panels of one layer
+  Operand weight;  // packed panels of one layer; with a scale for each column where kInt8
   int64_t n, k;
   const float* bias;      // [n] or null
   const float* residual;  // [M, ldr] or null
@@ -81,6 +81,8 @@ struct Kernels {
   int64_t (*layer_bytes)(DType type, int64_t n, int64_t k);
   void (*pack)(const void* weight, DType type, int64_t n, int64_t k, void* out, int64_t p0,
                int64_t p1);
+  void (*pack_int8)(const int8_t* weight, const float* scale, int64_t n, int64_t k, void* out,
+                    int64_t p0, int64_t p1);
   int64_t (*gemm_scratch)();
   void (*gemm)(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* scratch);
   int64_t (*attention_scratch)(int64_t longest, int64_t head_dim);

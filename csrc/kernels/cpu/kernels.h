@@ -20,17 +20,20 @@ struct Threads {
   void (*launch)(int workers, void (*body)(void* context, int worker), void* context) = nullptr;
 };
 
-// First bytes of what prepare_weight returns; the panels follow at kBlobHeader.
+// First bytes of a packed weight; a BlobLayer for each layer follows at kBlobHeader, then their
+// panels.
 struct BlobHeader {
   uint32_t magic;
   int32_t layout;  // Kernels::layout of the instruction set it was packed for
+  int64_t layers, n, k;
+};
+struct BlobLayer {
+  int64_t offset;  // of its panels, from the header's first byte
   DType dtype;
   int32_t reserved;
-  int64_t layers, n, k;
-  int64_t layer_bytes;
 };
-inline constexpr uint32_t kBlobMagic = 0x4b505446;  // "FTPK"
-inline constexpr int64_t kBlobHeader = 128;
+inline constexpr uint32_t kBlobMagic = 0x4c505446;  // "FTPL"
+inline constexpr int64_t kBlobHeader = 64;
 
 // ---- instruction sets --------------------------------------------------------------------------
 
@@ -48,12 +51,23 @@ void prefer_large_pages(void* memory, int64_t bytes);
 
 // ---- weights -----------------------------------------------------------------------------------
 
-int64_t packed_bytes(DType dtype, int64_t layers, int64_t n, int64_t k);
-void pack_weight(const void* weight, DType dtype, int64_t layers, int64_t n, int64_t k, void* blob,
-                 const Threads& threads);
+// The weights [n, k] of layers, some of them kept in a float type, the others quantised to
+// `scale[n] int8[n, k]`.
+struct LayeredWeight {
+  int64_t n, k;
+  Operand kept = {};  // [kept_count, n, k]
+  int64_t kept_count = 0;
+  const int64_t* kept_layers = nullptr;  // which layers they are, increasing; null: the first ones
+  const int8_t* quantized = nullptr;     // [quantized_count, n, k] of the other layers, in order
+  const float* scale = nullptr;          // [quantized_count, n]
+  int64_t quantized_count = 0;
+};
+
+int64_t packed_bytes(const LayeredWeight& weight);
+void pack_weight(const LayeredWeight& weight, void* blob, const Threads& threads);
 // Why this is no blob for this process, or an empty string.
 std::string blob_fault(const void* blob, int64_t bytes);
-// Whether this is what pack_weight makes here of such a weight.
+// Whether this is what pack_weight makes here of a weight with so many layers of that type.
 bool is_packed(const void* blob, int64_t bytes, DType dtype, int64_t layers, int64_t n, int64_t k);
 
 // ---- ops ---------------------------------------------------------------------------------------

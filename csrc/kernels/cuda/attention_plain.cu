@@ -184,6 +184,8 @@ cudaError_t attention_plain(const AttentionChoice& choice, const AttentionArgume
       return dispatch_plain<__half>(choice, arguments, launch);
     case DType::kBFloat16:
       return dispatch_plain<__nv_bfloat16>(choice, arguments, launch);
+    case DType::kInt8:
+      break;
   }
   return cudaErrorInvalidValue;
 }

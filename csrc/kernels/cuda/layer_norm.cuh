@@ -120,6 +120,8 @@ cudaError_t dispatch_dtype(DType dtype, Body&& body) {
       return body.template operator()<__half>();
     case DType::kBFloat16:
       return body.template operator()<__nv_bfloat16>();
+    case DType::kInt8:
+      break;
   }
   return cudaErrorInvalidValue;
 }

@@ -58,6 +58,8 @@ const char* dtype_name(DType dtype) {
       return "float16";
     case DType::kBFloat16:
       return "bfloat16";
+    case DType::kInt8:
+      break;
   }
   return "unknown";
 }

@@ -1,0 +1,344 @@
+"""Products in int8: how weights are rounded, and which products are kept as floats.
+
+A weight is rounded to whole numbers of -127 to 127 with a scale an output; an input in the product
+itself, with a step a row and slice of columns (`twins.quantized_product`). What makes that coarse
+are outliers: a few columns of an input that are many times the others, which encoders are known
+for. SmoothQuant (Xiao et al., arXiv 2211.10438) moves them into the weights by dividing the layer
+norm that makes the input. Encoders of BERT's kind normalise after the residual is added, so what
+that norm makes is the next residual too, and dividing it would change the sum. A step of its own
+for each slice does not need that: an outlier coarsens its slice alone. A product that loses too
+much all the same is kept in bfloat16, and which ones those are is measured at the model's outputs,
+not guessed from weights.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ft_handler.architectures.base import Weights, listed
+from ft_handler.errors import ModelError
+from ft_handler.model.encoder import PRODUCTS, PROJECTION, weight_names
+from ft_handler.model.heads import HeadModule
+from ft_handler.model.spec import EncoderSpec
+from ft_handler.native import twins
+from ft_handler.precisions import Precision
+
+#: What products that are kept are stored in.
+KEPT = torch.bfloat16
+#: Tokens of calibration that are measured, and of one batch of them.
+MOST_TOKENS, BATCH_TOKENS = 4096, 1024
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A float weight `[...,N,K]` as int8 of -127 to 127, and what a step is, fp32 `[...,N]`."""
+    weight = weight.detach().float()
+    largest = weight.abs().amax(-1)
+    # A row of zeros takes any scale.
+    scale = torch.where(largest > 0, largest / twins.LEVELS, 1.0)
+    return torch.round(weight / scale.unsqueeze(-1)).to(torch.int8).contiguous(), scale
+
+
+def product_names(encoder: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Every product of an encoder's weights, such as "layers.3.down", in the order computed.
+
+    Layers that share their weights have one of each, of layer 0.
+    """
+    projection, *layered = PRODUCTS[-1], *PRODUCTS[:-1]
+    first = [projection] if f"{projection}.weight" in encoder else []
+    layers = encoder[f"{layered[0]}.weight"].shape[0]
+    return (*first, *(_named(product, i) for i in range(layers) for product in layered))
+
+
+def _named(product: str, layer: int) -> str:
+    """`layers.down`, 3 -> `layers.3.down`; a product outside of the layers is its own name."""
+    group, _, name = product.partition(".")
+    return f"{group}.{layer}.{name}" if group == "layers" else product
+
+
+def kept_layers(kept: Collection[str], product: str, layers: int) -> list[int]:
+    """The layers of which a product is among those kept."""
+    return [i for i in range(layers) if _named(product, i) in kept]
+
+
+def _layered(weight: Tensor) -> Tensor:
+    """A product's weight as a stack: one outside of the layers is a stack of one."""
+    return weight if weight.dim() == 3 else weight.unsqueeze(0)
+
+
+def _product(name: str) -> str | None:
+    """The product whose weight has this name, or None."""
+    product = name.removesuffix(".weight")
+    return product if product != name and product in PRODUCTS else None
+
+
+def stored(
+    encoder: Mapping[str, Tensor], precision: Precision, kept: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """An encoder's tensors as the file holds them, and the layers in which a product is kept.
+
+    kept  names of products, as `product_names` gives them
+    """
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, list[int]] = {}
+    for name, weight in encoder.items():
+        product = _product(name)
+        if product is None:
+            tensors[name] = precision.stored(weight)
+            continue
+        stack = _layered(weight.detach())
+        floats = kept_layers(kept, product, len(stack))
+        others = [i for i in range(len(stack)) if i not in floats]
+        tensors[name], tensors[f"{product}.scale"] = rounded(stack[others])
+        tensors[f"{product}.kept"] = stack[floats].to(KEPT).contiguous()
+        layers[product] = floats
+    return tensors, layers
+
+
+# -- what it costs -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences laid end to end: ids and types `[T]`, `cu_seqlens [B+1]` int32, their longest."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Packed:
+        """Of the ids and the types of each sequence."""
+        lengths = torch.tensor([0, *(len(ids) for ids, _ in sequences)])
+        ids, types = (torch.tensor([n for s in sequences for n in s[part]]) for part in (0, 1))
+        return cls(ids, types, lengths.cumsum(0).to(torch.int32), int(lengths.max()))
+
+
+class Simulation:
+    """The fused model in plain fp32 torch, with products exact, quantised or kept."""
+
+    def __init__(
+        self, spec: EncoderSpec, weights: Weights, head: HeadModule, precision: Precision
+    ) -> None:
+        encoder = {name: weight.detach().float() for name, weight in weights.encoder.items()}
+        self.names = product_names(encoder)
+        self._order = weight_names(spec, PROJECTION[0] in encoder)
+        self._spec, self._head = spec.text(self._order), head.eval()
+        self._exact = encoder
+        self._stored = {n: precision.stored(w).float() for n, w in encoder.items()}
+        self._rounded = {
+            product: rounded(_layered(weight))
+            for name, weight in encoder.items()
+            if (product := _product(name)) is not None
+        }
+
+    def exact(self, batch: Packed) -> Tensor:
+        """Outputs in fp32: `[B,C]`, or `[C,T]` where outputs are for each token."""
+        return self._outputs(batch, [self._exact[name] for name in self._order])
+
+    def alone(self, batch: Packed, product: str) -> Tensor:
+        """Outputs of which this product alone is quantised."""
+        others = [name for name in self.names if name != product]
+        return self._outputs(batch, self._weights(self._exact, others, torch.float32))
+
+    def quantized(self, batch: Packed, kept: Collection[str]) -> Tensor:
+        """Outputs of a file whose products are quantised but for these."""
+        return self._outputs(batch, self._weights(self._stored, kept, KEPT))
+
+    def padded(
+        self, kept: Collection[str] | None
+    ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        """The same behind a traced file's call: ids, mask and types `[B,S]` -> the head's tuple.
+
+        kept  None: in fp32, nothing is quantised
+        """
+        weights: Sequence[twins.Weight] = [self._exact[name] for name in self._order]
+        if kept is not None:
+            weights = self._weights(self._stored, kept, KEPT)
+
+        def answer(ids: Tensor, mask: Tensor, types: Tensor) -> tuple[Tensor, ...]:
+            tokens, kinds, positions, places, bounds, longest = twins.remove_padding(
+                ids, types, mask
+            )
+            hidden = twins.encode(tokens, kinds, positions, bounds, longest, weights, self._spec)
+            logits = self._head(hidden, bounds)
+            answered: tuple[Tensor, ...] = self._head.padded(logits, places, *ids.shape)
+            return answered
+
+        return answer
+
+    def _weights(
+        self, rest: Mapping[str, Tensor], kept: Collection[str], type_: torch.dtype
+    ) -> list[twins.Weight]:
+        """All weights in order; products are quantised, but those kept are in `type_`."""
+        return [
+            rest[name]
+            if (product := _product(name)) is None
+            else self._layers(product, kept, type_)
+            for name in self._order
+        ]
+
+    def _layers(
+        self, product: str, kept: Collection[str], type_: torch.dtype
+    ) -> twins.PreparedLayers:
+        quantized, scale = self._rounded[product]
+        stack = _layered(self._exact[f"{product}.weight"])
+        floats = kept_layers(kept, product, len(stack))
+        others = [i for i in range(len(stack)) if i not in floats]
+        return twins.prepare_layers(
+            quantized[others], scale[others], stack[floats].to(type_), floats
+        )
+
+    def _outputs(self, batch: Packed, weights: Sequence[twins.Weight]) -> Tensor:
+        with torch.inference_mode():
+            hidden = twins.encode(
+                batch.input_ids,
+                batch.token_type_ids,
+                None,
+                batch.cu_seqlens,
+                batch.longest,
+                weights,
+                self._spec,
+            )
+            outputs: Tensor = self._head(hidden, batch.cu_seqlens)
+            return outputs
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Products that are kept as floats, and the outputs' error with them, as a part of outputs."""
+
+    kept: tuple[str, ...]
+    error: float
+
+
+class Measured:
+    """Errors of a simulation's outputs over batches.
+
+    least  of the outputs' root mean square, where errors are taken as a part of that
+    """
+
+    def __init__(self, simulation: Simulation, batches: Sequence[Packed], least: float) -> None:
+        self._simulation, self._batches, self._least = simulation, batches, least
+        self._exact = [simulation.exact(batch) for batch in batches]
+
+    def quantized(self, kept: Collection[str]) -> float:
+        """With all products quantised but these."""
+        return self._error(lambda batch: self._simulation.quantized(batch, kept), None)
+
+    def alone(self, product: str) -> float:
+        """With one product quantised, over the first batch."""
+        return self._error(lambda batch: self._simulation.alone(batch, product), 1)
+
+    def _error(self, outputs: Callable[[Packed], Tensor], batches: int | None) -> float:
+        apart = size = 0.0
+        count = 0
+        for batch, exact in zip(self._batches[:batches], self._exact[:batches], strict=True):
+            apart += float((outputs(batch) - exact).double().square().sum())
+            size += float(exact.double().square().sum())
+            count += exact.numel()
+        return math.sqrt(apart / max(size, count * self._least**2, 1e-30))
+
+
+def choose(
+    measured: Measured, names: Sequence[str], bound: float, say: Callable[[str], None]
+) -> Choice:
+    """The fewest products to keep, those that cost most first, so that outputs are within `bound`.
+
+    Raises ModelError where all of them would have to be kept.
+    """
+    error = measured.quantized(())
+    if error <= bound:
+        return Choice((), error)
+    say(f"int8 changes the outputs by {error:.1%}, more than {bound:.0%}: measuring {len(names)} "
+        "products one by one")  # fmt: skip
+    ranked = sorted(names, key=measured.alone, reverse=True)
+    # Keeping more is taken to be no worse, so that the fewest are found by halving.
+    low, high, found = 0, len(ranked), measured.quantized(ranked)
+    while high - low > 1:
+        middle = (low + high) // 2
+        error = measured.quantized(ranked[:middle])
+        if error <= bound:
+            high, found = middle, error
+        else:
+            low = middle
+    if high == len(ranked):
+        raise ModelError(
+            f"int8 changes the outputs by more than {bound:.0%} unless every product is kept in "
+            "bf16: take --data_type bf16, or say with --keep_products which are to be kept"
+        )
+    return Choice(tuple(name for name in names if name in ranked[:high]), found)
+
+
+def wished(wishes: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
+    """The products that names and patterns such as `layers.*.down` mean; "none" means none.
+
+    Raises ModelError for a wish that means no product.
+    """
+    wishes = [wish for wish in wishes if wish != "none"]
+    for wish in wishes:
+        if not fnmatch.filter(names, wish):
+            raise ModelError(
+                f"--keep_products {wish!r} is none of this model's products: "
+                f"{listed(list(names), 9)}"
+            )
+    return tuple(name for name in names if any(fnmatch.fnmatch(name, wish) for wish in wishes))
+
+
+# -- what it is measured on ----------------------------------------------------------------------
+
+
+def batches_of(sequences: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[Packed]:
+    """Ids and types of sequences in batches, up to MOST_TOKENS of them."""
+    batches: list[list[tuple[Sequence[int], Sequence[int]]]] = [[]]
+    total = here = 0
+    for sequence in sequences:
+        length = len(sequence[0])
+        if batches[0] and total + length > MOST_TOKENS:
+            break
+        if batches[-1] and here + length > BATCH_TOKENS:
+            batches.append([])
+            here = 0
+        batches[-1].append(sequence)
+        total, here = total + length, here + length
+    return [Packed.of(batch) for batch in batches if batch]
+
+
+def of_texts(
+    texts: Sequence[Mapping[str, str]], tokenizer: str, token_types: int, longest: int, seed: int
+) -> list[Packed]:
+    """Texts and pairs, drawn from all of the file and cut to `longest` tokens.
+
+    texts      by the keys of requests
+    tokenizer  the text of a tokenizer.json
+    """
+    reader = Tokenizer.from_str(tokenizer)
+    reader.enable_truncation(longest)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def sequences() -> Iterable[tuple[Sequence[int], Sequence[int]]]:
+        for i in order:
+            first = texts[i].get("text", texts[i].get("question", ""))
+            second = texts[i].get("text_pair", texts[i].get("context"))
+            read = reader.encode(first, second)
+            if read.ids:
+                yield read.ids, read.type_ids if token_types > 1 else [0] * len(read.ids)
+
+    return batches_of(sequences())
+
+
+def of_padded(ids: Tensor, mask: Tensor, types: Tensor) -> list[Packed]:
+    """Padded `[B,S]` without their pads."""
+    lengths = mask.sum(1).tolist()
+    rows = zip(ids.tolist(), types.tolist(), lengths, strict=True)
+    return batches_of((row[:n], kinds[:n]) for row, kinds, n in rows)

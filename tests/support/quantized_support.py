@@ -1,0 +1,66 @@
+"""Encoders with products in int8, and their float simulations."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ft_handler import architectures, precisions
+from ft_handler.model.encoder import PRODUCTS, Encoder
+from ft_handler.model.spec import EncoderSpec
+from ft_handler.native import twins
+from ft_handler.prepare import quantize
+from ft_handler.prepare.fuse import head_arguments
+from ft_handler.prepare.quantize import Simulation
+from ft_handler.tasks.base import AnyTask
+
+
+def quantized_encoder(
+    spec: EncoderSpec, weights: Mapping[str, Tensor], kept: Collection[str]
+) -> Encoder:
+    """The encoder of fp32 weights as an int8 file has it, not scripted."""
+    tensors, layers = quantize.stored(weights, precisions.get("int8"), kept)
+    return Encoder(spec, tensors, layers).eval()
+
+
+def simulated_weights(encoder: Encoder) -> list[twins.Weight]:
+    """What the eager twin of `encode` gets for such an encoder, in its order."""
+    tensors = dict(encoder.named_buffers())
+    modules = dict(encoder.named_modules())
+
+    def weight(name: str) -> twins.Weight:
+        product = name.removesuffix(".weight")
+        if product == name or product not in PRODUCTS:
+            return tensors[name].float()
+        p: Any = modules[product]
+        return twins.prepare_layers(p.weight, p.scale, p.kept, p.kept_layers)
+
+    names = dict(word.split("=", 1) for word in encoder.spec.split())["weights"]
+    return [weight(name) for name in names.split(",")]
+
+
+def simulation_of(model: Any, task: AnyTask) -> Simulation:
+    """The float simulation of a transformers model's file."""
+    architecture = architectures.get(model.config.model_type)
+    weights = architecture.weights(task, model.config, model.state_dict())
+    head = architecture.head(task).module(**head_arguments(weights))
+    spec = architecture.spec(model.config)
+    return Simulation(spec, weights, head, precisions.get("int8"))
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """Root mean square of the difference."""
+    return float((found.float() - wanted).square().mean().sqrt())
+
+
+def dequantized(quantized: Tensor, scale: Tensor) -> Tensor:
+    """What the numbers stand for."""
+    return quantized.float() * scale.unsqueeze(-1)
+
+
+def exact_weights(weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """The same without rounding."""
+    return [torch.as_tensor(weight).float() for weight in weights.values()]
