@@ -48,6 +48,7 @@ import torch.nn.functional as F
 
 from ft_handler import architectures, build_info, load_library, precisions, tasks
 from ft_handler.model.encoder import Encoder
+from ft_handler.prepare import quantize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from provenance import device_name, provenance
@@ -176,8 +177,13 @@ def our_encoder(model: torch.nn.Module, precision: str) -> Engine:
     architecture = architectures.get(model.config.model_type)
     state = model.state_dict()
     weights = architecture.weights(tasks.get("embeddings"), model.config, state).encoder
-    held = {name: precisions.get(precision).stored(weight) for name, weight in weights.items()}
-    encoder = Encoder(architecture.spec(model.config), held)
+    row = precisions.get(precision)
+    if row.quantized is None:
+        encoder = Encoder(
+            architecture.spec(model.config), {n: row.stored(w) for n, w in weights.items()}
+        )
+    else:  # random weights have no product that would have to be kept
+        encoder = Encoder(architecture.spec(model.config), *quantize.stored(weights, row, ()))
     encoder.release()
     return lambda batch: (
         lambda: encoder(batch.packed_ids, batch.types, None, batch.cu_seqlens, batch.longest)
