@@ -42,14 +42,19 @@ def results(kind: str, gpu: bool = False) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
+def _system(column: str) -> str:
+    """A column's name without its precision."""
+    return re.sub(r"_(fp32|bf16|int8)$", "", column)
+
+
 def newest(kind: str, gpu: bool) -> tuple[Path, dict[str, Any]] | None:
     """The newest result of a kind by its date; one system alone compares nothing."""
     found = results(kind, gpu)
     if kind == "serving":
         found = [(p, d) for p, d in found if len({row["system"] for row in d["rows"]}) > 1]
-    elif kind != "memory":  # repeats of a few columns stand beside the file that has them all
-        columns = {p: len({c for row in d["rows"] for c in row["ms"]}) for p, d in found}
-        found = [(p, d) for p, d in found if columns[p] == max(columns.values())]
+    elif kind != "memory":  # repeats of a few systems stand beside the file that has them all
+        systems = {p: len({_system(c) for row in d["rows"] for c in row["ms"]}) for p, d in found}
+        found = [(p, d) for p, d in found if systems[p] == max(systems.values())]
     return max(found, key=lambda item: item[1]["provenance"]["date"], default=None)
 
 
