@@ -27,6 +27,6 @@ $cxx $flags $objects -o "$out/cpu_kernels_test"
 # shellcheck disable=SC2086
 $cxx $flags csrc/tests/encoder_spec_test.cpp -o "$out/encoder_spec_test"
 "$out/encoder_spec_test"
-for isa in portable avx2 avx512 avx512_bf16 amx; do
+for isa in portable avx2 avx2_vnni avx512 avx512_vnni avx512_bf16 amx; do
   FT_HANDLER_CPU_ISA=$isa "$out/cpu_kernels_test"
 done

@@ -23,15 +23,22 @@ namespace {
 // ---- instruction sets --------------------------------------------------------------------------
 
 #if defined(__x86_64__) && !defined(FT_EMULATE_ISAS)
-// Whether there are AMX tiles of bfloat16 and the kernel lets this process use them: their state is
-// too large to be saved for every process, so Linux wants to be asked.
+// Newer than the names that every compiler knows.
+bool avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+}
+
+// Whether there are AMX tiles of bfloat16 and int8 and the kernel lets this process use them: their
+// state is too large to be saved for every process, so Linux wants to be asked.
 bool amx_usable() {
 #if defined(__linux__)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-  return (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return (d & kBf16) && (d & kTile) && (d & kInt8) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
@@ -40,7 +47,7 @@ bool amx_usable() {
 
 std::vector<const Kernels*> available() {
 #if defined(FT_EMULATE_ISAS)  // tests: everything, compiled for a processor that lacks it
-  return {&kAmx, &kAvx512Bf16, &kAvx512, &kAvx2, &kPortable};
+  return {&kAmx, &kAvx512Bf16, &kAvx512Vnni, &kAvx512, &kAvx2Vnni, &kAvx2, &kPortable};
 #else
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -49,13 +56,16 @@ std::vector<const Kernels*> available() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
   if (bf16 && amx_usable()) found.push_back(&kAmx);
   // Intel's vdpbf16ps runs at half the rate of its AVX-512 FMA, AMD's at twice that of theirs.
   const bool slow = __builtin_cpu_is("intel");
   if (bf16 && !slow) found.push_back(&kAvx512Bf16);
+  if (vnni) found.push_back(&kAvx512Vnni);
   if (avx512) found.push_back(&kAvx512);
   if (bf16 && slow) found.push_back(&kAvx512Bf16);
+  if (avx2 && avx_vnni()) found.push_back(&kAvx2Vnni);
   if (avx2) found.push_back(&kAvx2);
 #endif
   found.push_back(&kPortable);

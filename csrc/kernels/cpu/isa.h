@@ -98,6 +98,6 @@ struct Kernels {
 // Most columns of a GEMM task: a multiple of every nr.
 inline constexpr int64_t kPanelColumns = 768;
 
-extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx;
+extern const Kernels kPortable, kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx;
 
 }  // namespace ft::cpu

@@ -4,6 +4,7 @@
 #define FT_MR 8
 #define FT_NV 3
 #define FT_BF16_DOT 0
+#define FT_INT8_DOT 1
 #include "kernels/cpu/impl.h"
 
 namespace ft::cpu {
