@@ -21,6 +21,15 @@ cd "$(dirname "$0")/.."
 name=$1
 shift
 [[ $# -gt 0 ]] || set -- table encoder large serving memory
+# Taken once: results that a step writes over are changes to the next one.
+if [[ -z ${FT_HANDLER_COMMIT:-} ]]; then
+    if [[ -n $(git status --porcelain -uno) ]]; then
+        echo "error: uncommitted changes: nobody could make these figures again" >&2
+        exit 2
+    fi
+    FT_HANDLER_COMMIT=$(git rev-parse HEAD)
+    export FT_HANDLER_COMMIT
+fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 out=benchmarks/results
 if [[ -z ${FOLDER:-} ]]; then
