@@ -182,6 +182,11 @@ const BlobLayer* blob_layers(const void* blob) {
   return reinterpret_cast<const BlobLayer*>(static_cast<const char*>(blob) + kBlobHeader);
 }
 
+// Where the panels of a blob begin.
+int64_t first_layer(int64_t layers) {
+  return kBlobHeader + aligned(layers * static_cast<int64_t>(sizeof(BlobLayer)));
+}
+
 // One layer's weight, or the one that all layers share. A quantised one begins with its scales.
 Operand layer_of(const void* blob, int64_t layer) {
   const BlobLayer& l = blob_layers(blob)[layer % header(blob).layers];
@@ -194,8 +199,7 @@ Operand layer_of(const void* blob, int64_t layer) {
 template <typename Function>
 int64_t for_layers(const LayeredWeight& w, const Function& f) {
   const int64_t layers = w.kept_count + w.quantized_count;
-  int64_t offset = kBlobHeader + aligned(layers * static_cast<int64_t>(sizeof(BlobLayer)));
-  int64_t kept = 0;
+  int64_t offset = first_layer(layers), kept = 0;
   for (int64_t layer = 0; layer < layers; ++layer) {
     const bool keep =
         kept < w.kept_count && (w.kept_layers == nullptr || w.kept_layers[kept] == layer);
@@ -345,7 +349,7 @@ void pack_weight(const LayeredWeight& weight, void* blob, const Threads& threads
   const int64_t layers = weight.kept_count + weight.quantized_count;
   const BlobHeader h{kBlobMagic, isa.layout, layers, n, k};
   char* const bytes = static_cast<char*>(blob);
-  std::memset(blob, 0, kBlobHeader);
+  std::memset(blob, 0, first_layer(layers));
   std::memcpy(blob, &h, sizeof(h));
   for_layers(weight, [&](int64_t layer, int64_t offset, DType dtype, int64_t index) {
     const BlobLayer entry{offset, dtype, 0};
@@ -371,7 +375,7 @@ int64_t described_bytes(const void* blob, int64_t bytes) {
   const BlobHeader& h = header(blob);
   constexpr int64_t kEntry = sizeof(BlobLayer);
   if (h.layers < 0 || h.layers > (bytes - kBlobHeader) / kEntry) return -1;
-  int64_t offset = kBlobHeader + aligned(h.layers * kEntry);
+  int64_t offset = first_layer(h.layers);
   for (int64_t layer = 0; layer < h.layers; ++layer) {
     const BlobLayer& l = blob_layers(blob)[layer];
     if (l.offset != offset || l.dtype < DType::kFloat32 || l.dtype > DType::kInt8) return -1;
