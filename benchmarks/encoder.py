@@ -1,6 +1,7 @@
 """The encoder beside what a user could pick instead, on the same ragged batches.
 
     python benchmarks/encoder.py                          # this machine's processor
+    python benchmarks/encoder.py --model minilm base --batch 1 16 --lengths sst2 squad
     python benchmarks/encoder.py --device cuda            # the GPU workloads
     python benchmarks/encoder.py --device cuda --rows "base ragged" --skip hf_compile
 
@@ -11,7 +12,12 @@ random, with BERT's shapes; `ours` and HF share them, and their outputs are comp
 MPNet its attention. Columns of plain torch stay BERT's: the same work but for that attention.
 
 CPU columns       hf, compile, onnxruntime, openvino, ctranslate2 (all padded to the longest but
-                  the last), packed (plain torch, no pads), gemms (the matrix products alone), ours
+                  the last), packed (plain torch, no pads), gemms (the matrix products alone), ours,
+                  each with its precision behind it. In int8 every engine takes the way that its own
+                  documentation gives for BERT on a CPU: ONNX Runtime quantises the fused graph
+                  dynamically, weights per output channel; OpenVINO's model comes from NNCF with the
+                  transformer preset, weights and activations both quantised, SmoothQuant and
+                  calibration included; CTranslate2 computes as `compute_type="int8"`
 CUDA columns      hf_sdpa, hf_compile, hf_sdpa_graph, bt_nested, packed_fa2, packed_fa2_graph,
                   packed_compile_graph, gemms_graph, ours (in a CUDA graph), ours_eager
                   hf_* and ours include the embeddings, the others get hidden states.
@@ -20,8 +26,12 @@ CUDA columns      hf_sdpa, hf_compile, hf_sdpa_graph, bt_nested, packed_fa2, pac
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
+import itertools
 import json
+import logging
 import os
 import statistics
 import sys
@@ -36,8 +46,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ft_handler import architectures, build_info, load_library, tasks
+from ft_handler import architectures, build_info, load_library, precisions, tasks
 from ft_handler.model.encoder import Encoder
+from ft_handler.prepare import quantize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from provenance import device_name, provenance
@@ -46,12 +57,19 @@ from ft_handler.tuning import table
 
 Run = Callable[[], Any]
 Shape = tuple[int, int, int, int]
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 
 # layers, hidden, intermediate, heads
 MODELS = {"minilm": (6, 384, 1536, 12), "base": (12, 768, 3072, 12), "large": (24, 1024, 4096, 16)}
 
 FAMILIES = ("bert", "roberta", "distilbert", "mpnet")
+
+PRECISIONS = ("fp32", "bf16", "int8")
+
+# Seconds of one system's turn in a round of the CPU rows, and between turns: other engines' threads
+# look for work for some milliseconds after theirs is done.
+TURN, REST = 0.05, 0.03
 
 # GPU -> TFLOP/s in half precision and GB/s from memory that plain kernels were seen to reach.
 CEILINGS = {"NVIDIA H200": (790, 4300)}
@@ -83,6 +101,17 @@ def draw_lengths(kind: str, batch: int, longest: int, rng: np.random.Generator) 
     lengths = rng.integers(int(0.2 * longest), longest + 1, size=batch)
     lengths[0] = longest
     return lengths
+
+
+def lengths_like(mix: str, batch: int) -> np.ndarray:
+    """`[batch]` lengths that stand for a set of lengths.json: its evenly spaced quantiles, mixed.
+
+    One text has the set's median length.
+    """
+    counted = json.loads((HERE / "lengths.json").read_text())[mix]
+    every = np.repeat([length for length, _ in counted], [count for _, count in counted])
+    places = ((np.arange(batch) + 0.5) / batch * len(every)).astype(int)
+    return np.random.default_rng(0).permutation(every[places])
 
 
 class Batch:
@@ -117,6 +146,10 @@ class Batch:
         return 2 * layers * (weights + self.total * a_token) / 1e9
 
 
+#: What is prepared once and runs on any batch.
+Engine = Callable[[Batch], Run]
+
+
 def hf_model(family: str, shape: Shape, longest: int, pooled: bool = False) -> torch.nn.Module:
     """A random encoder of transformers, with its pooler or without."""
     from transformers import AutoConfig, AutoModel
@@ -139,16 +172,22 @@ def hf_model(family: str, shape: Shape, longest: int, pooled: bool = False) -> t
     return AutoModel.from_config(config, **pooler).eval()
 
 
-def our_encoder(model: torch.nn.Module, batch: Batch) -> Run:
+def our_encoder(model: torch.nn.Module, precision: str) -> Engine:
     """The encoder of a traced file, over the weights of transformers' model."""
     architecture = architectures.get(model.config.model_type)
     state = model.state_dict()
-    one = next(iter(state.values()))
     weights = architecture.weights(tasks.get("embeddings"), model.config, state).encoder
-    held = {name: weight.to(one.device, one.dtype) for name, weight in weights.items()}
-    encoder = Encoder(architecture.spec(model.config), held)
+    row = precisions.get(precision)
+    if row.quantized is None:
+        encoder = Encoder(
+            architecture.spec(model.config), {n: row.stored(w) for n, w in weights.items()}
+        )
+    else:  # random weights have no product that would have to be kept
+        encoder = Encoder(architecture.spec(model.config), *quantize.stored(weights, row, ()))
     encoder.release()
-    return lambda: encoder(batch.packed_ids, batch.types, None, batch.cu_seqlens, batch.longest)
+    return lambda batch: (
+        lambda: encoder(batch.packed_ids, batch.types, None, batch.cu_seqlens, batch.longest)
+    )
 
 
 def copy_of(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -168,7 +207,7 @@ def difference(ours: torch.Tensor, padded: torch.Tensor, batch: Batch) -> float:
 # -- processor -----------------------------------------------------------------------------------
 
 
-def packed_torch(model: torch.nn.Module, heads: int, batch: Batch) -> Run:
+def packed_run(model: torch.nn.Module, heads: int, batch: Batch) -> Run:
     """Plain torch without pads: linear layers over all tokens, attention sequence by sequence."""
     e, layers = model.embeddings, list(model.encoder.layer)
     positions = torch.cat([torch.arange(n) for n in batch.lengths])
@@ -210,8 +249,8 @@ def gemms(shape: Shape, total: int, dtype: torch.dtype, device: str) -> Run:
     return run
 
 
-def onnx_file(model: torch.nn.Module, batch: Batch, folder: Path) -> Path:
-    """The model exported with free batch and length."""
+def write_onnx(model: torch.nn.Module, path: Path) -> None:
+    """Export the model with free batch and length."""
 
     class Hidden(torch.nn.Module):
         def __init__(self) -> None:
@@ -221,46 +260,87 @@ def onnx_file(model: torch.nn.Module, batch: Batch, folder: Path) -> Path:
         def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             return self.model(ids, mask).last_hidden_state
 
-    path = folder / "model.onnx"
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    sample = Batch(np.array([48, 64]), "cpu")
     torch.onnx.export(
-        Hidden(), (batch.ids, batch.mask), path, input_names=["ids", "mask"], output_names=["out"],
-        dynamo=True, external_data=True, dynamic_shapes={"ids": free, "mask": free}, verbose=False,
+        Hidden(), (sample.ids, sample.mask), path, input_names=["ids", "mask"],
+        output_names=["out"], dynamo=True, external_data=True,
+        dynamic_shapes={"ids": free, "mask": free}, verbose=False,
     )  # fmt: skip
-    return path
 
 
-def onnxruntime_run(path: Path, shape: Shape, batch: Batch) -> Run:
-    import onnxruntime
+def write_fused(exported: Path, shape: Shape, path: Path) -> None:
+    """The exported graph with ONNX Runtime's fusions for BERT, as its own recipe has it."""
     from onnxruntime.transformers import optimizer
 
-    fused = path.with_name("fused.onnx")
-    # opt_level 1: the graph fusions for BERT, as the vendor's own recipe has it.
     graph = optimizer.optimize_model(
-        str(path), model_type="bert", num_heads=shape[3], hidden_size=shape[1], opt_level=1
+        str(exported), model_type="bert", num_heads=shape[3], hidden_size=shape[1], opt_level=1
     )
-    graph.save_model_to_file(str(fused), use_external_data_format=True)
+    graph.save_model_to_file(str(path), use_external_data_format=True)
+
+
+def write_quantised(fused: Path, path: Path) -> None:
+    """The fused graph with its products quantised dynamically, weights per output channel."""
+    from onnx import TensorProto
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        fused, path, per_channel=True, weight_type=QuantType.QInt8,
+        op_types_to_quantize=["MatMul", "Attention"], use_external_data_format=True,
+        extra_options={"MatMulConstBOnly": True, "DefaultTensorType": TensorProto.FLOAT},
+    )  # fmt: skip
+
+
+def onnxruntime_engine(path: Path) -> Engine:
+    """A session over a graph."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(fused), options, providers=["CPUExecutionProvider"])
-    feeds = {"ids": batch.ids.numpy(), "mask": batch.mask.numpy()}
-    return lambda: session.run(None, feeds)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def engine(batch: Batch) -> Run:
+        feeds = {"ids": batch.ids.numpy(), "mask": batch.mask.numpy()}
+        return lambda: session.run(None, feeds)
+
+    return engine
 
 
-def openvino_run(path: Path, precision: str, batch: Batch) -> Run:
+def openvino_engine(path: Path, hint: str | None) -> Engine:
+    """A compiled model; without a hint the plugin picks the type of what is not int8."""
     import openvino
 
-    settings = {
-        "INFERENCE_PRECISION_HINT": precision,
+    settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
+    if hint:
+        settings["INFERENCE_PRECISION_HINT"] = hint
     request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
-    feeds = {"ids": batch.ids.numpy(), "mask": batch.mask.numpy()}
-    return lambda: request.infer(feeds)
+
+    def engine(batch: Batch) -> Run:
+        feeds = {"ids": batch.ids.numpy(), "mask": batch.mask.numpy()}
+        return lambda: request.infer(feeds)
+
+    return engine
 
 
-def ctranslate2_folder(family: str, shape: Shape, folder: Path) -> Path:
+def write_nncf(exported: Path, path: Path) -> None:
+    """The graph with weights and activations quantised by NNCF, calibrated on random tokens."""
+    import nncf
+    import openvino
+
+    texts = [Batch(np.array([length]), "cpu") for length in lengths_like("sst2", 16)]
+    feeds = [{"ids": text.ids.numpy(), "mask": text.mask.numpy()} for text in texts]
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        quantised = nncf.quantize(
+            openvino.Core().read_model(exported), nncf.Dataset(feeds), subset_size=len(feeds),
+            model_type=nncf.ModelType.TRANSFORMER,
+        )  # fmt: skip
+    openvino.save_model(quantised, path, compress_to_fp16=False)
+
+
+def write_ctranslate2(family: str, shape: Shape, folder: Path) -> None:
     """A checkpoint of the same shape, converted; its converter wants a pooler and a tokenizer."""
     import ctranslate2
     import transformers
@@ -269,7 +349,7 @@ def ctranslate2_folder(family: str, shape: Shape, folder: Path) -> Path:
     transformers.utils.logging.disable_progress_bar()
     # The converter reads an attribute that newer transformers dropped.
     type(model.config).position_embedding_type = "absolute"
-    source = folder / "checkpoint"
+    source = folder.with_name("checkpoint")
     model.save_pretrained(source)
     count = model.config.vocab_size
     if family == "roberta":
@@ -280,9 +360,7 @@ def ctranslate2_folder(family: str, shape: Shape, folder: Path) -> Path:
         names = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         (source / "vocab.txt").write_text("\n".join(filled(names, count)))
         transformers.BertTokenizer(str(source / "vocab.txt")).save_pretrained(source)
-    target = folder / "ctranslate2"
-    ctranslate2.converters.TransformersConverter(str(source)).convert(str(target), force=True)
-    return target
+    ctranslate2.converters.TransformersConverter(str(source)).convert(str(folder), force=True)
 
 
 def filled(names: list[str], count: int) -> list[str]:
@@ -290,7 +368,8 @@ def filled(names: list[str], count: int) -> list[str]:
     return [*names, *(f"token{i}" for i in range(count - len(names)))]
 
 
-def ctranslate2_run(folder: Path, compute_type: str, batch: Batch) -> Run:
+def ctranslate2_engine(folder: Path, compute_type: str) -> Engine:
+    """An encoder that computes in a type; raises RuntimeError where it would take another."""
     import ctranslate2
 
     encoder = ctranslate2.Encoder(
@@ -299,8 +378,12 @@ def ctranslate2_run(folder: Path, compute_type: str, batch: Batch) -> Run:
     )  # fmt: skip
     if not encoder.compute_type.startswith(compute_type):  # "int8" comes back as "int8_float32"
         raise RuntimeError(f"this processor falls back from {compute_type}")
-    sequences = [batch.ids[i, :n].tolist() for i, n in enumerate(batch.lengths)]
-    return lambda: encoder.forward_batch(sequences)
+
+    def engine(batch: Batch) -> Run:
+        sequences = [batch.ids[i, :n].tolist() for i, n in enumerate(batch.lengths)]
+        return lambda: encoder.forward_batch(sequences)
+
+    return engine
 
 
 def named(family: str) -> str:
@@ -308,101 +391,203 @@ def named(family: str) -> str:
     return "" if family == "bert" else f"{family} "
 
 
-def cpu_row(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All systems on one ragged batch."""
-    shape, family = MODELS[arguments.model], arguments.family
-    heads = shape[3]
-    rng = np.random.default_rng(0)
-    batch = Batch(draw_lengths("ragged", arguments.batch, arguments.max_length, rng), "cpu")
-    systems: dict[str, Run] = {}
-    missing: dict[str, str] = {}
-    reference: torch.Tensor | None = None
-    differences: dict[str, float] = {}
+class Engines:
+    """Every wanted system of one model, prepared once for all batches.
 
-    def add(name: str, make: Callable[[], Run]) -> None:
-        """Build and warm a system up, or note why not."""
-        if not wanted(name, arguments):
+    folder   where converted models are, or come to be
+    missing  column, or a step before several, -> why it is not there
+    """
+
+    def __init__(self, arguments: argparse.Namespace, model: str, folder: Path) -> None:
+        self.arguments, self.folder = arguments, folder
+        self.family, self.shape = arguments.family, MODELS[model]
+        self.found: dict[str, Engine] = {}
+        self.missing: dict[str, str] = {}
+        self.reference = self.hf()
+        with quiet():
+            for precision in ("fp32", "bf16"):
+                self.add_torch(precision)
+            for precision in PRECISIONS:
+                self.add(f"ours_{precision}", lambda p=precision: our_encoder(self.reference, p))
+            self.add_onnx()
+            self.add_ctranslate2()
+
+    def hf(self) -> torch.nn.Module:
+        return hf_model(self.family, self.shape, self.arguments.max_length)
+
+    def add(self, column: str, make: Callable[[], Engine]) -> None:
+        """Prepare a system, or note why not."""
+        system, _, precision = column.rpartition("_")
+        if not self.wants(system, precision):
             return
-        say(f"preparing {name}")
-        try:
-            run = make()
-            run()
-            run()
-            systems[name] = run
-        except Exception as error:
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        if engine := self.step(column, make):
+            self.found[column] = engine
 
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        folder = Path(scratch)
-        model = hf_model(family, shape, batch.longest)
-        bert = model if family == "bert" else hf_model("bert", shape, batch.longest)
-        copies = {"fp32": model}
-        if "bf16" in arguments.precisions:
-            half = hf_model(family, shape, batch.longest)
-            half.load_state_dict(model.state_dict())
-            copies["bf16"] = half.bfloat16()
-        reference = hf_run(model, batch)()
-        for precision, own in copies.items():
-            if precision not in arguments.precisions:
-                continue
-            add(f"hf_{precision}", lambda own=own: hf_run(own, batch))
-            add(f"compile_{precision}", lambda own=own: hf_run(torch.compile(own), batch))
-            dtype = next(own.parameters()).dtype
-            plain = own if family == "bert" else copy_of(bert, dtype)
-            add(f"packed_{precision}", lambda plain=plain: packed_torch(plain, heads, batch))
-            add(f"gemms_{precision}", lambda dt=dtype: gemms(shape, batch.total, dt, "cpu"))
-            add(f"ours_{precision}", lambda own=own: our_encoder(own, batch))
-            if f"ours_{precision}" in systems:
-                mine = systems[f"ours_{precision}"]()
-                differences[f"ours_{precision}"] = difference(mine, reference, batch)
-        with_int8 = [*arguments.precisions, *(["int8"] if arguments.int8 else [])]
-        exported: Path | None = None
-        if any(wanted(f"{engine}_fp32", arguments) for engine in ("onnxruntime", "openvino")):
-            say("exporting to ONNX")
-            try:
-                # Exporting needs autograd's ordinary tensors.
-                with torch.inference_mode(False), torch.no_grad(), quiet():
-                    plain = hf_model(family, shape, batch.longest)
-                    exported = onnx_file(plain, Batch(np.array(batch.lengths), "cpu"), folder)
-            except Exception as error:
-                missing["onnx export"] = f"{type(error).__name__}: {str(error)[:120]}"
-        if exported:
-            add("onnxruntime_fp32", lambda: onnxruntime_run(exported, shape, batch))
-            for precision in arguments.precisions:
-                hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-                add(f"openvino_{precision}", lambda h=hint: openvino_run(exported, h, batch))
-        converted: Path | None = None
-        if any(wanted(f"ctranslate2_{p}", arguments) for p in with_int8):
-            try:
-                with torch.inference_mode(False), quiet():
-                    converted = ctranslate2_folder(family, shape, folder)
-            except Exception as error:
-                missing["ctranslate2"] = f"{type(error).__name__}: {str(error)[:120]}"
-        if converted:
-            names = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
-            for precision in with_int8:
-                add(
-                    f"ctranslate2_{precision}",
-                    lambda p=precision: ctranslate2_run(converted, names[p], batch),
-                )
-        times: dict[str, list[float]] = {name: [] for name in systems}
-        for i in range(arguments.rounds):
-            say(f"round {i + 1} of {arguments.rounds}")
-            for name, run in systems.items():
+    def step(self, name: str, make: Callable[[], Any]) -> Any:
+        """What a step makes, None with the reason noted where it fails; its time is told."""
+        say(f"preparing {name}")
+        start = time.perf_counter()
+        try:
+            made = make()
+        except Exception as error:
+            self.missing[name] = reason(error)
+            return None
+        if (seconds := time.perf_counter() - start) > 10:
+            say("")
+            print(f"preparing {name} took {seconds:.0f} s", flush=True)
+        return made
+
+    def wants(self, system: str, *kinds: str) -> bool:
+        """Whether a column of a system is wanted in one of some precisions."""
+        return any(
+            kind in self.arguments.precisions and wanted(f"{system}_{kind}", self.arguments)
+            for kind in kinds
+        )
+
+    def add_torch(self, precision: str) -> None:
+        """What plain torch has, in one type."""
+        if not any(self.wants(name, precision) for name in ("hf", "compile", "packed", "gemms")):
+            return
+        own = self.reference
+        dtype = precisions.get(precision).dtype
+        if precision != "fp32":
+            own = copy_of(own, dtype)
+        plain = own
+        if self.family != "bert" and self.wants("packed", precision):
+            plain = hf_model("bert", self.shape, self.arguments.max_length).to(dtype)
+        heads = self.shape[3]
+        self.add(f"hf_{precision}", lambda: lambda batch: hf_run(own, batch))
+        self.add(f"compile_{precision}", lambda: lambda batch: hf_run(torch.compile(own), batch))
+        self.add(f"packed_{precision}", lambda: lambda batch: packed_run(plain, heads, batch))
+        self.add(
+            f"gemms_{precision}", lambda: lambda batch: gemms(self.shape, batch.total, dtype, "cpu")
+        )
+
+    def converted(self, name: str, write: Callable[[Path], None]) -> Path | None:
+        """A converted model of the folder, written unless it is there; None where that fails."""
+
+        def make() -> Path:
+            path = self.folder / name
+            # Exporting needs autograd's ordinary tensors.
+            with torch.inference_mode(False), torch.no_grad():
+                if not path.exists():
+                    write(path)
+            return path
+
+        found: Path | None = self.step(f"conversion to {name}", make)
+        return found
+
+    def add_onnx(self) -> None:
+        """ONNX Runtime and OpenVINO, both from one exported file."""
+        runtime = self.wants("onnxruntime", "fp32", "int8")
+        if not (runtime or self.wants("openvino", *PRECISIONS)):
+            return
+        exported = self.converted("model.onnx", lambda path: write_onnx(self.hf(), path))
+        if not exported:
+            return
+        if runtime:
+            fused = self.converted("fused.onnx", lambda p: write_fused(exported, self.shape, p))
+            if fused:
+                self.add("onnxruntime_fp32", lambda: onnxruntime_engine(fused))
+            if fused and self.wants("onnxruntime", "int8"):
+                small = self.converted("quantised.onnx", lambda p: write_quantised(fused, p))
+                if small:
+                    self.add("onnxruntime_int8", lambda: onnxruntime_engine(small))
+        self.add("openvino_fp32", lambda: openvino_engine(exported, "f32"))
+        self.add("openvino_bf16", lambda: openvino_engine(exported, "bf16"))
+        if self.wants("openvino", "int8"):
+            quantised = self.converted("nncf.xml", lambda path: write_nncf(exported, path))
+            if quantised:
+                self.add("openvino_int8", lambda: openvino_engine(quantised, None))
+
+    def add_ctranslate2(self) -> None:
+        if not self.wants("ctranslate2", *PRECISIONS):
+            return
+        folder = self.converted(
+            "ctranslate2", lambda path: write_ctranslate2(self.family, self.shape, path)
+        )
+        if folder:
+            for precision, name in (("fp32", "float32"), ("bf16", "bfloat16"), ("int8", "int8")):
+                self.add(f"ctranslate2_{precision}", lambda n=name: ctranslate2_engine(folder, n))
+
+
+def reason(error: Exception) -> str:
+    """One line of an error."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:120]}"
+
+
+def cpu_row(name: str, engines: Engines, batch: Batch, rounds: int) -> dict[str, Any]:
+    """All systems on one batch, interleaved round by round."""
+    systems: dict[str, Run] = {}
+    missing = dict(engines.missing)
+    turns: dict[str, int] = {}
+    torch.compiler.reset()  # so that it may take this batch's shape as fixed
+    for column, engine in engines.found.items():
+        say(f"{name}: warming {column} up")
+        try:
+            run = engine(batch)
+            for _ in range(2):  # the first one allocates, and may compile
                 start = time.perf_counter()
                 run()
-                times[name].append((time.perf_counter() - start) * 1e3)
+                seconds = time.perf_counter() - start
+                if seconds > 1 and not column.startswith("compile"):
+                    break
+            turns[column] = max(1, min(20, int(TURN / seconds)))
+            systems[column] = run
+        except Exception as error:
+            missing[column] = reason(error)
+    times: dict[str, list[float]] = {column: [] for column in systems}
+    for i in range(rounds):
+        say(f"{name}: round {i + 1} of {rounds}")
+        for column, run in systems.items():
+            time.sleep(REST)
+            # A short run would find another system's weights in the caches, as it would not in a
+            # server: it repeats, and the first one is not counted.
+            for turn in range(turns[column] + (turns[column] > 1)):
+                start = time.perf_counter()
+                run()
+                if turn or turns[column] == 1:
+                    times[column].append((time.perf_counter() - start) * 1e3)
     say("")
+    reference = hf_run(engines.reference, batch)()
     return {
-        "workload": f"{named(family)}{arguments.model} ragged b{batch.batch} s{batch.longest}",
+        "workload": name,
         "tokens": batch.total,
         "padded": batch.padded,
-        "gflop": batch.gflop(*shape[:3]),
-        "ms": {name: statistics.median(t) for name, t in times.items()},
-        "quartiles": {name: np.quantile(t, [0.25, 0.75]).tolist() for name, t in times.items()},
-        "max_difference_from_hf_fp32": differences,
+        "gflop": batch.gflop(*engines.shape[:3]),
+        "ms": {column: statistics.median(t) for column, t in times.items()},
+        "quartiles": {c: np.quantile(t, [0.25, 0.75]).tolist() for c, t in times.items()},
+        "max_difference_from_hf_fp32": {
+            column: difference(run(), reference, batch)
+            for column, run in systems.items()
+            if column.startswith("ours_")
+        },
         "missing": missing,
     }
+
+
+def cpu_rows(arguments: argparse.Namespace, save: Callable[[list[Any]], None]) -> list[Any]:
+    """Every model with every lengths and batch; saved after each, so that a stop loses nothing."""
+    rows = []
+    for model in arguments.model:
+        with tempfile.TemporaryDirectory() as scratch, torch.inference_mode(), quiet():
+            folder = (arguments.folder or Path(scratch)) / f"{arguments.family}-{model}"
+            folder.mkdir(parents=True, exist_ok=True)
+            engines = Engines(arguments, model, folder)
+            for lengths, count in itertools.product(arguments.lengths, arguments.batch):
+                if lengths == "ragged":
+                    drawn = draw_lengths(
+                        lengths, count, arguments.max_length, np.random.default_rng(0)
+                    )
+                    longest = f" s{arguments.max_length}"
+                else:
+                    drawn, longest = lengths_like(lengths, count), ""
+                name = f"{named(arguments.family)}{model} {lengths} b{count}{longest}"
+                rows.append(cpu_row(name, engines, Batch(drawn, "cpu"), arguments.rounds))
+                save(rows)
+                print_cpu(rows[-1])
+    return rows
 
 
 def print_cpu(row: dict[str, Any]) -> None:
@@ -412,19 +597,24 @@ def print_cpu(row: dict[str, Any]) -> None:
         f"\n{row['workload']}: {row['tokens']} tokens, {row['padded']} padded; median ms "
         "(x the GEMMs alone)"
     )
-    precisions = [p for p in ("fp32", "bf16", "int8") if any(n.endswith("_" + p) for n in ms)]
-    print(f"{'system':14}" + "".join(f"{p:>22}" for p in precisions))
+    kinds = [p for p in PRECISIONS if any(n.endswith("_" + p) for n in ms)]
+    print(f"{'system':14}" + "".join(f"{p:>22}" for p in kinds))
     for system in dict.fromkeys(name.rpartition("_")[0] for name in ms):
         line = f"{system:14}"
-        for precision in precisions:
+        for precision in kinds:
             value, floor = ms.get(f"{system}_{precision}"), ms.get(f"gemms_{precision}")
-            cell = "" if value is None else f"{value:.1f}"
+            cell = "" if value is None else f"{value:.{1 if value > 10 else 2}f}"
             line += f"{cell + (f' ({value / floor:.2f}x)' if value and floor else ''):>22}"
         print(line)
+    if ours := ms.get("ours_int8"):
+        others = [n for n in ms if n.endswith("_int8") or n in ("ours_fp32", "ours_bf16")]
+        ratios = [f"{ours / ms[n]:.2f} x {n}" for n in others if n != "ours_int8"]
+        print(f"ours_int8 takes {', '.join(ratios)}")
     for name, why in row["missing"].items():
         print(f"left out: {name}: {why}")
     for name, value in row["max_difference_from_hf_fp32"].items():
         print(f"largest difference {name} from HF fp32: {value:.2e}")
+    sys.stdout.flush()
 
 
 # -- GPU -----------------------------------------------------------------------------------------
@@ -540,7 +730,7 @@ def cuda_row(
 
     model = hf_model(arguments.family, shape, batch.longest).to("cuda", dtype)
     hf = hf_run(model, batch)
-    ours = our_encoder(model, batch)
+    ours = our_encoder(model, arguments.dtype)(batch)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -641,11 +831,17 @@ def print_cuda(row: dict[str, Any]) -> None:
 
 
 class quiet(warnings.catch_warnings):
-    """Silence the warnings of other engines; ours raise in the tests."""
+    """Silence the warnings and logs of other engines; our warnings raise in the tests."""
 
     def __enter__(self) -> None:
         super().__enter__()
         warnings.simplefilter("ignore")
+        self.logged = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *raised: Any) -> None:
+        logging.disable(self.logged)
+        super().__exit__(*raised)
 
 
 def wanted(column: str, arguments: argparse.Namespace) -> bool:
@@ -713,11 +909,17 @@ def arguments_of(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results/)")
     parser.add_argument("--no-plot", action="store_true")
     cpu = parser.add_argument_group("cpu")
-    cpu.add_argument("--model", choices=tuple(MODELS), default="base")
-    cpu.add_argument("--batch", type=int, default=16)
-    cpu.add_argument("--max-length", type=int, default=128)
-    cpu.add_argument("--precisions", nargs="*", default=["fp32", "bf16"], choices=("fp32", "bf16"))
-    cpu.add_argument("--int8", action="store_true", help="CTranslate2's int8 as well")
+    cpu.add_argument("--model", nargs="+", choices=tuple(MODELS), default=["base"])
+    cpu.add_argument("--batch", nargs="+", type=int, default=[16], help="texts in a batch")
+    cpu.add_argument(
+        "--lengths", nargs="+", default=["ragged"], choices=("ragged", "sst2", "squad"),
+        help="drawn evenly, or those of a set",
+    )  # fmt: skip
+    cpu.add_argument("--max-length", type=int, default=128, help="of ragged batches")
+    cpu.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    cpu.add_argument(
+        "--folder", type=Path, help="keep converted models here and use those that are there"
+    )
     cpu.add_argument("--threads", type=int, help="default: all processors")
     gpu = parser.add_argument_group("cuda")
     gpu.add_argument(
@@ -746,13 +948,7 @@ def main(given: list[str] | None = None) -> None:
     def save(rows: list[Any]) -> None:
         out.write_text(json.dumps({"provenance": record, "rows": rows}, indent=1) + "\n")
 
-    if arguments.device == "cpu":
-        with quiet():
-            rows = [cpu_row(arguments)]
-        print_cpu(rows[0])
-    else:
-        rows = cuda_rows(arguments, save)
-    save(rows)
+    rows = (cpu_rows if arguments.device == "cpu" else cuda_rows)(arguments, save)
     print(f"written: {out}")
     if not arguments.no_plot and rows:
         try:

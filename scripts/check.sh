@@ -9,7 +9,7 @@ ruff format --check --exclude '*.md' . || status=1
 mypy || status=1
 find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort |
     xargs clang-format --dry-run --Werror || status=1
-for script in .ci/run scripts/*.sh examples/*/*.sh; do
+for script in .ci/run scripts/*.sh benchmarks/*.sh benchmarks/cuda/*.sh examples/*/*.sh; do
     bash -n "$script" || status=1
 done
 exit $status

@@ -1,11 +1,12 @@
-"""Writes the figures of benchmarks/README.md and README.md from the newest benchmarks/results/.
+"""Writes the figures of benchmarks/README.md, docs/precisions.md and README.md from
+benchmarks/results/.
 
     python scripts/figures.py
 
-Reads DEVICE-encoder-*.json, DEVICE-families-*.json and DEVICE-serving-*.json as
-benchmarks/encoder.py and serving.py write them; DEVICE is cpu or a GPU's name. A result of a tree
-that was not committed is refused: nobody could make it again. One that is older than the kernels it
-measures is marked.
+Reads the newest DEVICE-encoder-*.json, DEVICE-families-*.json, DEVICE-serving-*.json and
+cpu-memory-*.json and every cpu-precisions-*.json, as benchmarks/encoder.py, serving.py and
+memory.py write them; DEVICE is cpu or a GPU's name. A result of a tree that was not committed is
+refused: nobody could make it again. One that is older than the kernels it measures is marked.
 """
 
 from __future__ import annotations
@@ -24,18 +25,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 OLDER = " **Older than the kernels: measured before their last change.**"
 
 
-def newest(kind: str, gpu: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The newest result of a kind by its date; one system alone compares nothing."""
+def results(kind: str, gpu: bool = False) -> list[tuple[Path, dict[str, Any]]]:
+    """Every result of a kind, by name; refuses those of no commit."""
     found = [
         (path, json.loads(path.read_text()))
-        for path in RESULTS.glob(f"*-{kind}-*.json")
+        for path in sorted(RESULTS.glob(f"*-{kind}-*.json"))
         if path.name.startswith("cpu-") != gpu
     ]
-    if kind == "serving":
-        found = [(p, d) for p, d in found if len({row["system"] for row in d["rows"]}) > 1]
-    else:  # repeats of a few columns stand beside the file that has them all
-        columns = {p: len({c for row in d["rows"] for c in row["ms"]}) for p, d in found}
-        found = [(p, d) for p, d in found if columns[p] == max(columns.values())]
     for path, data in found:
         commit = str(data["provenance"].get("commit", "unknown"))
         if not re.fullmatch(r"[0-9a-f]{7,40}", commit):
@@ -43,6 +39,22 @@ def newest(kind: str, gpu: bool) -> tuple[Path, dict[str, Any]] | None:
                 f"error: {path.name} was measured on {commit!r}, not on a commit: measure it again "
                 "with everything committed, or take it out of benchmarks/results"
             )
+    return found
+
+
+def _system(column: str) -> str:
+    """A column's name without its precision."""
+    return re.sub(r"_(fp32|bf16|int8)$", "", column)
+
+
+def newest(kind: str, gpu: bool) -> tuple[Path, dict[str, Any]] | None:
+    """The newest result of a kind by its date; one system alone compares nothing."""
+    found = results(kind, gpu)
+    if kind == "serving":
+        found = [(p, d) for p, d in found if len({row["system"] for row in d["rows"]}) > 1]
+    elif kind != "memory":  # repeats of a few systems stand beside the file that has them all
+        systems = {p: len({_system(c) for row in d["rows"] for c in row["ms"]}) for p, d in found}
+        found = [(p, d) for p, d in found if systems[p] == max(systems.values())]
     return max(found, key=lambda item: item[1]["provenance"]["date"], default=None)
 
 
@@ -150,16 +162,23 @@ def cpu_families(path: Path, data: dict[str, Any]) -> str:
     )
 
 
+def _label(row: dict[str, Any], several: bool) -> str:
+    """A serving row's column: ours by precision where a file has it in several."""
+    return f"ours {row['precision']}" if several and row["system"] == "ours" else row["system"]
+
+
 def serving(path: Path, data: dict[str, Any]) -> str:
     """Requests a second and latencies, ours beside the published behaviour."""
     p = data["provenance"]
-    measured = {row["system"] for row in data["rows"]}
-    names = [name for name in ("published", "ours", "constant") if name in measured]
+    own = {row.get("precision") for row in data["rows"] if row["system"] == "ours"}
+    measured = dict.fromkeys(_label(row, len(own) > 1) for row in data["rows"])
+    ours = [name for name in measured if name.startswith("ours")]
+    names = [n for n in ("published", *ours, "constant") if n in measured]
     body = []
     cases: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in data["rows"]:
         key = (row["mix"], row["batch_size"], row["workers"], row["connections"])
-        cases.setdefault(key, {})[row["system"]] = row
+        cases.setdefault(key, {})[_label(row, len(own) > 1)] = row
     for key, systems in cases.items():
         cells = [str(part) for part in key]
         for name in names:
@@ -169,9 +188,10 @@ def serving(path: Path, data: dict[str, Any]) -> str:
                 if row
                 else ""
             )
-        ours, other = systems.get("ours"), systems.get("published")
-        both = ours and other and other["requests_per_s"]
-        cells.append(f"**{ours['requests_per_s'] / other['requests_per_s']:.1f}x**" if both else "")
+        other = systems.get("published", {}).get("requests_per_s")
+        for name in ours:
+            rate = systems.get(name, {}).get("requests_per_s")
+            cells.append(f"**{rate / other:.1f}x**" if rate and other else "")
         body.append(cells)
     head = [
         "lengths",
@@ -179,16 +199,126 @@ def serving(path: Path, data: dict[str, Any]) -> str:
         "workers",
         "connections",
         *names,
-        "ours / published",
+        *(f"{name} / published" for name in ours),
     ]
+    precision = f"{p.get('precision')}" if len(own) < 2 else f"*published* in {p['precision']}"
     text = (
-        f"**Through TorchServe**: {p.get('model')} of random weights, {p.get('precision')}; "
+        f"**Through TorchServe**: {p.get('model')} of random weights, {precision}; "
         "requests/s, p50/p99 ms. *Published* pads every request to a fixed length, as TorchServe's "
         "Hugging Face example does"
         + ("; *constant* answers at once" if "constant" in names else "")
         + f". {origin(path, data)}\n\n"
     )
     return text + table(head, body)
+
+
+def processor(data: dict[str, Any]) -> str:
+    """Processor, instruction set and threads of a result."""
+    p = data["provenance"]
+    return f"{p['cpu']}, {p['library']['cpu_isa']}, {p['threads']} threads"
+
+
+def _ratio(part: float | None, whole: float | None) -> str:
+    return f"{part / whole:.2f}" if part and whole else ""
+
+
+def _others(ms: dict[str, float], precision: str) -> dict[str, float]:
+    """Other engines' times in a precision."""
+    return {
+        name.removesuffix(f"_{precision}"): value
+        for name, value in ms.items()
+        if name.endswith(f"_{precision}") and not name.startswith(("ours", "gemms"))
+    }
+
+
+def all_precisions() -> str:
+    """Every processor's table of workload by precision: ours, and other engines in int8."""
+    parts = []
+    for path, data in results("precisions"):
+        measured = {c for row in data["rows"] for c in row["ms"]}
+        engines = sorted({name for row in data["rows"] for name in _others(row["ms"], "int8")})
+        floats = [f for f in ("fp32", "bf16") if f"ours_{f}" in measured]
+        floors = [f for f in floats if f"gemms_{f}" in measured]
+        int8 = "ours_int8" in measured
+        head = [
+            "workload", "tokens", *floats, *(f"{f} / GEMMs" for f in floors),
+            *(["int8", *engines] if int8 else []),
+            *([*(f"int8 / {f}" for f in floats), "int8 / best other"] if int8 else []),
+        ]  # fmt: skip
+        body = []
+        for row in data["rows"]:
+            ms = row["ms"]
+            ours = ms.get("ours_int8")
+            times = [ms.get(f"ours_{f}") for f in floats]
+            cells = [row["workload"], f"{row['tokens']:,}", *map(_time, times)]
+            cells += [_ratio(ms.get(f"ours_{f}"), ms.get(f"gemms_{f}")) for f in floors]
+            if int8:
+                others = _others(ms, "int8")
+                cells += [f"**{_time(ours)}**", *(_time(others.get(name)) for name in engines)]
+                cells += [_ratio(ours, time) for time in times]
+                cells.append(_ratio(ours, min(others.values(), default=None)))
+            body.append(cells)
+        parts.append(
+            f"**Precisions on a CPU**, milliseconds, medians; engines by name are in int8. "
+            f"{processor(data)}. {origin(path, data)}\n\n" + table(head, body)
+        )
+    return "\n\n".join(parts)
+
+
+def _time(ms: float | None) -> str:
+    """Milliseconds with three digits or so."""
+    return "" if ms is None else f"{ms:,.{0 if ms >= 100 else 1 if ms >= 10 else 2}f}"
+
+
+TEXTS = {
+    "base sst2 b1": "one sentence",
+    "base sst2 b16": "16 sentences",
+    "base squad b1": "one question and passage",
+    "base squad b16": "16 questions and passages",
+}
+
+
+def precisions() -> str:
+    """Processor and texts by precision: how many times as fast as fp32, and as other engines."""
+    body, sources, older_ones = [], {}, False
+    for path, data in results("precisions"):
+        for row in data["rows"]:
+            ms = row["ms"]
+            if row["workload"] not in TEXTS or not {"ours_fp32", "ours_int8"} <= ms.keys():
+                continue
+            fp32, bf16, int8 = (ms.get(f"ours_{p}") for p in ("fp32", "bf16", "int8"))
+            others = _others(ms, "int8")
+            best = min(others, key=others.__getitem__, default=None)
+            beside = f"{_ratio(others[best], int8)}x {NAMES.get(best, best)}" if best else ""
+            speeds = [f"{_ratio(fp32, time)}x" if time else "" for time in (bf16, int8)]
+            cells = [processor(data), TEXTS[row["workload"]], f"{_time(fp32)} ms", *speeds, beside]
+            body.append(cells)
+            sources[path.name] = f"[{path.name}](results/{path.name})"
+            older_ones |= older(data["provenance"], "csrc/kernels/cpu")
+    head = ["processor", "texts", "fp32", "bf16", "int8", "int8 beside the best other in int8"]
+    parts = []
+    if body:
+        note = f"From {', '.join(sources.values())}.{OLDER if older_ones else ''}"
+        parts.append(table(head, body) + f"\n\n{note}")
+    if found := newest("memory", gpu=False):
+        parts.append(memory(*found))
+    return "\n\n".join(parts).replace("](results/", "](../benchmarks/results/")
+
+
+NAMES = {"ctranslate2": "CTranslate2", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def memory(path: Path, data: dict[str, Any]) -> str:
+    """Precision by what a worker's process takes."""
+    body = []
+    for row in data["rows"]:
+        cells = [row["without"]["rss"], row["loaded"]["rss"], row["answered"]["rss"], row["peak"]]
+        body.append([row["precision"], *(f"{mib:,.0f}" for mib in (row["file"], *cells))])
+    head = ["precision", "traced file", "before loading", "loaded", "after answers", "peak"]
+    return (
+        f"**Memory of a worker** on a CPU, {data['provenance']['model']} of random weights, MiB "
+        f"resident. {origin(path, data)}\n\n" + table(head, body)
+    )
 
 
 def figures() -> str:
@@ -205,10 +335,10 @@ def figures() -> str:
         found = newest(kind, gpu)
         if found:
             parts.append(write(*found))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, [*parts, all_precisions()]))
 
 
-def _encoder_row(gpu: bool) -> tuple[list[str], dict[str, Any]] | None:
+def _encoder_row(gpu: bool, precision: str) -> tuple[list[str], dict[str, Any]] | None:
     """BERT-base, 16 texts of up to 128 tokens: Hugging Face, the best other system, ours."""
     found = newest("encoder", gpu)
     rows = [r for r in found[1]["rows"] if r["workload"] == "base ragged b16 s128"] if found else []
@@ -216,31 +346,36 @@ def _encoder_row(gpu: bool) -> tuple[list[str], dict[str, Any]] | None:
         return None
     ms: dict[str, float] = rows[0]["ms"]
     if not gpu:
-        ms = {n.removesuffix("_fp32"): v for n, v in ms.items() if n.endswith("_fp32")}
+        ms = {n.removesuffix(f"_{precision}"): v for n, v in ms.items() if n.endswith(precision)}
+    if "ours" not in ms:
+        return None
     plain = ms.get("hf_sdpa" if gpu else "hf")
     others = [v for n, v in ms.items() if not n.startswith(("ours", "gemms"))]
     digits = 2 if gpu else 0
-    cells = [f"{v:,.{digits}f} ms" if v else "" for v in (plain, min(others))]
-    name = f"encoder alone, BERT-base, 16 texts of 25 to 128 tokens, {'fp16' if gpu else 'fp32'}"
+    cells = [f"{v:,.{digits}f} ms" if v else "" for v in (plain, min(others, default=None))]
+    name = f"encoder alone, BERT-base, 16 texts of 25 to 128 tokens, {precision}"
     return [name, *cells, f"**{ms['ours']:,.{digits}f} ms**"], found[1]["provenance"]
 
 
-def _serving_row(gpu: bool, mix: str) -> tuple[list[str], dict[str, Any]] | None:
+def _serving_row(gpu: bool, mix: str, precision: str) -> tuple[list[str], dict[str, Any]] | None:
     """Requests a second at the most connections, with one worker and the largest batches."""
     found = newest("serving", gpu)
     if not found:
         return None
+    p = found[1]["provenance"]
     rows = [r for r in found[1]["rows"] if r["mix"] == mix and r["workers"] == 1]
     case = max((r["batch_size"], r["connections"]) for r in rows)
     rates = {
         r["system"]: r["requests_per_s"]
         for r in rows
         if (r["batch_size"], r["connections"]) == case
+        and (r["system"] != "ours" or r.get("precision", p["precision"]) == precision)
     }
-    p = found[1]["provenance"]
+    if "ours" not in rates:
+        return None
     model = {"base": "BERT-base", "minilm": "MiniLM"}.get(p["model"], p["model"])
     texts = {"sst2": "sentences of SST-2's lengths", "squad": "questions of SQuAD's lengths"}[mix]
-    name = f"through TorchServe, {model}, {texts}, {case[1]} connections, {p['precision']}"
+    name = f"through TorchServe, {model}, {texts}, {case[1]} connections, {precision}"
     cells = [f"{rates['published']:,.0f}/s", "", f"**{rates['ours']:,.0f}/s**"]
     return [name, *cells], p
 
@@ -249,10 +384,10 @@ def summary() -> str:
     """The README's few rows."""
     body, marks = [], {True: False, False: False}
     for gpu in (True, False):
+        kinds = ("fp16",) if gpu else ("fp32", "int8")
         for found in (
-            _encoder_row(gpu),
-            _serving_row(gpu, "sst2"),
-            _serving_row(gpu, "squad"),
+            *(_encoder_row(gpu, precision) for precision in kinds),
+            *(_serving_row(gpu, mix, p) for p in kinds for mix in ("sst2", "squad")),
         ):
             if found:
                 cells, p = found
@@ -274,7 +409,11 @@ def updated(page: str, write: Callable[[], str] = figures) -> str:
 
 
 #: Page -> what stands between its marks.
-PAGES = {"benchmarks/README.md": figures, "README.md": summary}
+PAGES = {
+    "benchmarks/README.md": figures,
+    "docs/precisions.md": precisions,
+    "README.md": summary,
+}
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ void test_linear(DType type, DType weights, int64_t m, int64_t n, int64_t k, int
     if (variant >= 5) op.residual = r.operand();
     op.out_dtype = type;
     const Buffer out(m * n * ft::size_of(type));
-    const Buffer space(ft::cpu::linear_workspace(m, n, t));
+    const Buffer space(ft::cpu::linear_workspace(blob.get(), m, t));
     ft::cpu::linear(op, m, out.get(), space.get(), t);
     auto want = multiply(wide(a.f), w.f.data(), variant ? b.f.data() : nullptr, n, k);
     for (size_t i = 0; i < want.size(); ++i) {
@@ -263,6 +263,203 @@ void test_linear(DType type, DType weights, int64_t m, int64_t n, int64_t k, int
               std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k),
           out, type, want, std::max(tolerance_of(type), tolerance_of(weights)));
   }
+}
+
+// ---- int8 ---------------------------------------------------------------------------------------
+
+// What an instruction set rounds activations to, as docs/cpu-kernels.md has it.
+int activation_levels() {
+  const std::string isa = ft::cpu::isa_name();
+  return isa == "avx2" || isa == "avx512" ? 64 : 127;
+}
+
+int64_t slice_of(int64_t k) {
+  const int64_t slices = (k + 511) / 512;
+  return ((k + slices - 1) / slices + 63) / 64 * 64;
+}
+
+// The documented scheme, sums in double precision; NaN in rows that are not finite.
+std::vector<double> multiply_int8(const std::vector<float>& a, const std::vector<int8_t>& w,
+                                  const std::vector<float>& scale, const float* bias, int64_t n,
+                                  int64_t k) {
+  const int64_t m = static_cast<int64_t>(a.size()) / k, slice = slice_of(k);
+  const auto levels = static_cast<float>(activation_levels());
+  std::vector<double> c(m * n);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t k0 = 0; k0 < k; k0 += slice) {
+      const int64_t end = std::min(k, k0 + slice);
+      float most = 0;
+      bool finite = true;
+      for (int64_t l = k0; l < end; ++l) {
+        finite = finite && std::isfinite(a[i * k + l]);
+        most = std::max(most, std::abs(a[i * k + l]));
+      }
+      const float by = most < 0x1p-100f ? 0 : levels / most;
+      std::vector<int64_t> q(end - k0);
+      for (int64_t l = k0; finite && l < end; ++l) {
+        volatile float product = a[i * k + l] * by;
+        q[l - k0] = static_cast<int64_t>(std::nearbyint(product));
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        int64_t sum = 0;
+        for (int64_t l = k0; l < end; ++l) sum += q[l - k0] * w[j * k + l];
+        c[i * n + j] += finite ? static_cast<double>(sum) * (by > 0 ? most / levels : 0) : NAN;
+      }
+    }
+    for (int64_t j = 0; j < n; ++j) c[i * n + j] = c[i * n + j] * scale[j] + (bias ? bias[j] : 0);
+  }
+  return c;
+}
+
+void put(Values& values, int64_t i, float x) {
+  values.f[i] = x;
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (values.type == DType::kFloat32) {
+    std::memcpy(static_cast<char*>(values.raw.get()) + 4 * i, &bits, 4);
+    return;
+  }
+  uint16_t half = static_cast<uint16_t>(bits >> 16);
+  if (values.type == DType::kFloat16) {
+    half = x == 0 ? 0 : std::isnan(x) ? 0x7e00 : x > 0 ? 0x7c00 : 0xfc00;  // no others are put
+  }
+  std::memcpy(static_cast<char*>(values.raw.get()) + 2 * i, &half, 2);
+}
+
+enum class Weights { kRandom, kMost, kLeast, kMixed, kTurns };
+
+// Rows 1 to 4, where there are so many, are zeros, hold a NaN, hold an infinity, are large alone.
+void test_int8(DType type, Weights pattern, int64_t m, int64_t n, int64_t k, int threads) {
+  const auto t = threads_of(threads);
+  std::vector<int8_t> w(n * k);
+  for (int64_t i = 0; i < n * k; ++i) {
+    const int random = static_cast<int>(rng() % 255) - 127;
+    const int turns[] = {127, 127, 127, 127, -127, -127, -127, -127};
+    w[i] = static_cast<int8_t>(pattern == Weights::kRandom  ? random
+                               : pattern == Weights::kMost  ? 127
+                               : pattern == Weights::kLeast ? -127
+                               : pattern == Weights::kMixed ? (random > 0 ? 127 : -127)
+                                                            : turns[i % k % 8]);
+  }
+  std::vector<float> scale(n);
+  for (float& s : scale) s = 1e-3f * static_cast<float>(1 + rng() % 9) / static_cast<float>(k);
+  Values a(m * k, type, 1), r(m * n, type, 1);
+  const Values b(n, type, 1);
+  if (pattern != Weights::kRandom) {  // the largest magnitudes everywhere, of every pair of signs
+    for (int64_t i = 0; i < m * k; ++i) {
+      a.f[i] = 0;
+      const float one = pattern == Weights::kTurns ? (i % k % 8 < 4 ? 1.0f : -1.0f)
+                        : i / k % 3 == 0           ? 1.0f
+                        : i / k % 3 == 1           ? -1.0f
+                                                   : (rng() % 2 ? 1.0f : -1.0f);
+      if (type == DType::kFloat16) {
+        const uint16_t half = one > 0 ? 0x3c00 : 0xbc00;
+        a.f[i] = one;
+        std::memcpy(static_cast<char*>(a.raw.get()) + 2 * i, &half, 2);
+      } else {
+        put(a, i, one);
+      }
+    }
+  }
+  if (m > 4) {
+    for (int64_t i = 0; i < k; ++i) put(a, k + i, 0);
+    put(a, 2 * k + rng() % k, NAN);
+    put(a, 3 * k + rng() % k, rng() % 2 ? INFINITY : -INFINITY);
+  }
+  ft::cpu::LayeredWeight weight{n, k};
+  weight.quantized = w.data();
+  weight.scale = scale.data();
+  weight.quantized_count = 1;
+  const int64_t bytes = ft::cpu::packed_bytes(weight);
+  const Buffer blob(bytes);
+  ft::cpu::pack_weight(weight, blob.get(), t);
+  if (!ft::cpu::blob_fault(blob.get(), bytes).empty() ||
+      !ft::cpu::is_packed(blob.get(), bytes, DType::kInt8, 1, n, k) ||
+      ft::cpu::is_packed(blob.get(), bytes, type, 1, n, k)) {
+    std::printf("FAILED int8 blob\n");
+    std::exit(1);
+  }
+  const std::string what = "int8 of " + std::string(name_of(type)) + " weights " +
+                           std::to_string(static_cast<int>(pattern)) + " " + std::to_string(m) +
+                           "x" + std::to_string(n) + "x" + std::to_string(k);
+  for (Activation activation : {Activation::kNone, Activation::kGelu}) {
+    const bool none = activation == Activation::kNone;
+    ft::cpu::Linear op{};
+    op.input = a.operand();
+    op.blob = blob.get();
+    op.activation = activation;
+    if (!none) op.bias = b.operand();
+    if (none) op.residual = r.operand();
+    op.out_dtype = type;
+    const int64_t row = n * ft::size_of(type);
+    const Buffer out(m * row), space(ft::cpu::linear_workspace(blob.get(), m, t));
+    ft::cpu::linear(op, m, out.get(), space.get(), t);
+    const auto want = multiply_int8(a.f, w, scale, none ? nullptr : b.f.data(), n, k);
+    const double tolerance = tolerance_of(type);
+    for (int64_t i = 0; i < m * n; ++i) {
+      const double x = read(out, type, i);
+      const double y = activated(want[i], activation) + (none ? r.f[i] : 0);
+      const bool fits =
+          std::isnan(y) ? std::isnan(x) : std::abs(x - y) <= tolerance * (1 + std::abs(y));
+      if (fits) continue;
+      std::printf("FAILED %s: element %ld is %.9g, should be %.9g\n", what.c_str(),
+                  static_cast<long>(i), x, y);
+      std::exit(1);
+    }
+    // The same bits for a row alone, on one thread.
+    const auto alone = threads_of(1);
+    for (int64_t i = 0; i < m; i += 1 + m / 7) {
+      op.input.data = static_cast<char*>(a.raw.get()) + i * k * ft::size_of(type);
+      if (none) op.residual.data = static_cast<char*>(r.raw.get()) + i * row;
+      const Buffer one(row), little(ft::cpu::linear_workspace(blob.get(), 1, alone));
+      ft::cpu::linear(op, 1, one.get(), little.get(), alone);
+      if (std::memcmp(one.get(), static_cast<char*>(out.get()) + i * row, row) == 0) continue;
+      std::printf("FAILED %s: row %ld alone has other bits\n", what.c_str(), static_cast<long>(i));
+      std::exit(1);
+    }
+  }
+}
+
+// The blob of a weight some of whose layers are quantised; those become what int8 makes of them.
+Buffer packed_mixed(Values& w, int64_t layers, const std::vector<int64_t>& kept, int64_t n,
+                    int64_t k, const ft::cpu::Threads& t) {
+  std::vector<int8_t> quantized;
+  std::vector<float> scale;
+  const int64_t element = ft::size_of(w.type), each = n * k;
+  const Buffer whole(static_cast<int64_t>(kept.size()) * each * element);
+  int64_t done = 0;
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    if (std::find(kept.begin(), kept.end(), layer) != kept.end()) {
+      std::memcpy(static_cast<char*>(whole.get()) + done++ * each * element,
+                  static_cast<char*>(w.raw.get()) + layer * each * element, each * element);
+      continue;
+    }
+    for (int64_t row = layer * n; row < (layer + 1) * n; ++row) {
+      float most = 0;
+      for (int64_t i = 0; i < k; ++i) most = std::max(most, std::abs(w.f[row * k + i]));
+      scale.push_back(most / 127);
+      for (int64_t i = 0; i < k; ++i) {
+        const float q = std::nearbyint(w.f[row * k + i] / scale.back());
+        quantized.push_back(static_cast<int8_t>(q));
+        w.f[row * k + i] = q * scale.back();
+      }
+    }
+  }
+  ft::cpu::LayeredWeight weight{n, k};
+  weight.kept = {whole.get(), w.type};
+  weight.kept_count = static_cast<int64_t>(kept.size());
+  weight.kept_layers = kept.data();
+  weight.quantized = quantized.data();
+  weight.scale = scale.data();
+  weight.quantized_count = layers - weight.kept_count;
+  const int64_t bytes = ft::cpu::packed_bytes(weight);
+  Buffer blob(bytes);
+  ft::cpu::pack_weight(weight, blob.get(), t);
+  const bool fits =
+      ft::cpu::is_packed(blob.get(), bytes, DType::kInt8, weight.quantized_count, n, k) &&
+      ft::cpu::is_packed(blob.get(), bytes, w.type, weight.kept_count, n, k);
+  if (!fits || !ft::cpu::blob_fault(blob.get(), bytes).empty()) std::abort();
+  return blob;
 }
 
 void test_attention(DType type, std::vector<int32_t> lengths, int64_t heads, int64_t d, int threads,
@@ -327,7 +524,8 @@ void test_attention_not_finite(DType type, int64_t d, int64_t columns) {
 
 void test_encoder(DType type, std::vector<int32_t> lengths, int64_t heads, int64_t d, int64_t inner,
                   int64_t layers, int threads, int64_t embedding = 0, bool shared = false,
-                  Activation activation = Activation::kGelu, int64_t columns = 0) {
+                  Activation activation = Activation::kGelu, int64_t columns = 0,
+                  bool quantised = false) {
   const auto t = threads_of(threads);
   const int64_t h = heads * d, vocab = 11, positions = 600;
   const int64_t e = embedding ? embedding : h;  // another size than h is projected to it
@@ -348,15 +546,18 @@ void test_encoder(DType type, std::vector<int32_t> lengths, int64_t heads, int64
   const Values word(vocab * e, type, 1), position(positions * e, type, 1), kind(2 * e, type, 1);
   const Values eg(e, type, 0.1f, 1), eb(e, type, 0.1f);
   const Values wp(h * e, type, 0.1f), bp(h, type, 0.1f);
-  const Values wq(stored * 3 * h * h, type, 0.05f), bq(stored * 3 * h, type, 0.1f);
-  const Values wo(stored * h * h, type, 0.05f), bo(stored * h, type, 0.1f);
-  const Values wu(stored * inner * h, type, 0.05f), bu(stored * inner, type, 0.1f);
-  const Values wd(stored * h * inner, type, 0.05f), bd(stored * h, type, 0.1f);
+  Values wq(stored * 3 * h * h, type, 0.05f), wo(stored * h * h, type, 0.05f);
+  Values wu(stored * inner * h, type, 0.05f), wd(stored * h * inner, type, 0.05f);
+  const Values bq(stored * 3 * h, type, 0.1f), bo(stored * h, type, 0.1f);
+  const Values bu(stored * inner, type, 0.1f), bd(stored * h, type, 0.1f);
   const Values g1(stored * h, type, 0.1f, 1), b1(stored * h, type, 0.1f);
   const Values g2(stored * h, type, 0.1f, 1), b2(stored * h, type, 0.1f);
   const Buffer p = packed(wp, 1, h, e, t);
-  const Buffer q = packed(wq, stored, 3 * h, h, t), o = packed(wo, stored, h, h, t);
-  const Buffer u = packed(wu, stored, inner, h, t), dn = packed(wd, stored, h, inner, t);
+  const auto pack = [&](Values& w, int64_t n, int64_t k, const std::vector<int64_t>& kept) {
+    return quantised ? packed_mixed(w, stored, kept, n, k, t) : packed(w, stored, n, k, t);
+  };
+  const Buffer q = pack(wq, 3 * h, h, {}), o = pack(wo, h, h, {0});
+  const Buffer u = pack(wu, inner, h, {stored - 1}), dn = pack(wd, h, inner, {0});
   ft::cpu::Encoder op{};
   op.tokens = tokens;
   op.hidden = h;
@@ -415,8 +616,9 @@ void test_encoder(DType type, std::vector<int32_t> lengths, int64_t heads, int64
     for (size_t i = 0; i < y.size(); ++i) y[i] += x[i];
     x = norm(y, h, &g2.f[l * h], &b2.f[l * h], 1e-12);
   }
-  check("encoder " + std::string(name_of(type)) + " head size " + std::to_string(d), out, type, x,
-        2 * tolerance_of(type));
+  check((quantised ? "int8 encoder " : "encoder ") + std::string(name_of(type)) + " head size " +
+            std::to_string(d),
+        out, type, x, quantised ? 0.1 : 2 * tolerance_of(type));
 }
 
 void test_rows(DType type) {
@@ -480,6 +682,14 @@ int main() {
       test_linear(type, weights, 33, 97, 448, 3);
     }
     test_linear(type, type, 300, 130, 400, 2);
+    test_int8(type, Weights::kRandom, 1, 1, 1, 1);
+    test_int8(type, Weights::kRandom, 7, 50, 66, 2);
+    test_int8(type, Weights::kRandom, 33, 97, 448, 3);
+    test_int8(type, Weights::kRandom, 300, 130, 1029, 2);
+    for (auto weights : {Weights::kMost, Weights::kLeast, Weights::kMixed, Weights::kTurns}) {
+      test_int8(type, weights, 23, 49, 519, 2);
+    }
+    test_encoder(type, {1, 7, 61, 17}, 3, 32, 130, 3, 2, 0, false, Activation::kGelu, 0, true);
     for (int64_t d : {2, 6, 32, 48, 64, 80, 128}) {
       for (int64_t columns : {0, 21}) test_attention(type, {1, 7, 0, 40, 113}, 2, d, 2, columns);
     }

@@ -468,7 +468,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias,
   Tensor out = empty({tokens, n}, whole.scalar_type());
   if (tokens == 0) return out;
   const cpu::Threads threads = torch_threads();
-  const Scratch space(cpu::linear_workspace(tokens, n, threads));
+  const Scratch space(cpu::linear_workspace(op.blob, tokens, threads));
   cpu::linear(op, tokens, out.mutable_data_ptr(), space.get(), threads);
   return out;
 }

@@ -210,7 +210,7 @@ def test_nothing_waits_on_ping() -> None:
         assert "/ping" not in text, path
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md", "docs/precisions.md"])
 def test_figures_are_those_of_the_results(name: str) -> None:
     """But for the mark of age, which a change of the kernels sets and a clone may lack."""
     with_script()

@@ -196,3 +196,131 @@ def test_lengths_of_the_mixes() -> None:
     mean = sum(n * c for n, c in table["sst2"]) / 872
     assert mean == pytest.approx(25.2, abs=0.1)
     assert max(n for n, _ in table["squad"]) == 384
+
+
+def test_lengths_stand_for_a_set() -> None:
+    lengths_like = load_script("benchmarks/encoder.py").lengths_like
+    table = json.loads((ROOT / "benchmarks/lengths.json").read_text())["sst2"]
+    every = sorted(length for length, count in table for _ in range(count))
+    assert lengths_like("sst2", 1).tolist() == [every[len(every) // 2]]
+    many = lengths_like("sst2", 64)
+    assert many.mean() == pytest.approx(sum(every) / len(every), abs=0.3)
+    assert sorted(many) != many.tolist()
+    assert many.tolist() == lengths_like("sst2", 64).tolist()
+
+
+#: Column of the encoder benchmark -> the packages without which it is left out.
+ENGINES = {
+    "onnxruntime_fp32": ("onnx", "onnxscript", "onnxruntime"),
+    "onnxruntime_int8": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino_int8": ("onnx", "onnxscript", "openvino", "nncf"),
+    "ctranslate2_int8": ("ctranslate2",),
+}
+
+
+def test_encoder_rows_hold_every_engine_that_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load_script("benchmarks/encoder.py")
+    monkeypatch.setitem(encoder.MODELS, "tiny", (2, 64, 128, 4))
+    ours = [f"ours_{precision}" for precision in encoder.PRECISIONS]
+    out = tmp_path / "rows.json"
+    encoder.main(
+        ["--model", "tiny", "--lengths", "sst2", "ragged", "--batch", "1", "3", "--rounds", "2",
+         "--max-length", "16", "--columns", "ours", "gemms_fp32", *ENGINES, "--no-plot",
+         "--folder", str(tmp_path / "kept"), "--out", str(out)]
+    )  # fmt: skip
+    rows = json.loads(out.read_text())["rows"]
+    names = [f"tiny {kind}" for kind in ("sst2 b1", "sst2 b3", "ragged b1 s16", "ragged b3 s16")]
+    assert [row["workload"] for row in rows] == names
+    present = [
+        column
+        for column, packages in ENGINES.items()
+        if all(importlib.util.find_spec(package) for package in packages)
+    ]
+    for row in rows:
+        assert set(row["ms"]) == {*ours, "gemms_fp32", *present}
+        assert all(time > 0 for time in row["ms"].values())
+        assert bool(row["missing"]) == (len(present) < len(ENGINES))
+        errors = row["max_difference_from_hf_fp32"]
+        assert errors["ours_fp32"] < 1e-5 < errors["ours_int8"] < 0.3
+
+
+def write_cpu_result(figures: Any, name: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """A result of a processor."""
+    provenance = {
+        "date": "2026-01-02T00:00:00+00:00", "cpu": "a cpu", "threads": 2, "commit": "0" * 40,
+        "versions": {"torch": "2.13.0"}, "library": {"cpu_isa": "avx2"}, **more,
+    }  # fmt: skip
+    data = {"provenance": provenance, "rows": rows}
+    (figures.RESULTS / f"cpu-{name}.json").write_text(json.dumps(data))
+
+
+def test_figures_by_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = figures_in(tmp_path, monkeypatch)
+    assert figures.precisions() == ""
+    ms = {"ours_fp32": 120.0, "ours_bf16": 130.0, "ours_int8": 60.0, "gemms_fp32": 100.0}
+    row = {
+        "workload": "base sst2 b16", "tokens": 400, "padded": 800,
+        "ms": {**ms, "ctranslate2_int8": 75.0, "openvino_int8": 150.0},
+    }  # fmt: skip
+    alone = {**row, "workload": "minilm sst2 b1", "ms": {"ours_fp32": 4.0, "gemms_fp32": 3.2}}
+    write_cpu_result(figures, "precisions-a", [row, alone])
+    page = figures.precisions()
+    # Speeds beside fp32, and beside the fastest other engine; of BERT-base, with int8.
+    assert "| a cpu, avx2, 2 threads | 16 sentences | 120 ms | 0.92x | 2.00x | 1.25x C" in page
+    assert "minilm" not in page
+    assert "](../benchmarks/results/cpu-precisions-a.json)" in page
+    full = figures.figures()
+    cells = (
+        "| base sst2 b16 | 400 | 120 | 130 | 1.20 | **60.0** | 75.0 | 150 | 0.50 | 0.46 | 0.80 |"
+    )
+    assert cells in full
+    assert "| minilm sst2 b1 | 400 | 4.00 |  | 1.25 |" in full
+    taken = {"rss": 300.4}
+    memory = {"without": {"rss": 200.0}, "loaded": taken, "answered": taken, "peak": 410.0}
+    write_cpu_result(
+        figures, "memory-a", [{"precision": "int8", "file": 99.6, **memory}], model="base"
+    )
+    assert "| int8 | 100 | 200 | 300 | 300 | 410 |" in figures.precisions()
+
+
+def test_figures_of_serving_in_several_precisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = figures_in(tmp_path, monkeypatch)
+    case = {"mix": "sst2", "batch_size": 32, "workers": 1, "connections": 64}
+    rows = [
+        {"system": system, "precision": precision, "requests_per_s": rate, "p50_ms": 1, "p99_ms": 2,
+         **case}
+        for system, precision, rate in (
+            ("published", "fp32", 40), ("ours", "fp32", 280), ("ours", "int8", 520)
+        )
+    ]  # fmt: skip
+    rows += [{**row, "mix": "squad"} for row in rows]
+    named = {"model": "minilm", "precision": "fp32"}
+    write_cpu_result(figures, "serving-a", rows, **named)
+    full = figures.figures()
+    assert "| published | ours fp32 | ours int8 | ours fp32 / published | ours int8 / pub" in full
+    assert "| 40, 1/2 | 280, 1/2 | 520, 1/2 | **7.0x** | **13.0x** |" in full
+    summary = figures.summary()
+    assert "64 connections, fp32 | 40/s |  | **280/s** |" in summary
+    assert "64 connections, int8 | 40/s |  | **520/s** |" in summary
+    # A result of one precision, as older ones are, names no precision by row.
+    plain = [{k: v for k, v in row.items() if k != "precision"} for row in rows[:2]]
+    write_cpu_result(figures, "serving-a", plain + [{**r, "mix": "squad"} for r in plain], **named)
+    assert "| published | ours | ours / published |" in figures.figures()
+    assert figures.summary().count("| **280/s** |") == 2
+
+
+def test_memory_of_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = load_script("benchmarks/memory.py")
+    monkeypatch.setitem(memory.MODELS, "tiny", (2, 64, 128, 4))
+    out = tmp_path / "memory.json"
+    memory.main(["--model", "tiny", "--precision", "int8", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["precision"] == "int8"
+    assert row["file"] > 1
+    for when in ("without", "loaded", "answered"):
+        assert 0 < row[when]["unique"] <= row[when]["rss"] <= row["peak"]
+    assert row["loaded"]["rss"] > row["without"]["rss"]

@@ -182,6 +182,11 @@ const BlobLayer* blob_layers(const void* blob) {
   return reinterpret_cast<const BlobLayer*>(static_cast<const char*>(blob) + kBlobHeader);
 }
 
+// Where the panels of a blob begin.
+int64_t first_layer(int64_t layers) {
+  return kBlobHeader + aligned(layers * static_cast<int64_t>(sizeof(BlobLayer)));
+}
+
 // One layer's weight, or the one that all layers share. A quantised one begins with its scales.
 Operand layer_of(const void* blob, int64_t layer) {
   const BlobLayer& l = blob_layers(blob)[layer % header(blob).layers];
@@ -194,8 +199,7 @@ Operand layer_of(const void* blob, int64_t layer) {
 template <typename Function>
 int64_t for_layers(const LayeredWeight& w, const Function& f) {
   const int64_t layers = w.kept_count + w.quantized_count;
-  int64_t offset = kBlobHeader + aligned(layers * static_cast<int64_t>(sizeof(BlobLayer)));
-  int64_t kept = 0;
+  int64_t offset = first_layer(layers), kept = 0;
   for (int64_t layer = 0; layer < layers; ++layer) {
     const bool keep =
         kept < w.kept_count && (w.kept_layers == nullptr || w.kept_layers[kept] == layer);
@@ -242,8 +246,30 @@ Distances spread_bias(const RelativeBias& bias, int64_t heads, int64_t longest, 
 
 // ---- stages ------------------------------------------------------------------------------------
 
-void run_gemm(const Gemm& g, int64_t tokens, const Scratch& scratch, const Threads& threads) {
+constexpr int64_t kRowsPerTask = 16;
+
+// Room for an input of any of these depths.
+QuantisedRows take_quantised(Arena& arena, int64_t rows, const std::vector<int64_t>& depths) {
+  int64_t bytes = 0, slices = 0;
+  for (int64_t k : depths) {
+    slices = std::max(slices, slice_count(k));
+    bytes = std::max(bytes, slice_count(k) * (rows + kSpareRows) * kernels().quantised_row(k));
+  }
+  void* data = arena.take(bytes);
+  return {data, arena.take<float>(slices * rows * 4), rows};
+}
+
+// `quantised`: room for the input in int8, where the weight is.
+void run_gemm(Gemm g, int64_t tokens, const QuantisedRows& quantised, const Scratch& scratch,
+              const Threads& threads) {
   const Kernels& k = kernels();
+  if (g.weight.dtype == DType::kInt8) {
+    // Once, not in each task that reads the rows.
+    const int64_t block = std::min(kRowsPerTask, ceil_div(tokens, threads.count));
+    for_rows(threads, tokens, block,
+             [&](int64_t m0, int64_t m1, int) { k.quantise(g.a, g.lda, g.k, m0, m1, quantised); });
+    g.quantised = quantised;
+  }
   const Tiling tiling = k.tiling(g.weight.dtype);
   const int64_t panels = ceil_div(g.n, tiling.nr);
   const int64_t blocks = ceil_div(tokens, tiling.row_block);
@@ -286,8 +312,6 @@ void run_attention(Attention a, const Distances& distances, const int32_t* cu_se
   });
 }
 
-constexpr int64_t kRowsPerTask = 16;
-
 }  // namespace
 
 void prefer_large_pages(void* memory, int64_t bytes) {
@@ -325,7 +349,7 @@ void pack_weight(const LayeredWeight& weight, void* blob, const Threads& threads
   const int64_t layers = weight.kept_count + weight.quantized_count;
   const BlobHeader h{kBlobMagic, isa.layout, layers, n, k};
   char* const bytes = static_cast<char*>(blob);
-  std::memset(blob, 0, kBlobHeader);
+  std::memset(blob, 0, first_layer(layers));
   std::memcpy(blob, &h, sizeof(h));
   for_layers(weight, [&](int64_t layer, int64_t offset, DType dtype, int64_t index) {
     const BlobLayer entry{offset, dtype, 0};
@@ -350,8 +374,8 @@ namespace {
 int64_t described_bytes(const void* blob, int64_t bytes) {
   const BlobHeader& h = header(blob);
   constexpr int64_t kEntry = sizeof(BlobLayer);
-  if (h.layers < 1 || h.layers > (bytes - kBlobHeader) / kEntry) return -1;
-  int64_t offset = kBlobHeader + aligned(h.layers * kEntry);
+  if (h.layers < 0 || h.layers > (bytes - kBlobHeader) / kEntry) return -1;
+  int64_t offset = first_layer(h.layers);
   for (int64_t layer = 0; layer < h.layers; ++layer) {
     const BlobLayer& l = blob_layers(blob)[layer];
     if (l.offset != offset || l.dtype < DType::kFloat32 || l.dtype > DType::kInt8) return -1;
@@ -414,8 +438,11 @@ void embedding_layer_norm(const Embeddings& e, int64_t tokens, int64_t hidden, D
   embedding_plan(e, tokens, hidden, out_dtype, out, arena, true, threads);
 }
 
-int64_t linear_workspace(int64_t tokens, int64_t n, const Threads& threads) {
-  return aligned(n * 4) + aligned(tokens * n * 4) +
+int64_t linear_workspace(const void* blob, int64_t tokens, const Threads& threads) {
+  const int64_t n = header(blob).n;
+  Arena quantised(nullptr);
+  take_quantised(quantised, tokens, {header(blob).k});
+  return aligned(n * 4) + aligned(tokens * n * 4) + quantised.used() +
          threads.count * (aligned(kernels().gemm_scratch()) + 2 * kAlign);
 }
 
@@ -436,7 +463,8 @@ void linear(const Linear& op, int64_t tokens, void* out, void* workspace, const 
   g.out = out;
   g.out_type = op.out_dtype;
   g.ldo = h.n;
-  run_gemm(g, tokens, take_scratch(arena, threads, isa.gemm_scratch()), threads);
+  const QuantisedRows quantised = take_quantised(arena, tokens, {h.k});
+  run_gemm(g, tokens, quantised, take_scratch(arena, threads, isa.gemm_scratch()), threads);
 }
 
 int64_t attention_workspace(int64_t longest, int64_t heads, int64_t head_dim,
@@ -523,10 +551,12 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
   // Inputs of GEMMs are kept in the type that they are multiplied in; sums and residuals in
   // float32.
   bool pairs = isa.bf16_dot;
+  std::vector<int64_t> depths;  // of what is quantised
   for (const void* blob : {op.projection, op.qkv, op.out, op.up, op.down}) {
-    for (int64_t layer = 0; pairs && blob && layer < header(blob).layers; ++layer) {
+    for (int64_t layer = 0; blob && layer < header(blob).layers; ++layer) {
       const DType dtype = blob_layers(blob)[layer].dtype;
-      pairs = dtype == DType::kBFloat16 || dtype == DType::kInt8;
+      pairs = pairs && (dtype == DType::kBFloat16 || dtype == DType::kInt8);
+      if (dtype == DType::kInt8) depths.push_back(header(blob).k);
     }
   }
   const DType act = pairs ? DType::kBFloat16 : f32;
@@ -550,6 +580,7 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
   const float* eb = as_float(op.embeddings.beta, e, arena, run);
   const float* projection_bias = as_float(op.projection_bias, h, arena, run);
   const Distances distances = spread_bias(op.relative_bias, op.heads, op.longest, arena, run);
+  const QuantisedRows quantised = take_quantised(arena, t, depths);
   const int64_t bytes =
       std::max({h * 4, e * 4, isa.gemm_scratch(), isa.attention_scratch(op.longest, head_dim)});
   const Scratch scratch = take_scratch(arena, threads, bytes);
@@ -573,7 +604,7 @@ void encoder_plan(const Encoder& op, void* out, Arena& arena, bool run, const Th
     g.out = c;
     g.out_type = type;
     g.ldo = ldc;
-    run_gemm(g, t, scratch, threads);
+    run_gemm(g, t, quantised, scratch, threads);
   };
   const auto norm = [&](const float* gamma, const float* beta, void* to, DType type, int64_t ld,
                         void* copy) {

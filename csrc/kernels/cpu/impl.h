@@ -912,6 +912,8 @@ constexpr Kernels table(const char* name, int layout) {
       .layer_bytes = layer_bytes,
       .pack = pack,
       .pack_int8 = pack_int8,
+      .quantised_row = quantised_row,
+      .quantise = quantise_rows,
       .gemm_scratch = gemm_scratch,
       .gemm = gemm,
       .attention_scratch = attention_scratch,

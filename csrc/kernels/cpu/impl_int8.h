@@ -1,4 +1,4 @@
-// GEMM of int8 weights by activations that are quantised as they are copied. Part of impl.h, in its
+// GEMM of int8 weights by activations that are quantised row by row. Part of impl.h, in its
 // namespace; docs/cpu-kernels.md describes the scheme.
 //
 // K is cut into slices. A row's slice is rounded to whole steps of max |x| / kLevels, its products
@@ -13,12 +13,6 @@
 // Of 7 bits, so that a pair's sum stays within 2 x 128 x 127 < 2^15.
 constexpr int kLevels = FT_INT8_DOT == 1 ? 64 : 127;
 constexpr int kOffset = FT_INT8_DOT == 1 ? 64 : FT_INT8_DOT == 2 ? 128 : 0;
-constexpr int64_t kMostSlice = 512;
-
-// As many slices as kMostSlice demands, as equal as multiples of 64 allow.
-inline int64_t slice_length(int64_t k) {
-  return ceil_div(ceil_div(k, ceil_div(k, kMostSlice)), 64) * 64;
-}
 
 // ---- quantising --------------------------------------------------------------------------------
 
@@ -115,23 +109,36 @@ inline float quantise(const void* from, int64_t count, int64_t padded, Quantised
 
 // ---- the tile ----------------------------------------------------------------------------------
 
+// a b + c, rounded once or twice as the set can, but the same in every tile: left to itself the
+// compiler fuses in some and not in others, and a row's bits would depend on its neighbours.
+inline Vec times_plus(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__) && FT_LANES == 16
+  return reinterpret_cast<Vec>(_mm512_fmadd_ps(
+      reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__) && FT_LANES == 8
+  return reinterpret_cast<Vec>(_mm256_fmadd_ps(
+      reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
 // sum (+)= products step
 inline void add_slice(float* sum, Vec products, float step, bool first) {
-  const Vec x = products * step;
-  store(sum, first ? x : load(sum) + x);
+  store(sum, times_plus(products, splat(step), first ? Vec{} : load(sum)));
 }
 
 #if FT_INT8_DOT == 0
 
 constexpr int64_t kInt8Rows = kMr, kInt8Nr = kNr, kInt8Block = kRowBlock, kInt8Group = 1;
-constexpr int64_t kInt8Ld = kMostSlice + 16;
 constexpr int64_t kInt8Space = (kMostSlice + kMr) * kNr * 4;
 
 inline int64_t slice_head() { return 0; }
 inline void pack_head(const int8_t*, int64_t, void*) {}
 
-inline void int8_block(const float* a, int64_t rows, const float* steps, const char* panel,
-                       int64_t depth, float* c, int64_t ldc, bool first, void* space, const char*) {
+inline void int8_block(const float* a, int64_t lda, int64_t rows, const float* steps,
+                       const char* panel, int64_t depth, float* c, int64_t ldc, bool first,
+                       void* space, const char*) {
   float* expanded = static_cast<float*>(space);   // [kMostSlice, kNr]
   float* products = expanded + kMostSlice * kNr;  // [kMr, kNr]
   for (int64_t i = 0; i < depth * kNr; ++i) {
@@ -140,7 +147,7 @@ inline void int8_block(const float* a, int64_t rows, const float* steps, const c
   for (int64_t m = 0; m < rows; m += kMr) {
     const int64_t count = smaller(kMr, rows - m);
     // Exact: sums of whole numbers below 2^24.
-    run_tile(count, kNv, a + m * kInt8Ld, kInt8Ld, expanded, depth, products, kNr, true);
+    run_tile(count, kNv, a + m * lda, lda, expanded, depth, products, kNr, true);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t j = 0; j < kNr; j += kLanes) {
         add_slice(c + (m + i) * ldc + j, load(products + i * kNr + j), steps[m + i], first);
@@ -151,7 +158,7 @@ inline void int8_block(const float* a, int64_t rows, const float* steps, const c
 
 #elif FT_INT8_DOT < 3
 
-constexpr int64_t kInt8Nr = kNr, kInt8Ld = kMostSlice + 64, kInt8Space = 0;
+constexpr int64_t kInt8Nr = kNr, kInt8Space = 0;
 #if FT_INT8_DOT == 1
 constexpr int64_t kInt8Group = 8, kInt8Rows = kLanes == 8 ? 5 : 8;
 constexpr int64_t kInt8Block = kLanes == 8 ? 145 : 144;
@@ -269,10 +276,10 @@ inline IVec four_bytes(const uint8_t* p) {
 }
 
 template <int kRows>
-inline void int8_tile(int64_t rows, const uint8_t* a, const float* steps, const char* panel,
-                      int64_t depth, float* c, int64_t ldc, bool first) {
+inline void int8_tile(int64_t rows, const uint8_t* a, int64_t lda, const float* steps,
+                      const char* panel, int64_t depth, float* c, int64_t ldc, bool first) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return int8_tile<kRows - 1>(rows, a, steps, panel, depth, c, ldc, first);
+    if (rows < kRows) return int8_tile<kRows - 1>(rows, a, lda, steps, panel, depth, c, ldc, first);
   }
   constexpr int64_t kStep = kNr * 4;  // bytes of a panel's row of fours
   IVec acc[kRows][kNv];
@@ -287,7 +294,7 @@ inline void int8_tile(int64_t rows, const uint8_t* a, const float* steps, const 
   for (int64_t k = 0; k < depth; k += 8, apart >>= 1, b += 2 * kStep) {
     if (__builtin_expect(apart & 1, 0)) {
       for (int i = 0; i < kRows; ++i) {
-        const IVec a0 = four_bytes(a + i * kInt8Ld + k), a1 = four_bytes(a + i * kInt8Ld + k + 4);
+        const IVec a0 = four_bytes(a + i * lda + k), a1 = four_bytes(a + i * lda + k + 4);
         for (int j = 0; j < kNv; ++j) {
           acc[i][j] += widened(pair_products(a0, load_whole(b + j * kLanes * 4)));
           acc[i][j] += widened(pair_products(a1, load_whole(b + kStep + j * kLanes * 4)));
@@ -295,7 +302,7 @@ inline void int8_tile(int64_t rows, const uint8_t* a, const float* steps, const 
       }
     } else {
       for (int i = 0; i < kRows; ++i) {
-        const IVec a0 = four_bytes(a + i * kInt8Ld + k), a1 = four_bytes(a + i * kInt8Ld + k + 4);
+        const IVec a0 = four_bytes(a + i * lda + k), a1 = four_bytes(a + i * lda + k + 4);
         for (int j = 0; j < kNv; ++j) {
           acc[i][j] +=
               widened(add_pairs(pair_products(a0, load_whole(b + j * kLanes * 4)),
@@ -309,7 +316,7 @@ inline void int8_tile(int64_t rows, const uint8_t* a, const float* steps, const 
     IVec bv[kNv];
     for (int j = 0; j < kNv; ++j) bv[j] = load_whole(b + j * kLanes * 4);
     for (int i = 0; i < kRows; ++i) {
-      const IVec av = four_bytes(a + i * kInt8Ld + k);
+      const IVec av = four_bytes(a + i * lda + k);
       for (int j = 0; j < kNv; ++j) acc[i][j] = dot_bytes(acc[i][j], av, bv[j]);
     }
   }
@@ -322,13 +329,14 @@ inline void int8_tile(int64_t rows, const uint8_t* a, const float* steps, const 
 }
 
 // `next`: the panel's part that will follow, fetched a piece at each tile.
-inline void int8_block(const uint8_t* a, int64_t rows, const float* steps, const char* panel,
-                       int64_t depth, float* c, int64_t ldc, bool first, void*, const char* next) {
+inline void int8_block(const uint8_t* a, int64_t lda, int64_t rows, const float* steps,
+                       const char* panel, int64_t depth, float* c, int64_t ldc, bool first, void*,
+                       const char* next) {
   const int64_t piece = ceil_div((slice_head() + depth * kNr) * kInt8Rows, rows * 64) * 64;
   for (int64_t m = 0; m < rows; m += kInt8Rows) {
     for (int64_t line = 0; line < piece; line += 64) __builtin_prefetch(next + line);
     next += piece;
-    int8_tile<kInt8Rows>(smaller(kInt8Rows, rows - m), a + m * kInt8Ld, steps + m, panel, depth,
+    int8_tile<kInt8Rows>(smaller(kInt8Rows, rows - m), a + m * lda, lda, steps + m, panel, depth,
                          c + m * ldc, ldc, first);
   }
 }
@@ -336,8 +344,7 @@ inline void int8_block(const uint8_t* a, int64_t rows, const float* steps, const
 #else  // AMX
 
 constexpr int64_t kInt8Rows = 32, kInt8Nr = kWide, kInt8Block = kPairBlock, kInt8Group = 64;
-constexpr int64_t kInt8Ld = kMostSlice + 64;
-constexpr int64_t kInt8Space = 32 * kWide * 4;
+constexpr int64_t kInt8Space = 2 * 32 * kWide * 4;
 
 inline int64_t slice_head() { return 0; }
 inline void pack_head(const int8_t*, int64_t, void*) {}
@@ -366,7 +373,8 @@ inline void tile_dot_bytes() {
 
 // products [16 kGroups, kWide] = a b
 template <int kGroups>
-inline void int8_tiles(const uint8_t* a, const char* b, int64_t depth, int32_t* products) {
+inline void int8_tiles(const uint8_t* a, int64_t lda, const char* b, int64_t depth,
+                       int32_t* products) {
   constexpr int64_t kLd = kWide * 4;
   tile_clear<0>();
   tile_clear<1>();
@@ -376,12 +384,12 @@ inline void int8_tiles(const uint8_t* a, const char* b, int64_t depth, int32_t* 
   }
   for (int64_t k = 0; k < depth; k += 64) {
     tile_load<6>(b, kLd);
-    tile_load<4>(a + k, kInt8Ld);
+    tile_load<4>(a + k, lda);
     tile_dot_bytes<0, 4, 6>();
     tile_load<7>(b + 64, kLd);
     tile_dot_bytes<1, 4, 7>();
     if constexpr (kGroups == 2) {
-      tile_load<5>(a + 16 * kInt8Ld + k, kInt8Ld);
+      tile_load<5>(a + 16 * lda + k, lda);
       tile_dot_bytes<2, 5, 6>();
       tile_dot_bytes<3, 5, 7>();
     }
@@ -395,26 +403,31 @@ inline void int8_tiles(const uint8_t* a, const char* b, int64_t depth, int32_t* 
   }
 }
 
-// The block's rows are readable up to a multiple of 16.
-inline void int8_block(const uint8_t* a, int64_t rows, const float* steps, const char* panel,
-                       int64_t depth, float* c, int64_t ldc, bool first, void* space,
-                       const char* next) {
-  int32_t* products = static_cast<int32_t*>(space);
+// Rows are readable up to a multiple of 16. A block of 32 is added to the sums while the tiles of
+// the next one run.
+inline void int8_block(const uint8_t* a, int64_t lda, int64_t rows, const float* steps,
+                       const char* panel, int64_t depth, float* c, int64_t ldc, bool first,
+                       void* space, const char* next) {
+  int32_t* const products = static_cast<int32_t*>(space);  // [2, 32, kWide]
   const int64_t deep = ceil_div(depth, kInt8Group) * kInt8Group;
   const int64_t piece = ceil_div(deep * kWide * 32, rows * 64) * 64;
-  for (int64_t m = 0; m < rows; m += 32) {
-    for (int64_t line = 0; line < piece; line += 64) __builtin_prefetch(next + line);
-    next += piece;
-    if (m + 16 < rows) {
-      int8_tiles<2>(a + m * kInt8Ld, panel, depth, products);
-    } else {
-      int8_tiles<1>(a + m * kInt8Ld, panel, depth, products);
+  for (int64_t m = 0; m < rows + 32; m += 32) {
+    if (m < rows) {
+      for (int64_t line = 0; line < piece; line += 64) __builtin_prefetch(next + line);
+      next += piece;
+      int32_t* const to = products + m % 64 * kWide;
+      if (m + 16 < rows) {
+        int8_tiles<2>(a + m * lda, lda, panel, depth, to);
+      } else {
+        int8_tiles<1>(a + m * lda, lda, panel, depth, to);
+      }
     }
-    for (int64_t i = 0; i < smaller(32, rows - m); ++i) {
+    if (m == 0) continue;
+    for (int64_t i = m - 32; i < smaller(m, rows); ++i) {
+      const float* from = reinterpret_cast<const float*>(products + i % 64 * kWide);
       for (int64_t j = 0; j < kWide; j += kLanes) {
-        const IVec whole =
-            reinterpret_cast<IVec>(load(reinterpret_cast<const float*>(products + i * kWide + j)));
-        add_slice(c + (m + i) * ldc + j, __builtin_convertvector(whole, Vec), steps[m + i], first);
+        const IVec whole = reinterpret_cast<IVec>(load(from + j));
+        add_slice(c + i * ldc + j, __builtin_convertvector(whole, Vec), steps[i], first);
       }
     }
   }
@@ -464,43 +477,51 @@ void pack_int8(const int8_t* weight, const float* scale, int64_t n, int64_t k, v
   }
 }
 
-constexpr int64_t kInt8Copies = kInt8Block + 16;  // AMX reads whole blocks of 16 rows
-constexpr int64_t kInt8CopyBytes =
-    (kInt8Copies * kInt8Ld * static_cast<int64_t>(sizeof(Quantised)) + 63) / 64 * 64;
-constexpr int64_t kInt8Scratch =
-    kInt8Space + kInt8CopyBytes + (kInt8Copies + kInt8Block * kPanelColumns) * 4;
+// Rows of a slice lie a little apart, off the powers of two.
+inline int64_t quantised_ld(int64_t k) { return slice_length(k) + 64; }
+int64_t quantised_row(int64_t k) {
+  return quantised_ld(k) * static_cast<int64_t>(sizeof(Quantised));
+}
+
+void quantise_rows(Operand a, int64_t lda, int64_t k, int64_t m0, int64_t m1,
+                   const QuantisedRows& to) {
+  const int64_t slice = slice_length(k), ld = quantised_ld(k);
+  with_type(a.dtype, [&](auto source) {
+    using Source = decltype(source);
+    const auto* from = static_cast<const typename Source::Element*>(a.data);
+    for (int64_t m = m0; m < m1; ++m) {
+      for (int64_t s = 0; s * slice < k; ++s) {
+        const int64_t depth = smaller(slice, k - s * slice);
+        Quantised* row = static_cast<Quantised*>(to.data) + (s * (to.rows + kSpareRows) + m) * ld;
+        to.steps[s * to.rows + m] =
+            quantise<Source>(from + m * lda + s * slice, depth, int8_depth(depth), row);
+      }
+    }
+  });
+}
+
+constexpr int64_t kInt8Scratch = kInt8Space + kInt8Block * kPanelColumns * 4;
 
 void gemm_int8(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* scratch) {
 #if FT_INT8_DOT == 3
   [[maybe_unused]] const TileState state{};
 #endif
-  char* space = static_cast<char*>(scratch);
-  Quantised* block = reinterpret_cast<Quantised*>(space + kInt8Space);  // [kInt8Copies, kInt8Ld]
-  float* sums = reinterpret_cast<float*>(space + kInt8Space + kInt8CopyBytes);  // [rows, lds]
-  float* steps = sums + kInt8Block * kPanelColumns;                             // [rows]
-  const int64_t lds = (p1 - p0) * kInt8Nr, rows = m1 - m0, slice = slice_length(g.k);
+  const QuantisedRows& a = g.quantised;
+  float* sums = reinterpret_cast<float*>(static_cast<char*>(scratch) + kInt8Space);  // [rows, lds]
+  const int64_t lds = (p1 - p0) * kInt8Nr, rows = m1 - m0;
+  const int64_t slice = slice_length(g.k), ld = quantised_ld(g.k);
   const int64_t panel_bytes = int8_panel_bytes(g.k), whole_slice = int8_slice_bytes(slice);
   const char* panels =
       reinterpret_cast<const char*>(static_cast<const float*>(g.weight.data) + int8_scales(g.n));
-  for (int64_t k0 = 0; k0 < g.k; k0 += slice) {
-    const int64_t depth = smaller(slice, g.k - k0);
-    with_type(g.a.dtype, [&](auto source) {
-      using Source = decltype(source);
-      const auto* from = static_cast<const typename Source::Element*>(g.a.data) + k0;
-      for (int64_t m = 0; m < rows; ++m) {
-        steps[m] = quantise<Source>(from + (m0 + m) * g.lda, depth, int8_depth(depth),
-                                    block + m * kInt8Ld);
-      }
-    });
-    if constexpr (FT_INT8_DOT == 3) {
-      for (int64_t m = rows; m % 16 != 0; ++m) {
-        std::memset(block + m * kInt8Ld, 0, int8_depth(depth) * sizeof(Quantised));
-      }
-    }
+  // Depth outermost: the rows of one slice stay in the second-level cache for all panels.
+  for (int64_t s = 0; s * slice < g.k; ++s) {
+    const int64_t depth = smaller(slice, g.k - s * slice);
+    const Quantised* block =
+        static_cast<const Quantised*>(a.data) + (s * (a.rows + kSpareRows) + m0) * ld;
     for (int64_t p = p0; p < p1; ++p) {
-      const char* panel = panels + p * panel_bytes + k0 / slice * whole_slice;
-      int8_block(block, rows, steps, panel, depth, sums + (p - p0) * kInt8Nr, lds, k0 == 0, space,
-                 panel + panel_bytes);
+      const char* panel = panels + p * panel_bytes + s * whole_slice;
+      int8_block(block, ld, rows, a.steps + s * a.rows + m0, panel, depth,
+                 sums + (p - p0) * kInt8Nr, lds, s == 0, scratch, panel + panel_bytes);
     }
   }
   finish_tile(g, sums, lds, m0, rows, p0 * kInt8Nr, smaller(lds, g.n - p0 * kInt8Nr));

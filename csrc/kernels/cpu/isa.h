@@ -7,12 +7,32 @@ namespace ft::cpu {
 
 inline constexpr float kLog2E = 1.44269504f;  // exponentials are powers of two
 
+// K of an int8 product is cut into as many slices as kMostSlice demands, as equal as multiples of
+// 64 allow. Inlined always, like size_of.
+inline constexpr int64_t kMostSlice = 512;
+__attribute__((always_inline)) constexpr int64_t slice_length(int64_t k) {
+  const int64_t slices = (k + kMostSlice - 1) / kMostSlice;
+  return ((k + slices - 1) / slices + 63) / 64 * 64;
+}
+__attribute__((always_inline)) constexpr int64_t slice_count(int64_t k) {
+  return (k + kMostSlice - 1) / kMostSlice;
+}
+
+// Activations rounded to whole steps of a float for each row and slice.
+struct QuantisedRows {
+  void* data;    // [slices, rows + kSpareRows, Kernels::quantised_row bytes]
+  float* steps;  // [slices, rows]
+  int64_t rows;
+};
+inline constexpr int64_t kSpareRows = 16;  // AMX reads whole blocks of them
+
 // out[m, n] = act(sum_k a[m, k] w[n, k] + bias[n]) + residual[m, n], over rows [m0, m1) and weight
 // panels [p0, p1).
 struct Gemm {
   Operand a;  // [M, lda]
   int64_t lda;
-  Operand weight;  // packed panels of one layer; with a scale for each column where kInt8
+  QuantisedRows quantised;  // what Kernels::quantise made of `a` for int8 weights
+  Operand weight;           // packed panels of one layer; with a scale for each column where kInt8
   int64_t n, k;
   const float* bias;      // [n] or null
   const float* residual;  // [M, ldr] or null
@@ -83,6 +103,9 @@ struct Kernels {
                int64_t p1);
   void (*pack_int8)(const int8_t* weight, const float* scale, int64_t n, int64_t k, void* out,
                     int64_t p0, int64_t p1);
+  int64_t (*quantised_row)(int64_t k);
+  void (*quantise)(Operand a, int64_t lda, int64_t k, int64_t m0, int64_t m1,
+                   const QuantisedRows& to);
   int64_t (*gemm_scratch)();
   void (*gemm)(const Gemm& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1, void* scratch);
   int64_t (*attention_scratch)(int64_t longest, int64_t head_dim);

@@ -117,7 +117,7 @@ int64_t embedding_workspace(int64_t hidden, const Threads& threads);
 void embedding_layer_norm(const Embeddings& e, int64_t tokens, int64_t hidden, DType out_dtype,
                           void* out, void* workspace, const Threads& threads);
 
-int64_t linear_workspace(int64_t tokens, int64_t n, const Threads& threads);
+int64_t linear_workspace(const void* blob, int64_t tokens, const Threads& threads);
 void linear(const Linear& op, int64_t tokens, void* out, void* workspace, const Threads& threads);
 
 int64_t attention_workspace(int64_t longest, int64_t heads, int64_t head_dim,
