@@ -25,7 +25,7 @@ failures: list[Any] = [
 ]
 
 
-def run(incoming: Any) -> Any:
+def run(incoming: Any, *, traces: Any) -> Any:
     """Fail in the next way."""
     failure = failures.pop(0)
     if isinstance(failure, Exception):
@@ -57,4 +57,5 @@ task = SimpleNamespace(sample={"text": "a"})
 module.open_model = lambda *_, **__: SimpleNamespace(  # type: ignore[assignment]
     pipeline=SimpleNamespace(run=run), explainer=None, task=task, info=info, device="cpu"
 )
+module.signature = lambda _: {"inputs": [], "outputs": []}  # type: ignore[assignment]
 asyncio.run(main())
