@@ -25,9 +25,18 @@ def prepare_weight(weight: Tensor, scale: Tensor | None = None) -> Tensor:
     return weight.float()
 
 
-#: The largest magnitude of a quantised number, and the most columns of one slice.
+#: The largest magnitude of a quantised weight, and of an input on most processors.
 LEVELS = 127
+#: Of an input on processors whose products of bytes are summed in pairs of 16 bits.
+COARSEST_LEVELS = 64
+_PAIRS = ("avx2", "avx512")
+#: The most columns of one slice.
 MOST_SLICE = 512
+
+
+def input_levels(isa: str) -> int:
+    """The largest magnitude of a quantised input, by what `build_info` calls the processor."""
+    return COARSEST_LEVELS if isa in _PAIRS else LEVELS
 
 
 def slice_length(columns: int) -> int:
@@ -40,16 +49,18 @@ class PreparedLayers:
     """A product of every layer, in int8 with a scale an output, or kept as floats.
 
     layers  one a layer: `(quantised int8 [N,K], scale [N])` or `weight [N,K]`
+    levels  the largest magnitude of a quantised input
     """
 
     layers: tuple[tuple[Tensor, Tensor] | Tensor, ...]
+    levels: int = LEVELS
 
     def __len__(self) -> int:
         return len(self.layers)
 
     def __getitem__(self, index: int) -> PreparedLayers:
         """One layer's product."""
-        return PreparedLayers((self.layers[index],))
+        return PreparedLayers((self.layers[index],), self.levels)
 
 
 Weight = Tensor | PreparedLayers
@@ -57,31 +68,37 @@ _W = TypeVar("_W", bound=Weight)
 
 
 def prepare_layers(
-    quantized: Tensor, scale: Tensor, kept: Tensor, kept_layers: Sequence[int]
+    quantized: Tensor,
+    scale: Tensor,
+    kept: Tensor,
+    kept_layers: Sequence[int],
+    levels: int = LEVELS,
 ) -> PreparedLayers:
     """Products by layer: `quantized` int8 `[Lq,N,K]`, `scale [Lq,N]`, `kept [Lk,N,K]`.
 
     kept_layers  which of the Lq + Lk layers are kept, in rising order
+    levels       the largest magnitude of a quantised input, which is the processor's to choose
     """
     products = iter(zip(quantized, scale.float(), strict=True))
     floats = dict(zip(kept_layers, kept.float(), strict=True))
     total = quantized.shape[0] + kept.shape[0]
-    return PreparedLayers(tuple(floats[i] if i in floats else next(products) for i in range(total)))
+    layers = (floats[i] if i in floats else next(products) for i in range(total))
+    return PreparedLayers(tuple(layers), levels)
 
 
-def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[T,K]` as whole numbers of at most LEVELS, and what a step of each is worth `[T,1]`.
+def quantized_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Rows `[T,K]` as whole numbers of at most `levels`, and what a step of each is worth `[T,1]`.
 
     Rows below 2^-100 throughout become zeros, those with a number that is not finite NaN.
     """
     most = x.abs().amax(1, keepdim=True)
     small = most < 2.0**-100
-    step = torch.where(small, 0.0, most / LEVELS)
+    step = torch.where(small, 0.0, most / levels)
     step = torch.where(torch.isfinite(most), step, math.nan)
-    return torch.where(small, 0.0, torch.round(x * (LEVELS / most))), step
+    return torch.where(small, 0.0, torch.round(x * (levels / most))), step
 
 
-def quantized_product(x: Tensor, quantized: Tensor, scale: Tensor) -> Tensor:
+def quantized_product(x: Tensor, quantized: Tensor, scale: Tensor, levels: int = LEVELS) -> Tensor:
     """`x @ (quantized * scale).T` with the inputs rounded slice by slice: `[T,K]` -> `[T,N]`.
 
     A row's inputs have a step of their own in each slice of K, so that a column of outliers
@@ -92,7 +109,7 @@ def quantized_product(x: Tensor, quantized: Tensor, scale: Tensor) -> Tensor:
     for inputs, weight in zip(
         torch.split(x.float(), length, dim=1), torch.split(quantized, length, dim=1), strict=True
     ):
-        rows, step = quantized_rows(inputs)
+        rows, step = quantized_rows(inputs, levels)
         out += (rows @ weight.float().T) * step
     return out * scale
 
@@ -233,7 +250,7 @@ def product(input: Tensor, weight: Weight) -> Tensor:
     if isinstance(weight, PreparedLayers):
         (only,) = weight.layers
         if isinstance(only, tuple):
-            return quantized_product(input, *only)
+            return quantized_product(input, *only, weight.levels)
         weight = only
     return input.float() @ weight.float().reshape(-1, weight.shape[-1]).T
 

@@ -125,11 +125,21 @@ class Packed:
 
 
 class Simulation:
-    """The fused model in plain fp32 torch, with products exact, quantised or kept."""
+    """The fused model in plain fp32 torch, with products exact, quantised or kept.
+
+    levels  the largest magnitude of a quantised input; by default that of the processors on which a
+            file loses most
+    """
 
     def __init__(
-        self, spec: EncoderSpec, weights: Weights, head: HeadModule, precision: Precision
+        self,
+        spec: EncoderSpec,
+        weights: Weights,
+        head: HeadModule,
+        precision: Precision,
+        levels: int = twins.COARSEST_LEVELS,
     ) -> None:
+        self._levels = levels
         encoder = {name: weight.detach().float() for name, weight in weights.encoder.items()}
         self.names = product_names(encoder)
         self._order = weight_names(spec, PROJECTION[0] in encoder)
@@ -196,7 +206,7 @@ class Simulation:
         floats = kept_layers(kept, product, len(stack))
         others = [i for i in range(len(stack)) if i not in floats]
         return twins.prepare_layers(
-            quantized[others], scale[others], stack[floats].to(type_), floats
+            quantized[others], scale[others], stack[floats].to(type_), floats, self._levels
         )
 
     def _outputs(self, batch: Packed, weights: Sequence[twins.Weight]) -> Tensor:
@@ -231,6 +241,13 @@ class Measured:
     def __init__(self, simulation: Simulation, batches: Sequence[Packed], least: float) -> None:
         self._simulation, self._batches, self._least = simulation, batches, least
         self._exact = [simulation.exact(batch) for batch in batches]
+
+    @property
+    def outputs(self) -> float:
+        """What errors are a part of: the outputs' root mean square, or the least it counts as."""
+        size = sum(float(exact.double().square().sum()) for exact in self._exact)
+        count = sum(exact.numel() for exact in self._exact)
+        return max(math.sqrt(size / max(count, 1)), self._least)
 
     def quantized(self, kept: Collection[str]) -> float:
         """With all products quantised but these."""

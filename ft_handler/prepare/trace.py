@@ -112,7 +112,7 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
     head = architecture.head(task)
     reference = Reference(checkpoint.model, token_types > 0, head.expected).eval()
     say(f"tracing {describe_shape(task, info)}")
-    simulated = None
+    simulated, typical = None, 0.0
     if options.model_type == "thsext":
         if precision.quantized is not None:
             simulation = Simulation(
@@ -138,6 +138,7 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
             quantized = choose_products(options, simulation, measured, half, say)
             info = replace(info, quantized=quantized)
             simulated = simulation.padded(quantized.kept)
+            typical = quantized.error * measured.outputs
         module = fuse(
             task,
             head,
@@ -155,7 +156,7 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
         say(f"checking {options.batch_size} random sequences of up to {longest} tokens")
         try:
             difference, allowed = compare(
-                candidate, reference, precision, task.per_token, samples, simulated
+                candidate, reference, precision, task.per_token, samples, simulated, typical
             )
             if not difference <= allowed:
                 raise ModelError(

@@ -12,10 +12,26 @@ from ft_handler import architectures, precisions
 from ft_handler.model.encoder import PRODUCTS, Encoder
 from ft_handler.model.spec import EncoderSpec
 from ft_handler.native import twins
+from ft_handler.native.library import build_info
 from ft_handler.prepare import quantize
 from ft_handler.prepare.fuse import head_arguments
 from ft_handler.prepare.quantize import Simulation
 from ft_handler.tasks.base import AnyTask
+
+
+def levels_here() -> int:
+    """The largest magnitude of a quantised input on this processor."""
+    return twins.input_levels(build_info()["cpu_isa"])
+
+
+def rounding() -> float:
+    """What a file may differ from its simulation by, as a part of what quantising costs.
+
+    Sums that differ in their last bits are rounded to other steps here and there, and the next
+    layers round those otherwise again. Weights that were not quantised at all would show 1. Where
+    inputs are bfloat16 before they are rounded, that shows as well.
+    """
+    return 1.0 if build_info()["cpu_isa"] in ("amx", "avx512_bf16") else 0.75
 
 
 def quantized_encoder(
@@ -36,7 +52,7 @@ def simulated_weights(encoder: Encoder) -> list[twins.Weight]:
         if product == name or product not in PRODUCTS:
             return tensors[name].float()
         p: Any = modules[product]
-        return twins.prepare_layers(p.weight, p.scale, p.kept, p.kept_layers)
+        return twins.prepare_layers(p.weight, p.scale, p.kept, p.kept_layers, levels_here())
 
     names = dict(word.split("=", 1) for word in encoder.spec.split())["weights"]
     return [weight(name) for name in names.split(",")]
@@ -48,17 +64,12 @@ def simulation_of(model: Any, task: AnyTask) -> Simulation:
     weights = architecture.weights(task, model.config, model.state_dict())
     head = architecture.head(task).module(**head_arguments(weights))
     spec = architecture.spec(model.config)
-    return Simulation(spec, weights, head, precisions.get("int8"))
+    return Simulation(spec, weights, head, precisions.get("int8"), levels_here())
 
 
 def apart(found: Tensor, wanted: Tensor) -> float:
     """Root mean square of the difference."""
     return float((found.float() - wanted).square().mean().sqrt())
-
-
-def dequantized(quantized: Tensor, scale: Tensor) -> Tensor:
-    """What the numbers stand for."""
-    return quantized.float() * scale.unsqueeze(-1)
 
 
 def exact_weights(weights: Mapping[str, Tensor]) -> list[Tensor]:
