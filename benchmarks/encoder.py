@@ -313,6 +313,8 @@ def openvino_engine(path: Path, hint: str | None) -> Engine:
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # Pinned, it takes cores from the other systems of this process.
+        "ENABLE_CPU_PINNING": False,
     }
     if hint:
         settings["INFERENCE_PRECISION_HINT"] = hint

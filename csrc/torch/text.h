@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
+#include <stdexcept>
 #include <string>
 
 namespace ft {
@@ -25,10 +26,11 @@ struct ToImpl<ft::Text> {
     const StringHandle handle = to<StringHandle>(value);
     size_t length = 0;
     const char* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    if (torch_string_length(handle, &length) != 0 || torch_string_c_str(handle, &data) != 0) {
+      throw std::runtime_error("torch cannot read a string of its own");
+    }
     ft::Text text(data, length);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    torch_delete_string(handle);
     return text;
   }
 };
