@@ -208,10 +208,10 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--warm-up", type=float, default=2, help="seconds, once a measurement")
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results/)")
     arguments = parser.parse_args(given)
-    arguments.device, arguments.precision, arguments.setting = "cpu", "fp32", []
+    arguments.device, arguments.precision, arguments.setting = "cpu", ["fp32"], []
     load_library()
     record = provenance(
-        library=build_info(), model=arguments.model, precision=arguments.precision,
+        library=build_info(), model=arguments.model, precision=arguments.precision[0],
         fronts={front: version(front) for front in arguments.fronts if front != "torchserve"},
     )  # fmt: skip
     date = record["date"][:10]
