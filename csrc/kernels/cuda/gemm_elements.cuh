@@ -29,6 +29,18 @@ __device__ __forceinline__ uint32_t pack(float x, float y) {
   }
 }
 
+// Four as e4m3, the first lowest; what is too large becomes the largest.
+__device__ __forceinline__ uint32_t pack_e4m3(float x, float y, float z, float w) {
+  uint32_t four;
+  asm("{\n.reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}\n"
+      : "=r"(four)
+      : "f"(x), "f"(y), "f"(z), "f"(w));
+  return four;
+}
+
 // Two neighbouring elements of a parameter vector.
 template <typename T>
 __device__ __forceinline__ uint32_t pair_at(const void* vector, int column) {

@@ -30,7 +30,8 @@ namespace ft::cuda::sm90 {
 
 // kButGelu: activates by what is no GELU. A kernel of its own, because a longer one took 2 to 6 %
 // more time with GELU and without any.
-template <typename T, typename Config, bool kButGelu = false>
+// In: of the operands, T or e4m3, whose columns have scales; Out: of the output, T or e4m3.
+template <typename T, typename Config, bool kButGelu = false, typename In = T, typename Out = T>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap input_map,
                 const __grid_constant__ CUtensorMap weight_map,
@@ -40,6 +41,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kCluster = Config::kCluster, kChunks = Config::kChunks;
   constexpr int kBuffers = Config::kBuffers, kRows = Config::kRows, kParts = kRows / 64;
   constexpr bool kNorm = Config::kNorm, kTogether = Config::kTogether;
+  constexpr int kBlockK = 128 / sizeof(In);
+  constexpr bool kScaled = sizeof(In) == 1, kNarrow = sizeof(Out) == 1;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = shared_address(shared);
   const Ring<kStages, Config::kStageBytes> ring{base, base + Config::kBarriersAt};
@@ -74,10 +77,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       const auto load_weight = [&](int tile, int block, int stage) {
         const uint32_t to = ring.stage(stage) + Config::kInputBytes;
         if constexpr (kNorm || kCluster == 1) {
-          load_box(to, &weight_map, block * 64, column_of(tile), ring.full(stage));
+          load_box(to, &weight_map, block * kBlockK, column_of(tile), ring.full(stage));
         } else {
-          load_box_multicast(to + rank * (Config::kWeightBytes / kCluster), &weight_map, block * 64,
-                             column_of(tile) + rank * (kN / kCluster), ring.full(stage), kEveryone);
+          load_box_multicast(to + rank * (Config::kWeightBytes / kCluster), &weight_map,
+                             block * kBlockK, column_of(tile) + rank * (kN / kCluster),
+                             ring.full(stage), kEveryone);
         }
       };
       const auto load_input = [&](int tile, int block, int stage) {
@@ -85,10 +89,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         if constexpr (kNorm) {
           if (rank < Config::kSharers)
             load_box_multicast(to + rank * (Config::kInputBytes / Config::kSharers), &input_map,
-                               block * 64, row_of(tile) + rank * (kM / Config::kSharers),
+                               block * kBlockK, row_of(tile) + rank * (kM / Config::kSharers),
                                ring.full(stage), kEveryone);
         } else {
-          load_box(to, &input_map, block * 64, row_of(tile), ring.full(stage));
+          load_box(to, &input_map, block * kBlockK, row_of(tile), ring.full(stage));
         }
       };
       const Pieces tiles{cluster, p.cluster_tiles, clusters, [](int) { return 0; },
@@ -133,6 +137,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
           vectors[2] = pair_at<T>(p.beta, column + 2 * thread);
         }
       }
+      float2 scales{};
+      if constexpr (kScaled) {
+        if (thread < kN / 2 && column + 2 * thread < p.n)
+          scales = __ldg(reinterpret_cast<const float2*>(p.scale + column + 2 * thread));
+      }
       const auto load_residual = [&](int chunk, int buffer) {
         barrier_expect(filled(buffer), Config::kChunkBytes);
         load_box(staging + buffer * Config::kChunkBytes, &residual_map, column + chunk * 64, row,
@@ -152,7 +161,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
       };
       if constexpr (!kTogether) named_barrier(my_turn, 256);
-      const int last = multiply<kN, T>(
+      const int last = multiply<kN, In>(
           acc, ring, place, p.k_blocks,
           [&](int s) { return ring.stage(s) + (kTogether ? consumer * Config::kChunkBytes : 0); },
           [&](int s) { return ring.stage(s) + Config::kInputBytes; }, release);
@@ -167,6 +176,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
         for (int v = 0; v < Config::kVectors; ++v)
           store_shared(vectors_at + v * kN * 2 + thread * 4, vectors[v]);
+        if constexpr (kScaled)
+          store_shared_pair(base + Config::kScalesAt + consumer * kN * 4 + thread * 8, scales.x,
+                            scales.y);
       }
       named_barrier(1 + consumer, 128);
       // A vector's elements for this lane's columns of an 8-column group.
@@ -178,13 +190,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
         for (int group = 0; group < 8; ++group) {
           const float2 b = vector_at(0, chunk, group);
+          float2 s{};
+          if constexpr (kScaled)
+            s = load_shared_pair(base + Config::kScalesAt + consumer * kN * 4 + chunk * 256 +
+                                 group * 32 + (lane & 3) * 8);
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
             float* x = &acc[part][(chunk * 8 + group) * 4];
-            x[0] += b.x;
-            x[1] += b.y;
-            x[2] += b.x;
-            x[3] += b.y;
+            x[0] = kScaled ? fmaf(x[0], s.x, b.x) : x[0] + b.x;
+            x[1] = kScaled ? fmaf(x[1], s.y, b.y) : x[1] + b.y;
+            x[2] = kScaled ? fmaf(x[2], s.x, b.x) : x[2] + b.x;
+            x[3] = kScaled ? fmaf(x[3], s.y, b.y) : x[3] + b.y;
           }
         }
       };
@@ -204,6 +220,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
           }
       };
       const auto write_chunk = [&](int chunk, int buffer) {
+        if constexpr (kNarrow) {
+          // A lane's neighbours in two groups of eight columns become neighbours in memory: the
+          // weight's rows lie in the order that makes up for it.
+#pragma unroll
+          for (int part = 0; part < kParts; ++part)
+#pragma unroll
+            for (int unit = 0; unit < 4; unit += 2) {
+              const int swizzled = (unit + (lane >> 4)) ^ (lane >> 1 & 3);
+              const float* x = &acc[part][(chunk * 4 + unit) * 8];
+              store_matrices(staging + buffer * Config::kChunkBytes +
+                                 (part * 64 + matrix_row) * 64 + (swizzled << 4),
+                             pack_e4m3(x[0], x[1], x[4], x[5]), pack_e4m3(x[2], x[3], x[6], x[7]),
+                             pack_e4m3(x[8], x[9], x[12], x[13]),
+                             pack_e4m3(x[10], x[11], x[14], x[15]));
+            }
+          return;
+        }
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
 #pragma unroll
@@ -240,6 +273,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
               for (int i = 0; i < 32; ++i)
                 acc[part][chunk * 32 + i] = gelu<T>(acc[part][chunk * 32 + i]);
+          }
+          if constexpr (kNarrow) {
+#pragma unroll
+            for (int part = 0; part < kParts; ++part)
+#pragma unroll
+              for (int i = 0; i < 32; ++i) acc[part][chunk * 32 + i] *= p.out_scale;
           }
           write_chunk(chunk, buffer);
           async_proxy_fence();

@@ -17,6 +17,9 @@ struct GemmParameters {
   bool gelu;
   bool residual;
   Activation activation;  // of kernels that know all but GELU
+  // 8-bit operands: [n], what a column's sums are worth; and what an 8-bit output is multiplied by
+  const float* scale;
+  float out_scale;
 };
 
 struct TallParameters {
@@ -64,6 +67,14 @@ struct GemmConfig {
   static_assert((kNorm ? kM : kN) % (8 * kSharers) == 0);
   static_assert(kRows % 64 == 0 && kN % 64 == 0 && kM <= 256 && kN <= 256);
   static_assert(kSharedBytes <= 232448, "more than a block of sm_90 can have");
+};
+
+// The same for 8-bit operands, whose columns have scales.
+template <typename Plain>
+struct ScaledConfig : Plain {
+  static constexpr int kScalesAt = (Plain::kSharedBytes + 15) / 16 * 16;
+  static constexpr int kSharedBytes = kScalesAt + 2 * Plain::kN * 4;
+  static_assert(kSharedBytes <= 232448);
 };
 
 // A cluster of kSplits blocks shares a tile of 128 x 128: each takes its part of K and finishes its

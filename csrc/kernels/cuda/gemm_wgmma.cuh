@@ -1,4 +1,5 @@
-// wgmma m64nNk16 with fp32 accumulators, both operands in shared memory, K contiguous in each.
+// wgmma m64nNk16 (k32 of 8-bit elements) with fp32 accumulators, both operands in shared memory, K
+// contiguous in each.
 //
 // Inline assembly wants every register spelled out, so the widths are made by macros, eight
 // registers at a time.
@@ -6,6 +7,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -98,11 +100,11 @@ struct Wgmma;
 #define FT_OPERANDS_120 FT_OPERANDS_112, FT_OPERANDS(112)
 #define FT_OPERANDS_128 FT_OPERANDS_120, FT_OPERANDS(120)
 
-#define FT_WGMMA(n, type, registers, a_name, b_name, flag_name)                               \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag_name                                \
-               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type          \
-               " {" FT_NAMES_##registers "}, %" #a_name ", %" #b_name ", p, 1, 1, 0, 0;\n}\n" \
-               : FT_OPERANDS_##registers                                                      \
+#define FT_WGMMA(n, type, registers, a_name, b_name, flag_name, depth, turns)                    \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag_name                                   \
+               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n depth ".f32." type "." type          \
+               " {" FT_NAMES_##registers "}, %" #a_name ", %" #b_name ", p, 1, 1" turns ";\n}\n" \
+               : FT_OPERANDS_##registers                                                         \
                : "l"(a), "l"(b), "r"(accumulate))
 
 // n / 2 accumulators a thread; the operands that follow them are numbered from there.
@@ -112,9 +114,11 @@ struct Wgmma;
     static __device__ __forceinline__ void run(float (&acc)[registers], uint64_t a, uint64_t b, \
                                                int accumulate) {                                \
       if constexpr (std::is_same_v<T, __half>) {                                                \
-        FT_WGMMA(n, "f16", registers, registers, next, after);                                  \
+        FT_WGMMA(n, "f16", registers, registers, next, after, "k16", ", 0, 0");                 \
+      } else if constexpr (std::is_same_v<T, __nv_fp8_e4m3>) {                                  \
+        FT_WGMMA(n, "e4m3", registers, registers, next, after, "k32", "");                      \
       } else {                                                                                  \
-        FT_WGMMA(n, "bf16", registers, registers, next, after);                                 \
+        FT_WGMMA(n, "bf16", registers, registers, next, after, "k16", ", 0, 0");                \
       }                                                                                         \
     }                                                                                           \
   };
