@@ -10,6 +10,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <vector>
 
 #include "kernels/types.h"
 
@@ -37,6 +38,18 @@ enum EncoderWeight : int {
   kNorm2Gamma,
   kNorm2Beta,
   kRelativeBias,
+  kQkvNarrow,
+  kQkvNarrowScale,
+  kQkvInputScale,
+  kOutNarrow,
+  kOutNarrowScale,
+  kOutInputScale,
+  kUpNarrow,
+  kUpNarrowScale,
+  kUpInputScale,
+  kDownNarrow,
+  kDownNarrowScale,
+  kDownInputScale,
   kEncoderWeightCount,
 };
 
@@ -61,7 +74,36 @@ inline constexpr std::array<const char*, kEncoderWeightCount> kEncoderWeightName
     "layers.norm2.weight",
     "layers.norm2.bias",
     "attention.relative_bias",
+    "layers.qkv.narrow",
+    "layers.qkv.narrow_scale",
+    "layers.qkv.input_scale",
+    "layers.out.narrow",
+    "layers.out.narrow_scale",
+    "layers.out.input_scale",
+    "layers.up.narrow",
+    "layers.up.narrow_scale",
+    "layers.up.input_scale",
+    "layers.down.narrow",
+    "layers.down.narrow_scale",
+    "layers.down.input_scale",
 };
+
+// The products of a layer, in the order computed.
+enum LayerProduct : int { kQkv, kOut, kUp, kDown, kLayerProducts };
+
+inline constexpr std::array<const char*, kLayerProducts> kLayerProductNames{"qkv", "out", "up",
+                                                                            "down"};
+
+// What a product in e4m3 has beside its weight in 16 bits.
+constexpr EncoderWeight narrow_weight(LayerProduct p) {
+  return static_cast<EncoderWeight>(kQkvNarrow + 3 * p);
+}
+constexpr EncoderWeight narrow_scale(LayerProduct p) {
+  return static_cast<EncoderWeight>(kQkvNarrowScale + 3 * p);
+}
+constexpr EncoderWeight input_scale(LayerProduct p) {
+  return static_cast<EncoderWeight>(kQkvInputScale + 3 * p);
+}
 
 struct EncoderSpec {
   int64_t hidden = 0;
@@ -73,6 +115,8 @@ struct EncoderSpec {
   double eps = 0;
   std::array<int, kEncoderWeightCount> places;  // where in the list a tensor is, or -1
   int tensors = 0;                              // in the list
+  // Layers in which a product that has e4m3 weights is computed without them all the same.
+  std::array<std::vector<int64_t>, kLayerProducts> floats;
 
   EncoderSpec() { places.fill(-1); }
   bool has(EncoderWeight weight) const { return places[weight] >= 0; }
@@ -80,6 +124,8 @@ struct EncoderSpec {
   bool projects() const { return has(kProjectionWeight); }
   // Whether a bias by head and distance is added to the scaled scores of every layer.
   bool biased() const { return has(kRelativeBias); }
+  // Whether products have weights in e4m3 too.
+  bool narrow() const { return has(kQkvNarrow); }
 };
 
 // How to run, which no file says.
@@ -89,7 +135,7 @@ struct EncoderOptions {
 };
 
 // A tensor's shape: [layers or 1, rows, columns] where `stacked`, else [rows, columns]; without
-// columns a vector. Rows or columns -1: any; the columns of kRelativeBias are 2 D + 1, and what is
+// columns a vector, without rows a number a layer. Rows or columns -1: any; the columns of kRelativeBias are 2 D + 1, and what is
 // added for query i and key j stands in column clamp(j - i, -D, D) + D.
 struct EncoderWeightShape {
   bool stacked;
@@ -123,6 +169,23 @@ inline EncoderWeightShape shape_of(const EncoderSpec& s, EncoderWeight weight) {
       return {true, s.hidden, s.intermediate};
     case kRelativeBias:
       return {false, s.heads, -1};
+    case kQkvNarrow:
+      return shape_of(s, kQkvWeight);
+    case kOutNarrow:
+      return shape_of(s, kOutWeight);
+    case kUpNarrow:
+      return shape_of(s, kUpWeight);
+    case kDownNarrow:
+      return shape_of(s, kDownWeight);
+    case kQkvNarrowScale:
+      return shape_of(s, kQkvBias);
+    case kUpNarrowScale:
+      return shape_of(s, kUpBias);
+    case kQkvInputScale:
+    case kOutInputScale:
+    case kUpInputScale:
+    case kDownInputScale:
+      return {true, 0, 0};
     default:
       return {true, s.hidden, 0};
   }
@@ -182,6 +245,19 @@ inline void place_weights(std::string_view names, EncoderSpec* spec) {
   });
 }
 
+// "qkv:1,4;up:0", or nothing.
+inline void place_floats(std::string_view text, EncoderSpec* spec) {
+  for_words(text, ';', [&](std::string_view word) {
+    const size_t at = std::min(word.find(':'), word.size());
+    int product = 0;
+    while (product < kLayerProducts && word.substr(0, at) != kLayerProductNames[product]) ++product;
+    if (product == kLayerProducts) refuse("an encoder's floats " + quoted(word) + " are unknown");
+    for_words(word.substr(std::min(at + 1, word.size())), ',', [&](std::string_view layer) {
+      spec->floats[product].push_back(number_of<int64_t>("floats", layer, 0));
+    });
+  });
+}
+
 }  // namespace spec_detail
 
 inline Activation activation_named(std::string_view name) {
@@ -198,7 +274,7 @@ inline Activation activation_named(std::string_view name) {
 // Refuses a spec that lacks a tensor it needs or contradicts itself.
 inline void check_encoder_spec(const EncoderSpec& s) {
   for (int w = 0; w < kEncoderWeightCount; ++w) {
-    if (w == kRelativeBias) continue;
+    if (w >= kRelativeBias) continue;
     const bool optional = w == kProjectionWeight || w == kProjectionBias;
     if (s.places[w] < 0 && (!optional || s.hidden != s.embedding)) {
       spec_detail::refuse("an encoder lacks the weight " +
@@ -208,6 +284,19 @@ inline void check_encoder_spec(const EncoderSpec& s) {
   if (s.has(kProjectionWeight) != s.has(kProjectionBias)) {
     spec_detail::refuse("an encoder's projection must have a weight and a bias");
   }
+  for (int w = kQkvNarrow; w < kEncoderWeightCount; ++w) {
+    if ((s.places[w] >= 0) != s.narrow()) {
+      spec_detail::refuse("an encoder's products must have all of their e4m3 tensors or none");
+    }
+  }
+  for (int p = 0; p < kLayerProducts; ++p) {
+    for (const int64_t layer : s.floats[p]) {
+      if (layer >= s.layers || !s.narrow()) {
+        spec_detail::refuse(std::string("an encoder's floats name a product that is not there: ") +
+                            kLayerProductNames[p] + " of layer " + std::to_string(layer));
+      }
+    }
+  }
   if (s.hidden % s.heads != 0) {
     spec_detail::refuse("an encoder's heads must divide its hidden size " +
                         std::to_string(s.hidden) + ", are " + std::to_string(s.heads));
@@ -215,11 +304,12 @@ inline void check_encoder_spec(const EncoderSpec& s) {
 }
 
 // "hidden=768 embedding=768 layers=12 heads=12 intermediate=3072 activation=gelu eps=1e-12
-// weights=embeddings.word,..." in any order. Throws std::runtime_error, in words.
+// weights=embeddings.word,..." in any order, and where there are e4m3 weights perhaps "floats=up:0".
+// Throws std::runtime_error, in words.
 inline EncoderSpec parse_encoder_spec(std::string_view text) {
   using spec_detail::number_of;
   constexpr std::array kKeys{"hidden",       "embedding",  "layers", "heads",
-                             "intermediate", "activation", "eps",    "weights"};
+                             "intermediate", "activation", "eps",    "weights", "floats"};
   EncoderSpec spec;
   std::array<bool, kKeys.size()> seen{};
   spec_detail::for_words(text, ' ', [&](std::string_view word) {
@@ -255,11 +345,14 @@ inline EncoderSpec parse_encoder_spec(std::string_view text) {
       case 6:
         spec.eps = number_of<double>(key, value, 0);
         break;
-      default:
+      case 7:
         spec_detail::place_weights(value, &spec);
+        break;
+      default:
+        spec_detail::place_floats(value, &spec);
     }
   });
-  for (size_t k = 0; k < kKeys.size(); ++k) {
+  for (size_t k = 0; k + 1 < kKeys.size(); ++k) {
     if (!seen[k]) spec_detail::refuse(std::string("an encoder lacks its ") + kKeys[k]);
   }
   check_encoder_spec(spec);

@@ -5,8 +5,9 @@
 
 namespace ft {
 
-// kInt8 is a type of packed weights on the CPU alone.
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3 };
+// kInt8 is a type of packed weights on the CPU alone, kE4M3 (8 bits: sign, 4 of exponent, 3 of
+// mantissa, largest 448) of products' operands on the GPU alone.
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kE4M3 = 4 };
 
 // Bytes of one element. Inlined always: a shared copy might be the one compiled for instructions
 // that this processor lacks.
@@ -18,6 +19,7 @@ __attribute__((always_inline)) constexpr int64_t size_of(DType dtype) {
     case DType::kBFloat16:
       return 2;
     case DType::kInt8:
+    case DType::kE4M3:
       return 1;
   }
   return 0;

@@ -48,6 +48,8 @@ inline const char* dtype_name(ScalarType dtype) {
       return "uint8";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     default:
       return "another type";
   }
@@ -142,7 +144,7 @@ inline EncoderSpec spec_of_interface_1(const Tensor& word, const Tensor& qkv_bia
   spec.activation = Activation::kGelu;
   spec.eps = eps;
   for (int w = 0; w < kEncoderWeightCount; ++w) {
-    const bool new_since = w == kProjectionWeight || w == kProjectionBias || w == kRelativeBias;
+    const bool new_since = w == kProjectionWeight || w == kProjectionBias || w >= kRelativeBias;
     if (!new_since) spec.places[w] = spec.tensors++;
   }
   check_encoder_spec(spec);

@@ -187,6 +187,25 @@ Tensor prepare_weight(Tensor weight, std::optional<Tensor> scale) {
   return pointer(whole) == pointer(weight) ? torch::stable::clone(whole) : whole;
 }
 
+// Whether products of operands in e4m3 are computed on the device of a tensor.
+bool serves_narrow(Tensor like) {
+  const OnDeviceOf device(like);
+  return cuda::narrow_gemm_supported();
+}
+
+Tensor prepare_narrow(Tensor weight) {
+  FT_CHECK(weight.scalar_type() == ScalarType::Float8_e4m3fn, "weight must be float8_e4m3fn, is ",
+           dtype_name(weight.scalar_type()));
+  FT_CHECK(weight.dim() >= 1 && weight.size(weight.dim() - 1) % 16 == 0,
+           "weight must have a multiple of 16 columns, is ", shape_of(weight));
+  const OnDeviceOf device(weight);
+  const Tensor whole = packed(weight);
+  Tensor out = torch::stable::empty_like(whole);
+  check_status(cuda::narrow_order(pointer(whole), whole.numel(), out.data_ptr(), device.launch()),
+               "prepare_narrow", "weight ", shape_of(whole));
+  return out;
+}
+
 bool is_prepared(Tensor prepared, Tensor weight) {
   bool same = prepared.is_cuda() && weight.is_cuda() &&
               prepared.get_device_index() == weight.get_device_index() &&
@@ -497,6 +516,16 @@ Tensor bias_activation(Tensor input, std::optional<Tensor> bias, Text activation
   return out;
 }
 
+// What a weight of an encoder must be, whose floats are `floats`.
+ScalarType type_of(EncoderWeight weight, ScalarType floats) {
+  for (int p = 0; p < kLayerProducts; ++p) {
+    const auto product = static_cast<LayerProduct>(p);
+    if (weight == narrow_weight(product)) return ScalarType::Float8_e4m3fn;
+    if (weight == narrow_scale(product) || weight == input_scale(product)) return ScalarType::Float;
+  }
+  return floats;
+}
+
 Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
                    const std::optional<Tensor>& position_ids, const Tensor& cu_seqlens,
                    int64_t max_seqlen, std::vector<Tensor> tensors, const EncoderSpec& spec,
@@ -529,12 +558,12 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
       one_per_layer = one_per_layer && (!shared || spec.layers == 1);
       wanted.push_back(shared ? 1 : spec.layers);
     }
-    wanted.push_back(shape.rows < 0 && tensor.dim() > 0 ? tensor.size(0) : shape.rows);
+    if (shape.rows != 0)
+      wanted.push_back(shape.rows < 0 && tensor.dim() > 0 ? tensor.size(0) : shape.rows);
     if (shape.columns != 0) wanted.push_back(shape.columns < 0 ? tensor.size(1) : shape.columns);
-    FT_CHECK(has_shape(tensor, wanted) && tensor.is_contiguous() &&
-                 tensor.scalar_type() == word.scalar_type(),
-             op, ": ", name, " must be contiguous ", shape_of(wanted), " ",
-             dtype_name(word.scalar_type()), ", is ", shape_of(tensor), " ",
+    const ScalarType type = type_of(weight, word.scalar_type());
+    FT_CHECK(has_shape(tensor, wanted) && tensor.is_contiguous() && tensor.scalar_type() == type,
+             op, ": ", name, " must be contiguous ", shape_of(wanted), " ", dtype_name(type), ", is ", shape_of(tensor), " ",
              dtype_name(tensor.scalar_type()));
   }
   check_device(op, word, "input_ids", input_ids);
@@ -564,6 +593,10 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
   if (spec.biased()) shape.bias_reach = bias_reach_of(w[kRelativeBias]);
   shape.one_per_layer = one_per_layer;
   shape.projects = spec.projects();
+  shape.narrow = spec.narrow();
+  shape.narrow_pass =
+      (spec.activation != Activation::kGelu && spec.activation != Activation::kNone) ||
+      !spec.floats[kUp].empty();
   shape.batch_invariant = cuda::batch_invariant(options.batch_invariant);
   shape.few_tokens = cuda::few_tokens_allowed(options.few_tokens);
   Tensor out = empty_like_rows(word, {ids.size(0), spec.hidden});
@@ -575,7 +608,7 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
   const auto stack = [&](EncoderWeight weight) {
     return Stack{operand_of(w[weight]), w[weight].size(0)};
   };
-  const cuda::EncoderParameters parameters{
+  cuda::EncoderParameters parameters{
       data(kWord),
       data(kPosition),
       data(kTokenType),
@@ -595,7 +628,16 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
       stack(kDownBias),
       stack(kNorm2Gamma),
       stack(kNorm2Beta),
-      spec.biased() ? data(kRelativeBias) : nullptr};
+      spec.biased() ? data(kRelativeBias) : nullptr,
+      {}};
+  for (int p = 0; p < kLayerProducts && spec.narrow(); ++p) {
+    const auto product = static_cast<LayerProduct>(p);
+    parameters.narrow[p] = {
+        {{data(narrow_weight(product)), DType::kE4M3}, w[narrow_weight(product)].size(0)},
+        static_cast<const float*>(data(narrow_scale(product))),
+        static_cast<const float*>(data(input_scale(product))),
+        &spec.floats[p]};
+  }
   const Tensor workspace = bytes_like(word, cuda::encoder_workspace_bytes(shape));
   check_status(cuda::encoder(shape, inputs, parameters, workspace.data_ptr(), out.data_ptr(),
                              device.launch().stream),
@@ -718,6 +760,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CUDA, m) {
   m.impl("prepare_weight", TORCH_BOX(&prepare_weight));
+  m.impl("prepare_narrow", TORCH_BOX(&prepare_narrow));
+  m.impl("serves_narrow", TORCH_BOX(&serves_narrow));
   m.impl("is_prepared", TORCH_BOX(&is_prepared));
   m.impl("remove_padding", TORCH_BOX(&remove_padding));
   m.impl("restore_padding", TORCH_BOX(&restore_padding));

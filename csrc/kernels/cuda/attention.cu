@@ -267,13 +267,13 @@ cudaError_t attention_plan(const AttentionShape& shape, const int32_t* cu_seqlen
 
 cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv,
                              const void* relative_bias, const void* plan, void* output,
-                             Launch launch) {
+                             Launch launch, NarrowRows narrow) {
   if (cudaError_t status = check_shape(shape); status != cudaSuccess) return status;
   if ((relative_bias != nullptr) != (shape.bias_reach >= 0)) return cudaErrorInvalidValue;
   if (nothing_to_do(shape)) return cudaSuccess;
   const AttentionChoice choice = choose_attention(shape, device_arch());
   const float scale_log2 = 1.4426950408889634f / sqrtf(static_cast<float>(shape.head_dim));
-  const AttentionArguments arguments{qkv,
+  AttentionArguments arguments{qkv,
                                      output,
                                      static_cast<const AttentionTile*>(plan),
                                      shape.num_heads,
@@ -283,18 +283,25 @@ cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv,
                                      scale_log2,
                                      relative_bias,
                                      shape.bias_reach,
-                                     (bias_reach_within(shape) + 1) / 2 * 2 + kBiasMargin};
+                                     (bias_reach_within(shape) + 1) / 2 * 2 + kBiasMargin,
+                                     {}};
+  cudaError_t status = cudaSuccess;
   switch (choice.kernel) {
     case AttentionKernel::kPlain:
-      return attention_plain(choice, arguments, shape.dtype, launch);
+      status = attention_plain(choice, arguments, shape.dtype, launch);
+      break;
     case AttentionKernel::kPackedSm90:
     case AttentionKernel::kSm90:
 #ifdef FT_WITH_SM90
+      arguments.narrow = narrow;
       return attention_sm90(choice, arguments, shape.dtype, launch);
 #endif
     default:
-      return attention_mma(choice, arguments, shape.dtype, launch);
+      status = attention_mma(choice, arguments, shape.dtype, launch);
   }
+  if (status != cudaSuccess || narrow.rows == nullptr) return status;
+  return narrow_rows(output, shape.tokens, shape.num_heads * shape.head_dim, shape.dtype, narrow,
+                     launch);
 }
 
 }  // namespace ft::cuda

@@ -49,6 +49,7 @@ struct AttentionArguments {
   const void* bias;  // [num_heads, 2 * bias_reach + 1] or null
   int bias_reach;
   int bias_span;  // streaming kernels' BiasTable: distances -bias_span to bias_span - 1
+  NarrowRows narrow;  // kernels of sm_90 alone: where given, instead of the output
 };
 
 __host__ __device__ inline const uint32_t* plan_bounds(const AttentionTile* plan, int bound) {
@@ -155,11 +156,11 @@ __device__ __forceinline__ void add_bias(float (&scores)[4], const float2* pairs
   scores[3] = fmaf(scores[3], scale, second.y);
 }
 
-// Fills a head's columns of a tile without keys.
+// Fills a head's columns of a tile without keys, with zeros or with `nan`.
 template <typename T>
-__device__ __forceinline__ void fill_tile(const AttentionTile& tile, void* output, int head,
+__device__ __forceinline__ void fill_tile(const AttentionTile& tile, void* output, T nan, int head,
                                           int head_dim, int hidden) {
-  const T value = from_float<T>(tile.kv_begin < 0 ? NAN : 0.f);
+  const T value = tile.kv_begin < 0 ? nan : T{};
   T* const to = static_cast<T*>(output) + static_cast<int64_t>(tile.begin) * hidden +
                 static_cast<int64_t>(head) * head_dim;
   for (int row = threadIdx.x / 16; row < tile.rows; row += blockDim.x / 16) {
@@ -167,6 +168,12 @@ __device__ __forceinline__ void fill_tile(const AttentionTile& tile, void* outpu
       to[static_cast<int64_t>(row) * hidden + column] = value;
     }
   }
+}
+
+template <typename T>
+__device__ __forceinline__ void fill_tile(const AttentionTile& tile, void* output, int head,
+                                          int head_dim, int hidden) {
+  fill_tile<T>(tile, output, from_float<T>(NAN), head, head_dim, hidden);
 }
 
 // Whether cu_seqlens ascends from 0 to at most `tokens` in steps of at most `longest`, asked of one

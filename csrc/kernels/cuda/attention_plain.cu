@@ -185,6 +185,7 @@ cudaError_t attention_plain(const AttentionChoice& choice, const AttentionArgume
     case DType::kBFloat16:
       return dispatch_plain<__nv_bfloat16>(choice, arguments, launch);
     case DType::kInt8:
+    case DType::kE4M3:
       break;
   }
   return cudaErrorInvalidValue;

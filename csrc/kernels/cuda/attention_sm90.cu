@@ -8,6 +8,7 @@
 // the scores of the next are in flight together.
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/narrow.cuh"
 #include "kernels/cuda/ptx_sm90.cuh"
 #include "kernels/cuda/tensor_map.h"
 
@@ -280,6 +281,28 @@ __device__ __forceinline__ void divide_rows(
   }
 }
 
+// Copies a warp's 16 rows, `rows` of them, from its own query rows to memory in pieces of 16 bytes.
+template <int kDim, int kPieces>
+__device__ __forceinline__ void copy_rows(const unsigned char* query_tile, unsigned char* to,
+                                          int64_t row_bytes, int rows) {
+  using L = Layout<kDim>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  __syncwarp();
+  constexpr int kRowsAtOnce = 32 / kPieces;
+  const int piece = lane % kPieces;
+  int r = lane / kPieces;
+  to += r * row_bytes + 16 * piece;
+#pragma unroll
+  for (int i = 0; i < 16 / kRowsAtOnce; ++i) {
+    if (r < rows) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(
+          query_tile + piece / 8 * L::kHalfBytes + swizzled<L::kLine>(16 * warp + r, piece % 8));
+    }
+    r += kRowsAtOnce;
+    to += kRowsAtOnce * row_bytes;
+  }
+}
+
 // Writes this warp's 16 rows, `rows` of them, through its own query rows, so that rows leave in
 // whole 16-byte pieces.
 template <typename T, int kDim>
@@ -297,20 +320,47 @@ __device__ __forceinline__ void write_rows(const RowWords<kDim>& words, unsigned
       *reinterpret_cast<uint32_t*>(at + swizzled<L::kLine>(row + 8, n)) = words[h][n][1];
     }
   }
-  __syncwarp();
-  constexpr int kPieces = kDim / 8, kRowsAtOnce = 32 / kPieces;
-  const int piece = lane % kPieces;
-  int r = lane / kPieces;
-  to += r * row_stride + 8 * piece;
+  copy_rows<kDim, kDim / 8>(query_tile, reinterpret_cast<unsigned char*>(to), 2 * row_stride, rows);
+}
+
+// The same in e4m3, divided by the rows' sums: a thread's columns of two groups of eight are
+// neighbours there.
+template <int kDim>
+__device__ __forceinline__ void write_narrow_rows(
+    const float (&output)[Layout<kDim>::kHalves][Layout<kDim>::kColumns / 8][4], float sum0,
+    float sum1, unsigned char* query_tile, const NarrowRows& narrow, int64_t at, int row_bytes,
+    int rows) {
+  using L = Layout<kDim>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+  const int row = 16 * warp + lane / 4;
+  const float step = *narrow.step;
+  const float scale0 = __fdividef(1.f, sum0 * step), scale1 = __fdividef(1.f, sum1 * step);
 #pragma unroll
-  for (int i = 0; i < 16 / kRowsAtOnce; ++i) {
-    if (r < rows) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(
-          query_tile + piece / 8 * L::kHalfBytes + swizzled<L::kLine>(16 * warp + r, piece % 8));
+  for (int h = 0; h < L::kHalves; ++h) {
+#pragma unroll
+    for (int n = 0; n < L::kColumns / 8; n += 2) {
+      const float(&x)[4] = output[h][n], (&y)[4] = output[h][n + 1];
+      const int piece = (h * L::kColumns + n * 8) / 16;
+      unsigned char* to = query_tile + lane % 4 * 4;
+      *reinterpret_cast<uint32_t*>(to + swizzled<L::kLine>(row, piece)) =
+          pack_e4m3(x[0] * scale0, x[1] * scale0, y[0] * scale0, y[1] * scale0);
+      *reinterpret_cast<uint32_t*>(to + swizzled<L::kLine>(row + 8, piece)) =
+          pack_e4m3(x[2] * scale1, x[3] * scale1, y[2] * scale1, y[3] * scale1);
     }
-    r += kRowsAtOnce;
-    to += kRowsAtOnce * row_stride;
   }
+  copy_rows<kDim, kDim / 16>(query_tile, static_cast<unsigned char*>(narrow.rows) + at, row_bytes,
+                             rows);
+}
+
+// Fills a head's columns of a tile without keys, of the output or of its copy in e4m3.
+template <typename T>
+__device__ __forceinline__ void fill_either(const AttentionTile& tile,
+                                            const AttentionArguments& arguments, int head,
+                                            int head_dim, int hidden) {
+  constexpr uint8_t kNan = 0x7f;
+  if (arguments.narrow.rows != nullptr)
+    return fill_tile<uint8_t>(tile, arguments.narrow.rows, kNan, head, head_dim, hidden);
+  fill_tile<T>(tile, arguments.output, head, head_dim, hidden);
 }
 
 // Puts zeros in place of infinities and NaNs in the first `rows` rows of a packed tile's values;
@@ -373,7 +423,7 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups, kBiased>:
   if (tile.rows == 0) return;
   const int hidden = arguments.num_heads * kDim;
   if (tile.kv_len == 0) {
-    return fill_tile<T>(tile, arguments.output, head, kDim, hidden);
+    return fill_either<T>(tile, arguments, head, kDim, hidden);
   }
   if constexpr (kBiased) bias.store(bias_loaded);
   __syncthreads();
@@ -537,11 +587,16 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups, kBiased>:
   // All warps of the group have read their queries: the rows may be written over.
   named_barrier(2 + group, 128);
   const int first = group * kGroupRows + 16 * warp;
-  T* to = static_cast<T*>(arguments.output) + static_cast<int64_t>(tile.begin + first) * hidden +
-          head * kDim;
+  const int64_t at = static_cast<int64_t>(tile.begin + first) * hidden + head * kDim;
+  sum0 = quad_sum(sum0);
+  sum1 = quad_sum(sum1);
+  if (arguments.narrow.rows != nullptr)
+    return write_narrow_rows<kDim>(output, sum0, sum1, query_tile, arguments.narrow, at, hidden,
+                                   tile.rows - first);
   RowWords<kDim> words;
-  divide_rows<T, kDim>(words, output, quad_sum(sum0), quad_sum(sum1));
-  write_rows<T, kDim>(words, query_tile, to, hidden, tile.rows - first);
+  divide_rows<T, kDim>(words, output, sum0, sum1);
+  write_rows<T, kDim>(words, query_tile, static_cast<T*>(arguments.output) + at, hidden,
+                      tile.rows - first);
 }
 
 // Queries, keys, values, two barriers, a flag a warp.
@@ -575,7 +630,7 @@ __global__ void __launch_bounds__(128, 6)
   const AttentionTile tile = arguments.plan[index];
   if (tile.rows == 0) return;
   if (tile.kv_len == 0) {
-    return fill_tile<T>(tile, arguments.output, head, kDim, hidden);
+    return fill_either<T>(tile, arguments, head, kDim, hidden);
   }
   if (threadIdx.x == 0) {
     barrier_expect(scores_ready, 2 * L::kTileBytes);
@@ -658,9 +713,12 @@ __global__ void __launch_bounds__(128, 6)
     wgmma_wait<0>();
     divide_rows<T, kDim>(words, output, sum0, sum1);
   }
-  T* to = static_cast<T*>(arguments.output) +
-          static_cast<int64_t>(tile.begin + 16 * warp) * hidden + head * kDim;
-  write_rows<T, kDim>(words, shared, to, hidden, tile.rows - 16 * warp);
+  const int64_t at = static_cast<int64_t>(tile.begin + 16 * warp) * hidden + head * kDim;
+  if (arguments.narrow.rows != nullptr)
+    return write_narrow_rows<kDim>(output, sum0, sum1, shared, arguments.narrow, at, hidden,
+                                   tile.rows - 16 * warp);
+  write_rows<T, kDim>(words, shared, static_cast<T*>(arguments.output) + at, hidden,
+                      tile.rows - 16 * warp);
 }
 
 template <typename T, int kDim>

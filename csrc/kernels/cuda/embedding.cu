@@ -52,23 +52,18 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
     embedding_layer_norm_kernel(const void* ids, const void* types, IntType id_type,
                                 const int32_t* position_ids, const int32_t* cu_seqlens, int batch,
                                 int tokens, int hidden, EmbeddingTables tables, const T* gamma,
-                                const T* beta, float eps, T* output) {
+                                const T* beta, float eps, T* output, NarrowRows narrow_rows) {
   pdl_launch_dependents();
+  const NarrowWriter narrow(narrow_rows);
   RowWeights<T, kThreads, kVecs> weights;
   weights.load(gamma, beta, hidden);
   pdl_wait();
   const int token = blockIdx.x * (blockDim.x / kThreads) + threadIdx.x / kThreads;
   if (token >= tokens) return;
-  T* to = output + static_cast<int64_t>(token) * hidden;
+  const int64_t begin = static_cast<int64_t>(token) * hidden;
+  if (token >= cu_seqlens[batch])
+    return clear_row<T, kThreads, kVecs>(hidden, begin, output, narrow);
   float x[kVecs][8] = {};
-  if (token >= cu_seqlens[batch]) {
-#pragma unroll
-    for (int v = 0; v < kVecs; ++v) {
-      const int column = row_column<kThreads>(v);
-      if (column < hidden) Vec8<T>::store(to + column, x[v]);
-    }
-    return;
-  }
   const TokenRows rows =
       token_rows(ids, types, id_type, position_ids, cu_seqlens, batch, token, tables);
   const T* word = static_cast<const T*>(tables.word) + rows.word * hidden;
@@ -92,7 +87,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
       for (int i = 0; i < 3; ++i) pieces[v][i].add_to(x[v]);
     }
   }
-  normalize_row<T, kThreads, kVecs>(x, weights, hidden, eps, to);
+  normalize_row<T, kThreads, kVecs>(x, weights, hidden, eps, begin, output, narrow);
 }
 
 // Any hidden size: a block per token, one element at a time.
@@ -145,7 +140,7 @@ cudaError_t embedding_layer_norm(const void* input_ids, const void* token_type_i
                                  int tokens, int hidden, const void* word, int vocab,
                                  const void* position, int positions, const void* token_type,
                                  int types, const void* gamma_, const void* beta_, float eps,
-                                 DType dtype, void* output_, Launch launch) {
+                                 DType dtype, void* output_, Launch launch, NarrowRows narrow) {
   if (tokens < 0 || batch < 0 || hidden <= 0 || vocab <= 0 || positions <= 0 || types <= 0 ||
       id_type == IntType::kBool) {
     return cudaErrorInvalidValue;
@@ -157,6 +152,7 @@ cudaError_t embedding_layer_norm(const void* input_ids, const void* token_type_i
     const auto* beta = static_cast<const T*>(beta_);
     auto* output = static_cast<T*>(output_);
     if (!fits_row_shape(hidden)) {
+      if (narrow.rows != nullptr) return cudaErrorInvalidValue;
       return launch_kernel(embedding_layer_norm_any_kernel<T>, tokens, kBlockThreads, 0, launch,
                            input_ids, token_type_ids, id_type, position_ids, cu_seqlens, batch,
                            hidden, tables, gamma, beta, eps, output);
@@ -166,7 +162,7 @@ cudaError_t embedding_layer_norm(const void* input_ids, const void* token_type_i
       return launch_kernel(embedding_layer_norm_kernel<T, kThreads, kVecs>,
                            (tokens + per_block - 1) / per_block, kThreads * per_block, 0, launch,
                            input_ids, token_type_ids, id_type, position_ids, cu_seqlens, batch,
-                           tokens, hidden, tables, gamma, beta, eps, output);
+                           tokens, hidden, tables, gamma, beta, eps, output, narrow);
     });
   });
 }

@@ -19,11 +19,25 @@ AttentionShape attention_shape(const EncoderShape& s) {
           s.dtype, s.batch_invariant, s.bias_reach};
 }
 
+size_t narrow_bytes(const EncoderShape& s, int width) {
+  return rounded(static_cast<size_t>(s.tokens) * static_cast<size_t>(width));
+}
+
+// From so many tokens on products in e4m3 are ahead of those in 16 bits on an H100.
+constexpr int kNarrowTokens = 768;
+
+// Whether products that have weights in e4m3 are computed with them.
+bool takes_narrow_path(const EncoderShape& s) {
+  return s.narrow && !s.batch_invariant && s.tokens >= kNarrowTokens &&
+         s.dtype == DType::kFloat16 && narrow_norm_fits(s.hidden) &&
+         narrow_norm_fits(s.embedding) && s.intermediate % 16 == 0 && narrow_gemm_supported();
+}
+
 // Where each activation lives in the workspace. The intermediate of the feed-forward block takes
 // the place of qkv and the attention's output, which are spent by then; embeddings that a
 // projection waits for take it first.
 struct Places {
-  size_t attended, middle, scratch, plan, gemm, bytes;
+  size_t attended, middle, scratch, copies, activated, plan, gemm, bytes;
 
   explicit Places(const EncoderShape& s) {
     const size_t row = static_cast<size_t>(size_of(s.dtype)) * static_cast<size_t>(s.tokens);
@@ -33,7 +47,12 @@ struct Places {
     middle = std::max({qkv_bytes + hidden_bytes, rounded(row * s.intermediate),
                        s.projects ? rounded(row * s.embedding) : size_t{0}});
     scratch = middle + hidden_bytes;
-    plan = scratch + hidden_bytes;
+    copies = scratch + hidden_bytes;
+    const bool narrow = takes_narrow_path(s);
+    const size_t after = copies + (narrow ? 2 * narrow_bytes(s, s.hidden) : 0);
+    // A product that writes its activation in e4m3 itself writes nothing else.
+    activated = s.narrow_pass ? after : 0;
+    plan = after + (narrow && s.narrow_pass ? narrow_bytes(s, s.intermediate) : 0);
     gemm = plan + rounded(attention_plan_bytes(attention_shape(s)));
     bytes = gemm + gemm_workspace_bytes();
   }
@@ -45,6 +64,39 @@ Operand at(const Stack& stack, int64_t layer, int64_t elements) {
   one.data =
       static_cast<const char*>(one.data) + layer % stack.layers * elements * size_of(one.dtype);
   return one;
+}
+
+// The up product and its activation, which becomes e4m3 alone where a copy is asked for.
+cudaError_t up_product(Gemm gemm, Activation activation, NarrowRows copy, void* workspace,
+                       Launch launch) {
+  const bool fused = !gemm.narrow() || activation == Activation::kNone ||
+                     activation == Activation::kGelu;
+  const bool direct = fused && gemm.narrow() && copy.rows != nullptr;
+  if (fused) gemm.activation = activation;
+  if (direct) {
+    gemm.output = copy.rows;
+    gemm.output_step = copy.step;
+  }
+  cudaError_t status = linear(gemm, workspace, launch);
+  if (status == cudaSuccess && !fused)
+    status = bias_activation(gemm.output, nullptr, nullptr, activation, gemm.rows, gemm.n,
+                             gemm.dtype, gemm.output, nullptr, launch);
+  if (status == cudaSuccess && copy.rows != nullptr && !direct)
+    status = narrow_rows(gemm.output, gemm.rows, gemm.n, gemm.dtype, copy, launch);
+  return status;
+}
+
+// One layer's product in e4m3: what it reads and what is known of it.
+struct NarrowLayer {
+  const void* weight = nullptr;  // null: this layer's is computed in 16 bits
+  const float *scale = nullptr, *step = nullptr;
+};
+
+NarrowLayer narrow_at(const NarrowProduct& product, int64_t layer, int64_t n, int64_t k) {
+  layer %= product.weight.layers;
+  if (std::find(product.floats->begin(), product.floats->end(), layer) != product.floats->end())
+    return {};
+  return {at(product.weight, layer, n * k).data, product.scale + layer * n, product.step + layer};
 }
 
 #ifdef FT_WITH_SM90
@@ -87,11 +139,11 @@ cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const En
   // The first launch follows copies and kernels that are not ours, so it waits for them in full.
   const Launch first{stream, false};
   const Launch chained{stream, true};
-  const auto embed = [&](void* to, Launch launch) {
+  const auto embed = [&](void* to, Launch launch, NarrowRows copy = {}) {
     return embedding_layer_norm(
         inputs.input_ids, inputs.token_type_ids, inputs.id_type, inputs.position_ids,
         inputs.cu_seqlens, s.batch, s.tokens, s.embedding, w.word, s.vocab, w.position, s.positions,
-        w.token_type, s.types, w.embedding_gamma, w.embedding_beta, s.eps, s.dtype, to, launch);
+        w.token_type, s.types, w.embedding_gamma, w.embedding_beta, s.eps, s.dtype, to, launch, copy);
   };
 #ifdef FT_WITH_SM90
   if (takes_small_path(s)) {
@@ -120,6 +172,12 @@ cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const En
   // so measured from 384 tokens on; 128 and fewer stay as they were.
   const Launch attends = s.tokens < kAttentionWaits ? chained : first;
 
+  const bool narrow = takes_narrow_path(s);
+  // What qkv and out read in e4m3, and what up and down do.
+  void* const copy = base + places.copies;
+  void* const up_copy = base + places.copies + narrow_bytes(s, s.hidden);
+  void* const activated = base + places.activated;
+
   cudaError_t status = attention_plan(attention, inputs.cu_seqlens, plan, first);
   const auto product = [&](const void* input, const Operand& weight, const void* bias,
                            const void* residual, void* to, int n, int k,
@@ -129,40 +187,69 @@ cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const En
   };
   const auto layer_product = [&](const void* input, const Stack& weight, const Stack& bias,
                                  const void* residual, void* to, int n, int k, int layer,
-                                 Activation activation = Activation::kNone) {
-    return product(input, at(weight, layer, int64_t{n} * k), at(bias, layer, n).data, residual, to,
-                   n, k, activation);
+                                 const NarrowLayer& narrow_layer) {
+    Gemm gemm = product(input, at(weight, layer, int64_t{n} * k), at(bias, layer, n).data, residual,
+                        to, n, k);
+    if (narrow_layer.weight != nullptr) {
+      gemm.input.dtype = DType::kE4M3;
+      gemm.weight = {narrow_layer.weight, DType::kE4M3, narrow_layer.scale};
+    }
+    return gemm;
   };
-  const auto norm = [&](const Stack& gamma, const Stack& beta, int layer) {
+  const auto narrow_layer = [&](LayerProduct p, int layer, int n, int k) {
+    return narrow && layer < s.layers ? narrow_at(w.narrow[p], layer, n, k) : NarrowLayer{};
+  };
+  // The copy that a product in e4m3 reads.
+  const auto copy_for = [&](const NarrowLayer& reader, void* rows) {
+    return reader.weight == nullptr ? NarrowRows{} : NarrowRows{rows, reader.step};
+  };
+  const auto norm = [&](const Stack& gamma, const Stack& beta, int layer, NarrowRows rows) {
     return GemmNorm{at(gamma, layer, s.hidden).data, at(beta, layer, s.hidden).data, s.eps,
-                    live_rows};
+                    live_rows, rows};
   };
+  NarrowLayer qkv_narrow = narrow_layer(kQkv, 0, 3 * s.hidden, s.hidden);
   void* const embedded = s.projects ? base : output;
-  if (status == cudaSuccess) status = embed(embedded, chained);
-  if (status == cudaSuccess && s.projects)
+  if (status == cudaSuccess)
+    status = embed(embedded, chained, s.projects ? NarrowRows{} : copy_for(qkv_narrow, copy));
+  if (status == cudaSuccess && s.projects) {
     status = linear(
         product(embedded, w.projection, w.projection_bias, nullptr, output, s.hidden, s.embedding),
         gemm_workspace, chained);
+    if (status == cudaSuccess && qkv_narrow.weight != nullptr)
+      status = narrow_rows(output, s.tokens, s.hidden, s.dtype, copy_for(qkv_narrow, copy), chained);
+  }
   for (int layer = 0; layer < s.layers && status == cudaSuccess; ++layer) {
-    status = linear(layer_product(output, w.qkv_weight, w.qkv_bias, nullptr, qkv, 3 * s.hidden,
-                                  s.hidden, layer),
+    const NarrowLayer out_narrow = narrow_layer(kOut, layer, s.hidden, s.hidden);
+    const NarrowLayer up_narrow = narrow_layer(kUp, layer, s.intermediate, s.hidden);
+    const NarrowLayer down_narrow = narrow_layer(kDown, layer, s.hidden, s.intermediate);
+    const auto either = [&](const NarrowLayer& reader, const void* narrow_input,
+                            const void* input) {
+      return reader.weight == nullptr ? input : narrow_input;
+    };
+    status = linear(layer_product(either(qkv_narrow, copy, output), w.qkv_weight, w.qkv_bias,
+                                  nullptr, qkv, 3 * s.hidden, s.hidden, layer, qkv_narrow),
                     gemm_workspace, chained);
     if (status == cudaSuccess)
-      status = varlen_attention(attention, qkv, w.relative_bias, plan, attended, attends);
+      status = varlen_attention(attention, qkv, w.relative_bias, plan, attended, attends,
+                                copy_for(out_narrow, copy));
     if (status == cudaSuccess)
-      status = linear_layer_norm(layer_product(attended, w.out_weight, w.out_bias, output, middle,
-                                               s.hidden, s.hidden, layer),
-                                 norm(w.norm1_gamma, w.norm1_beta, layer), scratch, gemm_workspace,
-                                 chained);
+      status = linear_layer_norm(
+          layer_product(either(out_narrow, copy, attended), w.out_weight, w.out_bias, output,
+                        middle, s.hidden, s.hidden, layer, out_narrow),
+          norm(w.norm1_gamma, w.norm1_beta, layer, copy_for(up_narrow, up_copy)), scratch,
+          gemm_workspace, chained);
     if (status == cudaSuccess)
-      status = linear(layer_product(middle, w.up_weight, w.up_bias, nullptr, up, s.intermediate,
-                                    s.hidden, layer, s.activation),
-                      gemm_workspace, chained);
+      status = up_product(
+          layer_product(either(up_narrow, up_copy, middle), w.up_weight, w.up_bias, nullptr, up,
+                        s.intermediate, s.hidden, layer, up_narrow),
+          s.activation, copy_for(down_narrow, activated), gemm_workspace, chained);
+    qkv_narrow = narrow_layer(kQkv, layer + 1, 3 * s.hidden, s.hidden);
     if (status == cudaSuccess)
-      status = linear_layer_norm(layer_product(up, w.down_weight, w.down_bias, middle, output,
-                                               s.hidden, s.intermediate, layer),
-                                 norm(w.norm2_gamma, w.norm2_beta, layer), scratch, gemm_workspace,
-                                 chained);
+      status = linear_layer_norm(
+          layer_product(either(down_narrow, activated, up), w.down_weight, w.down_bias,
+                        middle, output, s.hidden, s.intermediate, layer, down_narrow),
+          norm(w.norm2_gamma, w.norm2_beta, layer, copy_for(qkv_narrow, copy)), scratch,
+          gemm_workspace, chained);
   }
   return status;
 }

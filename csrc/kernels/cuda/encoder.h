@@ -1,9 +1,21 @@
 // The whole encoder over packed tokens: embeddings, then every layer, enqueued back to back.
 #pragma once
 
+#include <array>
+#include <vector>
+
 #include "kernels/cuda/kernels.h"
+#include "kernels/encoder_spec.h"
 
 namespace ft::cuda {
+
+// A product's weight in e4m3 beside that in 16 bits.
+struct NarrowProduct {
+  Stack weight;                                // [n, k] in e4m3; without data there is none
+  const float* scale = nullptr;                // [layers or 1, n], what 1 of a sum is worth
+  const float* step = nullptr;                 // [layers or 1], what 1 of an input is worth
+  const std::vector<int64_t>* floats = nullptr;  // layers that do without
+};
 
 // A stack holds a parameter [n, k] or [n] for each layer, or one for all.
 struct EncoderParameters {
@@ -17,6 +29,7 @@ struct EncoderParameters {
   Stack down_weight, down_bias;  // [hidden, intermediate]
   Stack norm2_gamma, norm2_beta;
   const void* relative_bias;  // [num_heads, 2 * bias_reach + 1], of every layer, or null
+  std::array<NarrowProduct, kLayerProducts> narrow;
 };
 
 struct EncoderShape {
@@ -31,6 +44,8 @@ struct EncoderShape {
   bool projects = false;
   bool batch_invariant = false;  // a sequence's rows do not depend on the others, to the last bit
   bool few_tokens = true;        // a few tokens may take kernels of their own
+  bool narrow = false;           // products have weights in e4m3 too
+  bool narrow_pass = false;      // not every up product writes what follows it in e4m3 itself
 };
 
 struct EncoderInputs {

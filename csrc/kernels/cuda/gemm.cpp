@@ -164,7 +164,7 @@ cudaError_t cublaslt_linear(const Gemm& gemm, const cublasLtMatmulAlgo_t& algo, 
 }
 
 PlanKey key_of(const Gemm& gemm, const GemmNorm* norm, int device) {
-  return {{gemm_row_class(gemm.rows), gemm.n, gemm.k, gemm.dtype, gemm.activation,
+  return {{gemm_row_class(gemm.rows), gemm.n, gemm.k, gemm.weight.dtype, gemm.activation,
            gemm.residual != nullptr, norm != nullptr},
           device,
           gemm.bias != nullptr,
@@ -191,6 +191,10 @@ cudaError_t find_plan(const Gemm& gemm, const GemmNorm* norm, Plan* plan) {
   top.rows = key.key.rows_class;
   bool sure = true;
   if (!library) made.sm90 = gemm_sm90_choose(top, norm, &sure);
+  if (!made.ours() && gemm.narrow()) {
+    set_failure("no kernel here multiplies such operands in float8_e4m3fn");
+    return cudaErrorNotSupported;
+  }
   if (!made.ours()) {
     std::vector<cublasLtMatmulHeuristicResult_t> results;
     if (const cudaError_t status = heuristics(top, 1, &results); status != cudaSuccess)
@@ -218,7 +222,8 @@ cudaError_t run_plan(const Plan& plan, const Gemm& gemm, const GemmNorm* norm, v
   if (status == cudaSuccess && norm != nullptr)
     status =
         residual_layer_norm(scratch, nullptr, nullptr, norm->gamma, norm->beta, norm->eps,
-                            gemm.rows, gemm.n, gemm.dtype, gemm.output, norm->live_rows, launch);
+                            gemm.rows, gemm.n, gemm.dtype, gemm.output, norm->live_rows, launch,
+                            norm->narrow);
   return status;
 }
 
@@ -226,8 +231,10 @@ cudaError_t check(const Gemm& gemm) {
   if (gemm.rows < 0 || gemm.n <= 0 || gemm.k <= 0 ||
       (gemm.activation != Activation::kNone && gemm.residual != nullptr))
     return cudaErrorInvalidValue;
-  if (gemm.input.dtype != gemm.dtype || gemm.weight.dtype != gemm.dtype ||
-      gemm.weight.scale != nullptr) {
+  const bool narrow = gemm.narrow() && gemm.input.dtype == DType::kE4M3 &&
+                      gemm.dtype == DType::kFloat16 && gemm.weight.scale != nullptr;
+  if (!narrow && (gemm.input.dtype != gemm.dtype || gemm.weight.dtype != gemm.dtype ||
+                  gemm.weight.scale != nullptr || gemm.output_step != nullptr)) {
     set_failure("no kernel here multiplies operands of several types or scaled ones");
     return cudaErrorNotSupported;
   }
@@ -313,6 +320,8 @@ bool from_text(const std::string& text, Plan* plan) {
 
 size_t gemm_workspace_bytes() { return kWorkspaceBytes; }
 
+bool narrow_gemm_supported() { return gemm_sm90_enabled(); }
+
 int gemm_row_class(int rows) {
   if (rows <= 32) return 32;
   // 32 classes an octave: tiles fit the rows, and what fits a class's largest must fit the rest.
@@ -323,7 +332,7 @@ int gemm_row_class(int rows) {
 }
 
 cudaError_t linear(const Gemm& gemm, void* workspace, Launch launch) {
-  if (gemm.activation == Activation::kNone || gemm.residual == nullptr)
+  if (gemm.activation == Activation::kNone || gemm.residual == nullptr || gemm.narrow())
     return run(gemm, nullptr, nullptr, workspace, launch);
   // No epilogue adds after it activated.
   Gemm product = gemm;

@@ -1,7 +1,7 @@
 // Linear layers: output = epilogue(input * weight^T + bias), in fp32 accumulation.
 //
 // Two makers of the product: cuBLASLt everywhere, and kernels of our own on sm_90 for fp16 and bf16
-// (gemm_sm90.h). Which one, and which of its variants, is a plan: chosen once per shape class, kept
+// (gemm_sm90.h), which also multiply operands in e4m3, in the order along K of narrow.cuh. Which one, and which of its variants, is a plan: chosen once per shape class, kept
 // for the life of the process, and overridden by a tuning table (ft-handler tune).
 #pragma once
 
@@ -24,6 +24,10 @@ struct Gemm {
   Activation activation = Activation::kNone;  // after the bias; excludes residual
   DType dtype = DType::kFloat16;              // of bias, residual and output
   bool batch_invariant = false;               // every sum in one order, whatever the rows
+  // Device memory: output is [rows, n] in e4m3, of which 1 is worth so much. Of e4m3 operands alone.
+  const float* output_step = nullptr;
+
+  bool narrow() const { return weight.dtype == DType::kE4M3; }
 };
 
 // Layer norm over the rows of a Gemm's result; needs its own output when not fused.
@@ -32,6 +36,7 @@ struct GemmNorm {
   const void* beta = nullptr;   // [n]
   float eps = 0.f;
   const int32_t* live_rows = nullptr;  // device memory or null: rows from *live_rows on are padding
+  NarrowRows narrow;                   // [rows, n]
 };
 
 // Bytes of scratch memory that any linear() call may use; 256-byte aligned.
@@ -45,6 +50,10 @@ cudaError_t linear(const Gemm& gemm, void* workspace, Launch launch);
 // [rows, n] may be used in between.
 cudaError_t linear_layer_norm(const Gemm& gemm, const GemmNorm& norm, void* scratch,
                               void* workspace, Launch launch);
+
+// Whether the current device multiplies operands in e4m3 (sums times weight.scale, then the bias;
+// n and k are multiples of 16).
+bool narrow_gemm_supported();
 
 // The first row count at or above `rows` that has a plan of its own: a plan serves (class below,
 // class].
@@ -60,7 +69,7 @@ struct GemmKey {
   int rows_class = 0;
   int n = 0;
   int k = 0;
-  DType dtype = DType::kFloat16;
+  DType dtype = DType::kFloat16;  // of the weight
   Activation activation = Activation::kNone;
   bool residual = false;
   bool norm = false;

@@ -23,6 +23,8 @@ const void* linear_kernel(int variant, bool bfloat16);     // gemm_linear_sm90.c
 const void* but_gelu_kernel(int variant, bool bfloat16);   // all activations but GELU
 const void* norm_kernel(int variant, bool bfloat16);       // gemm_norm_sm90.cu
 const void* split_kernel(int variant, bool bfloat16);      // gemm_split_sm90.cu
+const void* fp8_kernel(int variant, bool narrow_output);   // gemm_fp8_sm90.cu
+const void* fp8_norm_kernel(int variant);                  // gemm_fp8_norm_sm90.cu
 const void* tall_half_kernel(int cluster, int index);      // gemm_tall_half_sm90.cu
 const void* tall_bfloat16_kernel(int cluster, int index);  // gemm_tall_bfloat16_sm90.cu
 
@@ -39,7 +41,8 @@ const void* tall_kernel(int index, bool bfloat16) {
 
 namespace {
 
-constexpr int kBlockK = 64;
+// Elements of K in a block of 128 bytes.
+int block_k(const Gemm& gemm) { return gemm.narrow() ? 128 : 64; }
 
 // Microseconds, fitted to measurements on an H200 (docs/kernels.md):
 // fixed + rounds * (round + k / 64 * (block + heavy * gflop / 100) (+ gelu)).
@@ -65,11 +68,22 @@ struct Variant {
   int box_rows, box_columns;           // of an output box
   int splits;                          // of K, over the blocks of a cluster
   int cluster, sharers, threads, shared_bytes;
+  int narrow_bytes;  // shared memory of the kernel of e4m3 operands, 0: there is none
   bool norm;
   Cost cost;
 
   constexpr bool tall() const { return name == nullptr; }
 };
+
+// Clusters that split K among them have no kernel of e4m3 operands.
+template <typename Config>
+constexpr int narrow_bytes() {
+  if constexpr (Config::kSplits > 1) {
+    return 0;
+  } else {
+    return sm90::ScaledConfig<Config>::kSharedBytes;
+  }
+}
 
 template <typename Config>
 constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), int index,
@@ -87,6 +101,7 @@ constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), in
           Config::kSharers,
           Config::kThreads,
           Config::kSharedBytes,
+          narrow_bytes<Config>(),
           Config::kNorm,
           cost};
 }
@@ -108,12 +123,13 @@ constexpr Variant tall(int index) {
           kTokens,
           Config::kFeatures,
           Config::kChunk,
-          kBlockK,
+          64,
           1,
           kCluster,
           1,
           Config::kThreads,
           Config::kSharedBytes,
+          0,
           Config::kNorm,
           kCost};
 }
@@ -245,16 +261,54 @@ struct Launchable {
   bool sure() const { return status == cudaSuccess || status == cudaErrorNotSupported; }
 };
 
+// Which of a variant's kernels a problem takes.
+enum Flavour : int {
+  kHalf,
+  kBFloat16,
+  kHalfButGelu,
+  kBFloat16ButGelu,
+  kNarrow,
+  kNarrowOutput,
+  kFlavours,
+};
+
+Flavour flavour_of(const Gemm& gemm) {
+  if (gemm.narrow()) return gemm.output_step != nullptr ? kNarrowOutput : kNarrow;
+  const bool but_gelu = gemm.activation != Activation::kNone && gemm.activation != Activation::kGelu;
+  if (gemm.dtype == DType::kBFloat16) return but_gelu ? kBFloat16ButGelu : kBFloat16;
+  return but_gelu ? kHalfButGelu : kHalf;
+}
+
+const void* kernel_of(const Variant& variant, Flavour flavour) {
+  switch (flavour) {
+    case kHalf:
+    case kBFloat16:
+      return variant.kernel(variant.index, flavour == kBFloat16);
+    case kHalfButGelu:
+    case kBFloat16ButGelu:
+      return variant.but_gelu(variant.index, flavour == kBFloat16ButGelu);
+    default:
+      return variant.norm ? sm90::fp8_norm_kernel(variant.index)
+                          : sm90::fp8_kernel(variant.index, flavour == kNarrowOutput);
+  }
+}
+
+int shared_bytes_of(const Variant& variant, const Gemm& gemm) {
+  return gemm.narrow() ? variant.narrow_bytes : variant.shared_bytes;
+}
+
 // Raises the kernel's shared-memory limit and asks how many clusters fit, once a device.
-Launchable launchable(int v, bool bfloat16, int device, bool but_gelu = false) {
-  static std::array<std::array<PerDevice<Launchable>, 4>, kVariants.size()> known;
+Launchable launchable(int v, const Gemm& gemm, int device) {
+  static std::array<std::array<PerDevice<Launchable>, kFlavours>, kVariants.size()> known;
   const Launchable* found = nullptr;
-  auto& slot = known[v][2 * but_gelu + bfloat16];
+  const Flavour flavour = flavour_of(gemm);
+  auto& slot = known[v][flavour];
   const cudaError_t status = slot.get(device, &found, [&](Launchable& made) {
     const Variant& variant = kVariants[v];
-    made.kernel = (but_gelu ? variant.but_gelu : variant.kernel)(variant.index, bfloat16);
+    made.kernel = kernel_of(variant, flavour);
+    const int shared_bytes = shared_bytes_of(variant, gemm);
     cudaError_t status = cudaFuncSetAttribute(
-        made.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes);
+        made.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -263,7 +317,7 @@ Launchable launchable(int v, bool bfloat16, int device, bool but_gelu = false) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(variant.cluster));
     config.blockDim = dim3(static_cast<unsigned>(variant.threads));
-    config.dynamicSmemBytes = static_cast<size_t>(variant.shared_bytes);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.attrs = &attribute;
     config.numAttrs = 1;
     status = cudaOccupancyMaxActiveClusters(&made.clusters, made.kernel, &config);
@@ -306,7 +360,7 @@ int tile_of(Sm90Plan plan, const Gemm& gemm, int device) {
   const Family* family = family_of(plan);
   if (family == nullptr) return plan.variant;
   const int capacity =
-      plan.rounds * launchable(family->begin, gemm.dtype == DType::kBFloat16, device).clusters;
+      plan.rounds * launchable(family->begin, gemm, device).clusters;
   int v = family->begin;
   while (v + 1 < family->end && cluster_tiles_of(kVariants[v], gemm) * plan.splits > capacity) ++v;
   return v;
@@ -316,7 +370,7 @@ int tile_of(Sm90Plan plan, const Gemm& gemm, int device) {
 float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, int device) {
   const int tile = tile_of(plan, gemm, device);
   const Variant& variant = kVariants[tile];
-  const Launchable ready = launchable(tile, gemm.dtype == DType::kBFloat16, device);
+  const Launchable ready = launchable(tile, gemm, device);
   if (ready.status != cudaSuccess) return -1.f;
   const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
   const int tiles = cluster_tiles_of(variant, gemm) * plan.splits;
@@ -327,10 +381,12 @@ float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, int device
   if (const int rest = tiles % ready.clusters; rest > 0)
     rounds += least + (1 - least) * static_cast<float>(rest) / static_cast<float>(ready.clusters);
   const Cost& cost = variant.cost;
-  const float gflop = 2e-3f * elements * static_cast<float>(gemm.k);
+  // A block of K takes the tensor cores as long whatever its elements are.
+  const float gflop = 2e-3f * elements * static_cast<float>(gemm.k) * 64 /
+                      static_cast<float>(block_k(gemm));
   const float block = cost.block + cost.heavy * std::min(gflop, 128.f) / 100;
   const auto blocks =
-      static_cast<float>(tiles_of(tiles_of(gemm.k, kBlockK), plan.splits * variant.splits));
+      static_cast<float>(tiles_of(tiles_of(gemm.k, block_k(gemm)), plan.splits * variant.splits));
   float time =
       cost.fixed + rounds * (cost.round + blocks * block + (activates(gemm) ? cost.gelu : 0.f));
   if (plan.splits > 1) time += 1.7f * static_cast<float>(plan.splits) * elements;
@@ -345,8 +401,8 @@ float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, int device
 }
 
 // Attributes of a launch in clusters, with programmatic dependent launch or without.
-cudaError_t launch_variant(const Variant& variant, const void* kernel, int clusters, Launch launch,
-                           void** arguments) {
+cudaError_t launch_variant(const Variant& variant, const void* kernel, int shared_bytes,
+                           int clusters, Launch launch, void** arguments) {
   std::array<cudaLaunchAttribute, 2> attributes{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = static_cast<unsigned>(variant.cluster);
@@ -356,7 +412,7 @@ cudaError_t launch_variant(const Variant& variant, const void* kernel, int clust
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(clusters * variant.cluster));
   config.blockDim = dim3(static_cast<unsigned>(variant.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(variant.shared_bytes);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = launch.stream;
   config.attrs = attributes.data();
   config.numAttrs = launch.pdl ? 2 : 1;
@@ -370,25 +426,26 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
   if (const cudaError_t status = current_device(&device); status != cudaSuccess) return status;
   const int tile = tile_of(plan, gemm, device->index);
   const Variant& variant = kVariants[tile];
-  const Launchable ready = launchable(tile, gemm.dtype == DType::kBFloat16, device->index,
-                                      activates(gemm) && !is_gelu(gemm));
+  const Launchable ready = launchable(tile, gemm, device->index);
   if (ready.status != cudaSuccess) return ready.status;
 
   const int tiles = cluster_tiles_of(variant, gemm) * plan.splits;
   // The side that is shared is fetched in equal parts by the cluster's blocks.
   const int input_box = variant.norm ? variant.m / variant.sharers : variant.m;
   const int weight_box = variant.norm ? variant.n : variant.n / variant.sharers;
-  CUtensorMap input, weight, residual, output;
+  CUtensorMap input, weight, residual, output, narrow;
   cudaError_t status = tensor_map(
-      {gemm.input.data, gemm.rows, gemm.k, input_box, kBlockK, gemm.input.dtype}, &input);
+      {gemm.input.data, gemm.rows, gemm.k, input_box, block_k(gemm), gemm.input.dtype}, &input);
   if (status == cudaSuccess)
-    status = tensor_map({gemm.weight.data, gemm.n, gemm.k, weight_box, kBlockK, gemm.weight.dtype},
-                        &weight);
+    status = tensor_map(
+        {gemm.weight.data, gemm.n, gemm.k, weight_box, block_k(gemm), gemm.weight.dtype}, &weight);
   MapKey finished{gemm.output,      gemm.rows,           gemm.n,
                   variant.box_rows, variant.box_columns, gemm.dtype};
+  if (gemm.output_step != nullptr) finished.dtype = DType::kE4M3;
   if (status == cudaSuccess) status = tensor_map(finished, &output);
   residual = output;
   finished.data = gemm.residual;
+  finished.dtype = gemm.dtype;
   if (status == cudaSuccess && gemm.residual != nullptr) status = tensor_map(finished, &residual);
   if (status != cudaSuccess) return status;
 
@@ -405,18 +462,18 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
     p.partials = partials;
     p.rows = gemm.rows;
     p.n = gemm.n;
-    p.k_blocks = tiles_of(gemm.k, kBlockK);
+    p.k_blocks = tiles_of(gemm.k, block_k(gemm));
     p.feature_tiles = tiles_of(gemm.n, variant.n);
     p.splits = plan.splits;
     p.items = tiles;
     p.gelu = is_gelu(gemm);
     void* arguments[] = {&input, &weight, &residual, &output, &p};
-    return launch_variant(variant, ready.kernel, clusters, launch, arguments);
+    return launch_variant(variant, ready.kernel, variant.shared_bytes, clusters, launch, arguments);
   }
   sm90::GemmParameters p{};
   p.bias = gemm.bias;
   p.n = gemm.n;
-  p.k_blocks = tiles_of(gemm.k, kBlockK);
+  p.k_blocks = tiles_of(gemm.k, block_k(gemm));
   p.n_tiles = tiles_of(gemm.n, variant.n);
   p.cluster_tiles = tiles;
   p.gelu = is_gelu(gemm);
@@ -427,8 +484,20 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
     p.beta = norm->beta;
     p.eps = norm->eps;
   }
-  void* arguments[] = {&input, &weight, &residual, &output, &p};
-  return launch_variant(variant, ready.kernel, clusters, launch, arguments);
+  p.scale = gemm.weight.scale;
+  p.out_scale = gemm.output_step;
+  narrow = output;
+  if (variant.norm && norm->narrow.rows != nullptr) {
+    p.out_scale = norm->narrow.step;
+    status = tensor_map({norm->narrow.rows, gemm.rows, gemm.n, variant.box_rows,
+                         variant.box_columns, DType::kE4M3},
+                        &narrow);
+    if (status != cudaSuccess) return status;
+  }
+  void* plain[] = {&input, &weight, &residual, &output, &p};
+  void* with_copy[] = {&input, &weight, &residual, &output, &narrow, &p};
+  return launch_variant(variant, ready.kernel, shared_bytes_of(variant, gemm), clusters, launch,
+                        gemm.narrow() ? with_copy : plain);
 }
 
 }  // namespace
@@ -455,13 +524,25 @@ Sm90Plan gemm_sm90_named(const std::string& name) {
   return {};
 }
 
-bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
+bool gemm_sm90_enabled() {
   static const bool enabled = environment_switch("FT_HANDLER_SM90_GEMM").value_or(true);
   const DeviceProperties* device = nullptr;
-  if (!enabled || current_device(&device) != cudaSuccess) return false;
+  return enabled && current_device(&device) == cudaSuccess && device->major == 9 &&
+         device->minor == 0;
+}
+
+bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
+  if (!gemm_sm90_enabled() || gemm.dtype == DType::kFloat32) return false;
   const Variant& variant = kind_of(plan);
-  if (device->major != 9 || device->minor != 0 || gemm.dtype == DType::kFloat32) return false;
-  if (gemm.input.dtype != gemm.dtype || gemm.weight.dtype != gemm.dtype) return false;
+  if (gemm.narrow()) {
+    if (gemm.input.dtype != DType::kE4M3 || gemm.dtype != DType::kFloat16 ||
+        variant.narrow_bytes == 0 || gemm.n % 16 != 0 || gemm.k % 16 != 0 ||
+        (activates(gemm) && !is_gelu(gemm)) || (norm == nullptr && variant.norm) ||
+        (gemm.output_step != nullptr && norm != nullptr))
+      return false;
+  } else if (gemm.input.dtype != gemm.dtype || gemm.weight.dtype != gemm.dtype) {
+    return false;
+  }
   if (activates(gemm) && !is_gelu(gemm) && variant.but_gelu == nullptr) return false;
   if (variant.norm && norm == nullptr) return false;
   if (variant.norm && (gemm.n != variant.n * variant.cluster || activates(gemm))) return false;
@@ -469,9 +550,9 @@ bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
   if (variant.tall() && (gemm.n % 64 != 0 || (gemm.residual != nullptr && norm == nullptr)))
     return false;
   if (variant.tall() && variant.norm && gemm.residual == nullptr) return false;
-  if (variant.splits > tiles_of(gemm.k, kBlockK)) return false;
+  if (variant.splits > tiles_of(gemm.k, block_k(gemm))) return false;
   if (plan.splits > 1 &&
-      (norm == nullptr || variant.norm || plan.splits > tiles_of(gemm.k, kBlockK) ||
+      (norm == nullptr || variant.norm || plan.splits > tiles_of(gemm.k, block_k(gemm)) ||
        partial_bytes(gemm, plan.splits) > gemm_workspace_bytes()))
     return false;
   return gemm.n % 8 == 0 && gemm.k % 8 == 0 && aligned(gemm.input.data) &&
@@ -489,7 +570,7 @@ std::vector<Sm90Plan> plans_of(const Gemm& gemm, const GemmNorm* norm, bool* sur
     return {};
   }
   const auto ask = [&](int v) {
-    const Launchable asked = launchable(v, gemm.dtype == DType::kBFloat16, device->index);
+    const Launchable asked = launchable(v, gemm, device->index);
     *sure = *sure && asked.sure();
     return asked;
   };
@@ -541,6 +622,7 @@ Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm, bool* sure) {
   const DeviceProperties* device = nullptr;
   const std::vector<Sm90Plan> plans = plans_of(gemm, norm, sure);
   if (plans.empty() || current_device(&device) != cudaSuccess) return {};
+  if (gemm.narrow()) return plans.front();  // cuBLASLt has no such epilogues
   const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
   const LibraryCost library = activates(gemm)   ? LibraryCost{5.0f, 0.81f, 0.38f, 2.1f}
                               : norm == nullptr ? LibraryCost{5.0f, 1.42f, 0.24f, 0.f}
@@ -581,7 +663,8 @@ cudaError_t gemm_sm90(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, voi
     const cudaError_t status = product(plan, before, nullptr, nullptr, launch);
     if (status != cudaSuccess) return status;
     return residual_layer_norm(scratch, nullptr, residual, norm->gamma, norm->beta, norm->eps,
-                               gemm.rows, gemm.n, gemm.dtype, gemm.output, norm->live_rows, launch);
+                               gemm.rows, gemm.n, gemm.dtype, gemm.output, norm->live_rows, launch,
+                               norm->narrow);
   }
   auto* const partials = static_cast<float*>(workspace);
   const cudaError_t status = product(plan, before, nullptr, partials, launch);
@@ -599,6 +682,7 @@ namespace ft::cuda {
 
 std::string gemm_sm90_name(Sm90Plan) { return {}; }
 Sm90Plan gemm_sm90_named(const std::string&) { return {}; }
+bool gemm_sm90_enabled() { return false; }
 bool gemm_sm90_supports(Sm90Plan, const Gemm&, const GemmNorm*) { return false; }
 std::vector<Sm90Plan> gemm_sm90_plans(const Gemm&, const GemmNorm*) { return {}; }
 Sm90Plan gemm_sm90_choose(const Gemm&, const GemmNorm*, bool* sure) {

@@ -1,4 +1,4 @@
-// GEMM kernels for sm_90 (wgmma, bulk tensor copies, clusters), fp16 and bf16.
+// GEMM kernels for sm_90 (wgmma, bulk tensor copies, clusters), fp16, bf16 and e4m3.
 #pragma once
 
 #include <string>
@@ -23,6 +23,10 @@ std::string gemm_sm90_name(Sm90Plan plan);
 
 // The plan of that name; variant -1 when this build has none.
 Sm90Plan gemm_sm90_named(const std::string& name);
+
+// Whether the current device runs these kernels: an sm_90, unless FT_HANDLER_SM90_GEMM in the
+// environment at first use says no.
+bool gemm_sm90_enabled();
 
 // Whether the plan can run this problem on the current device (alignment, sizes, epilogue, chip).
 bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm);

@@ -33,6 +33,13 @@ struct Launch {
   bool pdl = false;
 };
 
+// A second copy of a kernel's rows in e4m3, in the order that products of such operands read
+// (narrow.cuh). Kernels that write one take it last; without rows there is none.
+struct NarrowRows {
+  void* rows = nullptr;         // [rows, width], width a multiple of 16
+  const float* step = nullptr;  // device memory: what 1 of the copy is worth
+};
+
 // ---- padding -----------------------------------------------------------------------------------
 
 // What padding_count leaves in device memory for the one host read that sizes the outputs.
@@ -96,7 +103,7 @@ cudaError_t embedding_layer_norm(const void* input_ids,        // [tokens], id_t
                                  const void* beta,   // [hidden]
                                  float eps, DType dtype,
                                  void* output,  // [tokens, hidden]
-                                 Launch launch);
+                                 Launch launch, NarrowRows narrow = {});
 
 // LayerNorm(input + bias + residual) per row; bias and residual may be null. Output may be input or
 // residual. `live_rows`, device memory or null: rows at or beyond *live_rows become zeros.
@@ -107,7 +114,10 @@ cudaError_t residual_layer_norm(const void* input,     // [rows, hidden]
                                 const void* beta,      // [hidden]
                                 float eps, int rows, int hidden, DType dtype,
                                 void* output,  // [rows, hidden]
-                                const int32_t* live_rows, Launch launch);
+                                const int32_t* live_rows, Launch launch, NarrowRows narrow = {});
+
+// Whether the layer norms write a copy in e4m3 of rows so long.
+bool narrow_norm_fits(int hidden);
 
 // The same over GEMM partial sums in fp32: LayerNorm(sum_s partials[s] + bias + residual), so that
 // a split-K GEMM needs no reduction of its own.
@@ -129,6 +139,13 @@ cudaError_t bias_activation(const void* input,     // [rows, width]
                             Activation activation, int rows, int width, DType dtype,
                             void* output,  // [rows, width]
                             const int32_t* live_rows, Launch launch);
+
+// Rows in e4m3 for products of such operands, where no kernel before wrote them so.
+cudaError_t narrow_rows(const void* input,  // [rows, width]
+                        int rows, int width, DType dtype, NarrowRows narrow, Launch launch);
+
+// A weight's e4m3 elements in the order in which products read them along K, a multiple of 16.
+cudaError_t narrow_order(const void* weight, int64_t elements, void* output, Launch launch);
 
 // ---- attention ---------------------------------------------------------------------------------
 
@@ -156,13 +173,14 @@ cudaError_t attention_plan(const AttentionShape& shape,
                            Launch launch);
 
 // softmax(q k^T / sqrt(head_dim) + bias) v within each sequence, no mask. A relative bias adds, to
-// query i and key j of a head, what stands in the head's column clamp(j - i, -D, D) + D.
+// query i and key j of a head, what stands in the head's column clamp(j - i, -D, D) + D. With
+// `narrow` its rows alone are written, and `output` is scratch memory of its size.
 cudaError_t varlen_attention(const AttentionShape& shape,
                              const void* qkv,  // [tokens, 3 * num_heads * head_dim]: q | k | v
                              const void* relative_bias,  // [num_heads, 2 * bias_reach + 1] or null
                              const void* plan,  // written by attention_plan for these cu_seqlens
                              void* output,      // [tokens, num_heads * head_dim]
-                             Launch launch);
+                             Launch launch, NarrowRows narrow = {});
 
 // ---- pooling -----------------------------------------------------------------------------------
 

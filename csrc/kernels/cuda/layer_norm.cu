@@ -14,9 +14,10 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
                                int splits, const T* bias,  // [hidden] or null
                                const T* residual,          // [rows, hidden] or null
                                const T* gamma, const T* beta, float eps, int rows, int hidden,
-                               T* output, const int32_t* live_rows) {
+                               T* output, const int32_t* live_rows, NarrowRows narrow_rows) {
   pdl_launch_dependents();
   // Parameters do not depend on the kernel before: read them while it drains.
+  const NarrowWriter narrow(narrow_rows);
   RowWeights<T, kThreads, kVecs> weights;
   weights.load(gamma, beta, hidden);
   float x[kVecs][8] = {};
@@ -32,15 +33,8 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
   const int row = blockIdx.x * (blockDim.x / kThreads) + threadIdx.x / kThreads;
   if (row >= rows) return;
   const int64_t begin = static_cast<int64_t>(row) * hidden;
-  if (live_rows != nullptr && row >= *live_rows) {
-    const float zeros[8] = {};
-#pragma unroll
-    for (int v = 0; v < kVecs; ++v) {
-      const int column = row_column<kThreads>(v);
-      if (column < hidden) Vec8<T>::store(output + begin + column, zeros);
-    }
-    return;
-  }
+  if (live_rows != nullptr && row >= *live_rows)
+    return clear_row<T, kThreads, kVecs>(hidden, begin, output, narrow);
   const int64_t stride = static_cast<int64_t>(rows) * hidden;
   // All loads of a row are in flight before the first is used.
   Vec8<Input> first[kVecs];
@@ -75,7 +69,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
 #pragma unroll
       for (int v = 0; v < kVecs; ++v) next[i][v].add_to(x[v]);
   }
-  normalize_row<T, kThreads, kVecs>(x, weights, hidden, eps, output + begin);
+  normalize_row<T, kThreads, kVecs>(x, weights, hidden, eps, begin, output, narrow);
 }
 
 // Any hidden size: a block per row, one element at a time, the row read three times.
@@ -122,13 +116,15 @@ template <typename T, typename Input>
 cudaError_t launch_residual_layer_norm(const Input* input, int splits, const void* bias_,
                                        const void* residual_, const void* gamma_, const void* beta_,
                                        float eps, int rows, int hidden, void* output_,
-                                       const int32_t* live_rows, Launch launch) {
+                                       const int32_t* live_rows, Launch launch,
+                                       NarrowRows narrow = {}) {
   const auto* bias = static_cast<const T*>(bias_);
   const auto* residual = static_cast<const T*>(residual_);
   const auto* gamma = static_cast<const T*>(gamma_);
   const auto* beta = static_cast<const T*>(beta_);
   auto* output = static_cast<T*>(output_);
   if (!fits_row_shape(hidden)) {
+    if (narrow.rows != nullptr) return cudaErrorInvalidValue;
     return launch_kernel(residual_layer_norm_any_kernel<T, Input>, rows, kBlockThreads, 0, launch,
                          input, splits, bias, residual, gamma, beta, eps, rows, hidden, output,
                          live_rows);
@@ -137,7 +133,7 @@ cudaError_t launch_residual_layer_norm(const Input* input, int splits, const voi
     const int per_block = rows_per_block(rows, kThreads);
     return launch_kernel(residual_layer_norm_kernel<T, Input, kThreads, kVecs>,
                          (rows + per_block - 1) / per_block, kThreads * per_block, 0, launch, input,
-                         splits, bias, residual, gamma, beta, eps, rows, hidden, output, live_rows);
+                         splits, bias, residual, gamma, beta, eps, rows, hidden, output, live_rows, narrow);
   };
   // Many sums to wait for: a vector of each a thread, so that all of them are in flight.
   if (splits > 1 && hidden <= 8 * kSplitThreads)
@@ -150,14 +146,17 @@ cudaError_t launch_residual_layer_norm(const Input* input, int splits, const voi
 cudaError_t residual_layer_norm(const void* input, const void* bias, const void* residual,
                                 const void* gamma, const void* beta, float eps, int rows,
                                 int hidden, DType dtype, void* output, const int32_t* live_rows,
-                                Launch launch) {
+                                Launch launch, NarrowRows narrow) {
   if (rows < 0 || hidden <= 0) return cudaErrorInvalidValue;
   return dispatch_dtype(dtype, [&]<typename T>() {
     if (rows == 0) return cudaSuccess;
     return launch_residual_layer_norm<T>(static_cast<const T*>(input), 1, bias, residual, gamma,
-                                         beta, eps, rows, hidden, output, live_rows, launch);
+                                         beta, eps, rows, hidden, output, live_rows, launch,
+                                         narrow);
   });
 }
+
+bool narrow_norm_fits(int hidden) { return hidden % 16 == 0 && fits_row_shape(hidden); }
 
 cudaError_t residual_layer_norm_partials(const float* partials, int splits, const void* bias,
                                          const void* residual, const void* gamma, const void* beta,

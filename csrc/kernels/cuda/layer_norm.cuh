@@ -1,7 +1,7 @@
 // One row's layer norm from registers, shared by the residual and the embedding kernels.
 #pragma once
 
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/narrow.cuh"
 
 namespace ft::cuda {
 
@@ -31,12 +31,14 @@ struct RowWeights {
   }
 };
 
-// Mean, then the sum of squared deviations: both from registers, so the second pass costs no
+// The row that begins at element `begin` of the output, and its copy. Mean, then the sum of squared
+// deviations: both from registers, so the second pass costs no
 // traffic and does not cancel.
 template <typename T, int kThreads, int kVecs>
 __device__ __forceinline__ void normalize_row(float (&x)[kVecs][8],
                                               const RowWeights<T, kThreads, kVecs>& weights,
-                                              int hidden, float eps, T* output) {
+                                              int hidden, float eps, int64_t begin, T* output,
+                                              const NarrowWriter& narrow) {
   __shared__ float scratch[2][kThreads / 32];
   float sum = 0.f;
 #pragma unroll
@@ -58,14 +60,30 @@ __device__ __forceinline__ void normalize_row(float (&x)[kVecs][8],
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     const int column = row_column<kThreads>(v);
+    float y[8] = {};
     if (column < hidden) {
-      float gamma[8] = {}, y[8] = {};
+      float gamma[8] = {};
       weights.gamma[v].add_to(gamma);
       weights.beta[v].add_to(y);
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] += (x[v][i] - mean) * scale * gamma[i];
-      Vec8<T>::store(output + column, y);
+      Vec8<T>::store(output + begin + column, y);
     }
+    narrow.write(begin + column, y, column < hidden);
+  }
+}
+
+// Zeros, in the place of a row of padding.
+template <typename T, int kThreads, int kVecs>
+__device__ __forceinline__ void clear_row(int hidden, int64_t begin, T* output,
+                                          const NarrowWriter& narrow) {
+  const float zeros[8] = {};
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+    const int column = row_column<kThreads>(v);
+    if (column >= hidden) continue;
+    Vec8<T>::store(output + begin + column, zeros);
+    if (narrow.rows != nullptr) *reinterpret_cast<uint2*>(narrow.rows + begin + column) = {};
   }
 }
 
@@ -121,6 +139,7 @@ cudaError_t dispatch_dtype(DType dtype, Body&& body) {
     case DType::kBFloat16:
       return body.template operator()<__nv_bfloat16>();
     case DType::kInt8:
+    case DType::kE4M3:
       break;
   }
   return cudaErrorInvalidValue;

@@ -58,6 +58,8 @@ const char* dtype_name(DType dtype) {
       return "float16";
     case DType::kBFloat16:
       return "bfloat16";
+    case DType::kE4M3:
+      return "float8_e4m3fn";
     case DType::kInt8:
       break;
   }

@@ -47,23 +47,26 @@ inline CUresult encode_byte_map(CUtensorMap* map, const void* matrix, int rows, 
                 promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-// The map of a row-major matrix of 16-bit elements, in boxes of 32 or 64 columns that lie swizzled
-// over their whole width. CUDA_ERROR_NOT_SUPPORTED: the driver has no encoder.
+// The map of a row-major matrix of 16-bit or 8-bit elements, in boxes of 64 or 128 bytes a row that
+// lie swizzled over their whole width. CUDA_ERROR_NOT_SUPPORTED: the driver has no encoder.
 inline CUresult encode_tensor_map(CUtensorMap* map, DType dtype, const void* matrix, int rows,
                                   int columns, int box_rows, int box_columns,
                                   CUtensorMapL2promotion promotion) {
   const EncodeTiled encode = tensor_map_encoder();
   if (encode == nullptr) return CUDA_ERROR_NOT_SUPPORTED;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {2 * sizes[0]};
+  const auto width = static_cast<cuuint64_t>(size_of(dtype));
+  const cuuint64_t strides[1] = {width * sizes[0]};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns),
                              static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   return encode(
       map,
-      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      dtype == DType::kE4M3      ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+      : dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       2, const_cast<void*>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B, promotion,
+      width * box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B, promotion,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
