@@ -12,7 +12,8 @@ namespace {
 
 template <typename Plain, typename Out>
 int launch(const void* x, const void* w, const float* scale, const void* bias, const void* residual,
-           void* out, int rows, int n, int k, bool gelu, float out_scale, cudaStream_t stream) {
+           void* out, int rows, int n, int k, bool gelu, const float* out_scale,
+           cudaStream_t stream) {
   using Config = ScaledConfig<Plain>;
   const void* kernel =
       reinterpret_cast<const void*>(gemm_kernel<__half, Config, false, __nv_fp8_e4m3, Out>);
@@ -79,7 +80,7 @@ int launch(const void* x, const void* w, const float* scale, const void* bias, c
 // variant: which tile; narrow: the output is e4m3. 0 where it was launched.
 extern "C" int fp8_gemm(const void* x, const void* w, const float* scale, const void* bias,
                         const void* residual, void* out, int rows, int n, int k, int gelu,
-                        float out_scale, int narrow, int variant, void* stream) {
+                        const float* out_scale, int narrow, int variant, void* stream) {
   const auto with = [&]<typename Config>(Config) {
     const auto s = static_cast<cudaStream_t>(stream);
     return narrow ? launch<Config, __nv_fp8_e4m3>(x, w, scale, bias, residual, out, rows, n, k,

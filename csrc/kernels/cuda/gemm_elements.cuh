@@ -1,4 +1,8 @@
 // Elements in pairs for the epilogues of the sm_90 GEMM kernels.
+//
+// The order of an e4m3 matrix: a lane's neighbours in two groups of eight columns become neighbours
+// in memory. Of each 16 columns, place 4q + {0, 1, 2, 3} holds {2q, 2q + 1, 8 + 2q, 8 + 2q + 1}.
+// The weight that reads it has its columns in the same order.
 #pragma once
 
 #include <cuda_bf16.h>

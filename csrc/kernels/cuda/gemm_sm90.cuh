@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       return staging + buffer * Config::kChunkBytes + (part * 64 + matrix_row) * 128 +
              (((pair * 2 + (lane >> 4)) ^ (lane & 7)) << 4);
     };
+    const float units = kNarrow ? 1.f / __ldg(p.out_scale) : 1.f;  // of the output's in a 1
     float acc[kParts][kN / 2];
     uint32_t chunk_count = 0;  // chunks this warpgroup has passed through its buffers
     uint32_t own = 0;          // tiles of this warpgroup so far
@@ -221,8 +222,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       };
       const auto write_chunk = [&](int chunk, int buffer) {
         if constexpr (kNarrow) {
-          // A lane's neighbours in two groups of eight columns become neighbours in memory: the
-          // weight's rows lie in the order that makes up for it.
 #pragma unroll
           for (int part = 0; part < kParts; ++part)
 #pragma unroll
@@ -235,16 +234,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                              pack_e4m3(x[8], x[9], x[12], x[13]),
                              pack_e4m3(x[10], x[11], x[14], x[15]));
             }
-          return;
+        } else {
+#pragma unroll
+          for (int part = 0; part < kParts; ++part)
+#pragma unroll
+            for (int pair = 0; pair < 4; ++pair) {
+              const float* x = &acc[part][(chunk * 8 + pair * 2) * 4];
+              store_matrices(matrix_at(buffer, part, pair), pack<T>(x[0], x[1]),
+                             pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+            }
         }
-#pragma unroll
-        for (int part = 0; part < kParts; ++part)
-#pragma unroll
-          for (int pair = 0; pair < 4; ++pair) {
-            const float* x = &acc[part][(chunk * 8 + pair * 2) * 4];
-            store_matrices(matrix_at(buffer, part, pair), pack<T>(x[0], x[1]), pack<T>(x[2], x[3]),
-                           pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
-          }
       };
 
       if constexpr (!kNorm) {
@@ -278,7 +277,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
             for (int part = 0; part < kParts; ++part)
 #pragma unroll
-              for (int i = 0; i < 32; ++i) acc[part][chunk * 32 + i] *= p.out_scale;
+              for (int i = 0; i < 32; ++i) acc[part][chunk * 32 + i] *= units;
           }
           write_chunk(chunk, buffer);
           async_proxy_fence();

@@ -17,9 +17,12 @@ struct GemmParameters {
   bool gelu;
   bool residual;
   Activation activation;  // of kernels that know all but GELU
-  // 8-bit operands: [n], what a column's sums are worth; and what an 8-bit output is multiplied by
-  const float* scale;
-  float out_scale;
+  // Of e4m3 operands, in device memory.
+  const float* scale;      // [n], what a unit of a column's sums is worth
+  const float* out_scale;  // [1], what a unit of the e4m3 output or copy is worth, or null
+  // Norm variants: [rows, n], an e4m3 copy of the output in the order of gemm_elements.cuh, or null
+  void* narrow;
+  int rows;
 };
 
 struct TallParameters {
