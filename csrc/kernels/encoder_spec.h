@@ -135,8 +135,9 @@ struct EncoderOptions {
 };
 
 // A tensor's shape: [layers or 1, rows, columns] where `stacked`, else [rows, columns]; without
-// columns a vector, without rows a number a layer. Rows or columns -1: any; the columns of kRelativeBias are 2 D + 1, and what is
-// added for query i and key j stands in column clamp(j - i, -D, D) + D.
+// columns a vector, without rows a number a layer. Rows or columns -1: any; the columns of
+// kRelativeBias are 2 D + 1, and what is added for query i and key j stands in column clamp(j - i,
+// -D, D) + D.
 struct EncoderWeightShape {
   bool stacked;
   int64_t rows, columns;
@@ -304,12 +305,12 @@ inline void check_encoder_spec(const EncoderSpec& s) {
 }
 
 // "hidden=768 embedding=768 layers=12 heads=12 intermediate=3072 activation=gelu eps=1e-12
-// weights=embeddings.word,..." in any order, and where there are e4m3 weights perhaps "floats=up:0".
-// Throws std::runtime_error, in words.
+// weights=embeddings.word,..." in any order, and where there are e4m3 weights perhaps
+// "floats=up:0". Throws std::runtime_error, in words.
 inline EncoderSpec parse_encoder_spec(std::string_view text) {
   using spec_detail::number_of;
-  constexpr std::array kKeys{"hidden",       "embedding",  "layers", "heads",
-                             "intermediate", "activation", "eps",    "weights", "floats"};
+  constexpr std::array kKeys{"hidden",     "embedding", "layers",  "heads", "intermediate",
+                             "activation", "eps",       "weights", "floats"};
   EncoderSpec spec;
   std::array<bool, kKeys.size()> seen{};
   spec_detail::for_words(text, ' ', [&](std::string_view word) {

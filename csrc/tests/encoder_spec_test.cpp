@@ -7,6 +7,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -35,11 +36,12 @@ void refused(const std::function<void()>& call, const std::string& words) {
 const std::string kSizes =
     "hidden=64 embedding=64 layers=2 heads=2 intermediate=100 activation=gelu eps=1e-12 ";
 
-std::string weights(bool projection, bool bias = false) {
+std::string weights(bool projection, bool bias = false, bool narrow = false) {
   std::string names = "weights=";
   for (int w = 0; w < ft::kEncoderWeightCount; ++w) {
     if (!projection && (w == ft::kProjectionWeight || w == ft::kProjectionBias)) continue;
     if (!bias && w == ft::kRelativeBias) continue;
+    if (!narrow && w >= ft::kQkvNarrow) continue;
     names += (names.back() == '=' ? "" : ",") + std::string(ft::kEncoderWeightNames[w]);
   }
   return names;
@@ -109,6 +111,35 @@ void test_spec() {
   refused([] { ft::parse_encoder_spec(""); }, "lacks its hidden");
 }
 
+void test_narrow() {
+  const std::string whole = kSizes + weights(false, false, true);
+  const ft::EncoderSpec spec = ft::parse_encoder_spec(whole + " floats=qkv:1;down:0,1");
+  require(spec.narrow() && spec.tensors == 29 && spec.floats[ft::kQkv] == std::vector<int64_t>{1} &&
+              spec.floats[ft::kDown] == std::vector<int64_t>{0, 1} && spec.floats[ft::kUp].empty(),
+          "products that do without e4m3");
+  require(
+      ft::kEncoderWeightNames[ft::narrow_weight(ft::kDown)] == std::string("layers.down.narrow") &&
+          ft::kEncoderWeightNames[ft::narrow_scale(ft::kUp)] ==
+              std::string("layers.up.narrow_scale") &&
+          ft::kEncoderWeightNames[ft::input_scale(ft::kOut)] ==
+              std::string("layers.out.input_scale"),
+      "names of e4m3 tensors");
+  const auto shape = [&](ft::EncoderWeight weight) { return ft::shape_of(spec, weight); };
+  require(shape(ft::kDownNarrow).rows == 64 && shape(ft::kDownNarrow).columns == 100 &&
+              shape(ft::kQkvNarrowScale).rows == 192 && shape(ft::kQkvNarrowScale).columns == 0 &&
+              shape(ft::kUpInputScale).stacked && shape(ft::kUpInputScale).rows == 0,
+          "shapes of e4m3 tensors");
+  require(!ft::parse_encoder_spec(kSizes + weights(false)).narrow(), "none in e4m3");
+  const auto refuse = [&](const std::string& text, const std::string& words) {
+    refused([&] { ft::parse_encoder_spec(text); }, words);
+  };
+  refuse(changed(whole, ",layers.up.input_scale", ""), "all of their e4m3 tensors or none");
+  refuse(whole + " floats=gate:0", "floats \"gate:0\" are unknown");
+  refuse(whole + " floats=up:2", "is not there: up of layer 2");
+  refuse(whole + " floats=up:x", "floats must be a number");
+  refuse(kSizes + weights(false) + " floats=up:0", "is not there: up of layer 0");
+}
+
 void test_options() {
   require(!ft::parse_encoder_options("").batch_invariant, "the default");
   require(ft::parse_encoder_options("").few_tokens, "the default");
@@ -122,6 +153,7 @@ void test_options() {
 
 int main() {
   test_spec();
+  test_narrow();
   test_options();
   std::printf("ok encoder_spec\n");
   return 0;

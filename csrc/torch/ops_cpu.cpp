@@ -596,6 +596,7 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
                    const OptTensor& position_ids, const Tensor& cu_seqlens, int64_t max_seqlen,
                    const std::vector<Tensor>& tensors, const EncoderSpec& spec) {
   const EncoderWeights w(spec, tensors);
+  FT_CHECK(!spec.narrow(), "a CPU computes no products in float8_e4m3fn: prepare the model here");
   const auto& names = kEncoderWeightNames;
   FT_CHECK(w[kWord].dim() == 2 && w[kWord].size(1) == spec.embedding, names[kWord],
            " must have shape [V, ", spec.embedding, "], has ", shape_of(w[kWord]));

@@ -563,8 +563,8 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
     if (shape.columns != 0) wanted.push_back(shape.columns < 0 ? tensor.size(1) : shape.columns);
     const ScalarType type = type_of(weight, word.scalar_type());
     FT_CHECK(has_shape(tensor, wanted) && tensor.is_contiguous() && tensor.scalar_type() == type,
-             op, ": ", name, " must be contiguous ", shape_of(wanted), " ", dtype_name(type), ", is ", shape_of(tensor), " ",
-             dtype_name(tensor.scalar_type()));
+             op, ": ", name, " must be contiguous ", shape_of(wanted), " ", dtype_name(type),
+             ", is ", shape_of(tensor), " ", dtype_name(tensor.scalar_type()));
   }
   check_device(op, word, "input_ids", input_ids);
   check_device(op, word, "token_type_ids", token_type_ids);
@@ -608,28 +608,27 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
   const auto stack = [&](EncoderWeight weight) {
     return Stack{operand_of(w[weight]), w[weight].size(0)};
   };
-  cuda::EncoderParameters parameters{
-      data(kWord),
-      data(kPosition),
-      data(kTokenType),
-      data(kEmbeddingGamma),
-      data(kEmbeddingBeta),
-      spec.projects() ? operand_of(w[kProjectionWeight]) : Operand{},
-      spec.projects() ? data(kProjectionBias) : nullptr,
-      stack(kQkvWeight),
-      stack(kQkvBias),
-      stack(kOutWeight),
-      stack(kOutBias),
-      stack(kNorm1Gamma),
-      stack(kNorm1Beta),
-      stack(kUpWeight),
-      stack(kUpBias),
-      stack(kDownWeight),
-      stack(kDownBias),
-      stack(kNorm2Gamma),
-      stack(kNorm2Beta),
-      spec.biased() ? data(kRelativeBias) : nullptr,
-      {}};
+  cuda::EncoderParameters parameters{data(kWord),
+                                     data(kPosition),
+                                     data(kTokenType),
+                                     data(kEmbeddingGamma),
+                                     data(kEmbeddingBeta),
+                                     spec.projects() ? operand_of(w[kProjectionWeight]) : Operand{},
+                                     spec.projects() ? data(kProjectionBias) : nullptr,
+                                     stack(kQkvWeight),
+                                     stack(kQkvBias),
+                                     stack(kOutWeight),
+                                     stack(kOutBias),
+                                     stack(kNorm1Gamma),
+                                     stack(kNorm1Beta),
+                                     stack(kUpWeight),
+                                     stack(kUpBias),
+                                     stack(kDownWeight),
+                                     stack(kDownBias),
+                                     stack(kNorm2Gamma),
+                                     stack(kNorm2Beta),
+                                     spec.biased() ? data(kRelativeBias) : nullptr,
+                                     {}};
   for (int p = 0; p < kLayerProducts && spec.narrow(); ++p) {
     const auto product = static_cast<LayerProduct>(p);
     parameters.narrow[p] = {

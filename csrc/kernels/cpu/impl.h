@@ -205,6 +205,7 @@ inline void with_type(DType type, Function f) {
     case DType::kBFloat16:
       return f(BF16{});
     case DType::kInt8:
+    case DType::kE4M3:
       return;  // no type of single numbers
   }
 }

@@ -274,17 +274,17 @@ cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv,
   const AttentionChoice choice = choose_attention(shape, device_arch());
   const float scale_log2 = 1.4426950408889634f / sqrtf(static_cast<float>(shape.head_dim));
   AttentionArguments arguments{qkv,
-                                     output,
-                                     static_cast<const AttentionTile*>(plan),
-                                     shape.num_heads,
-                                     shape.head_dim,
-                                     choice.bound,
-                                     shape.tokens,
-                                     scale_log2,
-                                     relative_bias,
-                                     shape.bias_reach,
-                                     (bias_reach_within(shape) + 1) / 2 * 2 + kBiasMargin,
-                                     {}};
+                               output,
+                               static_cast<const AttentionTile*>(plan),
+                               shape.num_heads,
+                               shape.head_dim,
+                               choice.bound,
+                               shape.tokens,
+                               scale_log2,
+                               relative_bias,
+                               shape.bias_reach,
+                               (bias_reach_within(shape) + 1) / 2 * 2 + kBiasMargin,
+                               {}};
   cudaError_t status = cudaSuccess;
   switch (choice.kernel) {
     case AttentionKernel::kPlain:

@@ -48,7 +48,7 @@ struct AttentionArguments {
   float scale_log2;  // log2(e) / sqrt(head_dim): softmax runs on powers of two
   const void* bias;  // [num_heads, 2 * bias_reach + 1] or null
   int bias_reach;
-  int bias_span;  // streaming kernels' BiasTable: distances -bias_span to bias_span - 1
+  int bias_span;      // streaming kernels' BiasTable: distances -bias_span to bias_span - 1
   NarrowRows narrow;  // kernels of sm_90 alone: where given, instead of the output
 };
 

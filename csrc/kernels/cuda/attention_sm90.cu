@@ -339,7 +339,7 @@ __device__ __forceinline__ void write_narrow_rows(
   for (int h = 0; h < L::kHalves; ++h) {
 #pragma unroll
     for (int n = 0; n < L::kColumns / 8; n += 2) {
-      const float(&x)[4] = output[h][n], (&y)[4] = output[h][n + 1];
+      const float (&x)[4] = output[h][n], (&y)[4] = output[h][n + 1];
       const int piece = (h * L::kColumns + n * 8) / 16;
       unsigned char* to = query_tile + lane % 4 * 4;
       *reinterpret_cast<uint32_t*>(to + swizzled<L::kLine>(row, piece)) =

@@ -69,8 +69,8 @@ Operand at(const Stack& stack, int64_t layer, int64_t elements) {
 // The up product and its activation, which becomes e4m3 alone where a copy is asked for.
 cudaError_t up_product(Gemm gemm, Activation activation, NarrowRows copy, void* workspace,
                        Launch launch) {
-  const bool fused = !gemm.narrow() || activation == Activation::kNone ||
-                     activation == Activation::kGelu;
+  const bool fused =
+      !gemm.narrow() || activation == Activation::kNone || activation == Activation::kGelu;
   const bool direct = fused && gemm.narrow() && copy.rows != nullptr;
   if (fused) gemm.activation = activation;
   if (direct) {
@@ -140,10 +140,11 @@ cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const En
   const Launch first{stream, false};
   const Launch chained{stream, true};
   const auto embed = [&](void* to, Launch launch, NarrowRows copy = {}) {
-    return embedding_layer_norm(
-        inputs.input_ids, inputs.token_type_ids, inputs.id_type, inputs.position_ids,
-        inputs.cu_seqlens, s.batch, s.tokens, s.embedding, w.word, s.vocab, w.position, s.positions,
-        w.token_type, s.types, w.embedding_gamma, w.embedding_beta, s.eps, s.dtype, to, launch, copy);
+    return embedding_layer_norm(inputs.input_ids, inputs.token_type_ids, inputs.id_type,
+                                inputs.position_ids, inputs.cu_seqlens, s.batch, s.tokens,
+                                s.embedding, w.word, s.vocab, w.position, s.positions, w.token_type,
+                                s.types, w.embedding_gamma, w.embedding_beta, s.eps, s.dtype, to,
+                                launch, copy);
   };
 #ifdef FT_WITH_SM90
   if (takes_small_path(s)) {
@@ -216,7 +217,8 @@ cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const En
         product(embedded, w.projection, w.projection_bias, nullptr, output, s.hidden, s.embedding),
         gemm_workspace, chained);
     if (status == cudaSuccess && qkv_narrow.weight != nullptr)
-      status = narrow_rows(output, s.tokens, s.hidden, s.dtype, copy_for(qkv_narrow, copy), chained);
+      status =
+          narrow_rows(output, s.tokens, s.hidden, s.dtype, copy_for(qkv_narrow, copy), chained);
   }
   for (int layer = 0; layer < s.layers && status == cudaSuccess; ++layer) {
     const NarrowLayer out_narrow = narrow_layer(kOut, layer, s.hidden, s.hidden);
@@ -239,15 +241,14 @@ cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const En
           norm(w.norm1_gamma, w.norm1_beta, layer, copy_for(up_narrow, up_copy)), scratch,
           gemm_workspace, chained);
     if (status == cudaSuccess)
-      status = up_product(
-          layer_product(either(up_narrow, up_copy, middle), w.up_weight, w.up_bias, nullptr, up,
-                        s.intermediate, s.hidden, layer, up_narrow),
-          s.activation, copy_for(down_narrow, activated), gemm_workspace, chained);
+      status = up_product(layer_product(either(up_narrow, up_copy, middle), w.up_weight, w.up_bias,
+                                        nullptr, up, s.intermediate, s.hidden, layer, up_narrow),
+                          s.activation, copy_for(down_narrow, activated), gemm_workspace, chained);
     qkv_narrow = narrow_layer(kQkv, layer + 1, 3 * s.hidden, s.hidden);
     if (status == cudaSuccess)
       status = linear_layer_norm(
-          layer_product(either(down_narrow, activated, up), w.down_weight, w.down_bias,
-                        middle, output, s.hidden, s.intermediate, layer, down_narrow),
+          layer_product(either(down_narrow, activated, up), w.down_weight, w.down_bias, middle,
+                        output, s.hidden, s.intermediate, layer, down_narrow),
           norm(w.norm2_gamma, w.norm2_beta, layer, copy_for(qkv_narrow, copy)), scratch,
           gemm_workspace, chained);
   }

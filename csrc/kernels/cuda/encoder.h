@@ -11,9 +11,9 @@ namespace ft::cuda {
 
 // A product's weight in e4m3 beside that in 16 bits.
 struct NarrowProduct {
-  Stack weight;                                // [n, k] in e4m3; without data there is none
-  const float* scale = nullptr;                // [layers or 1, n], what 1 of a sum is worth
-  const float* step = nullptr;                 // [layers or 1], what 1 of an input is worth
+  Stack weight;                                  // [n, k] in e4m3; without data there is none
+  const float* scale = nullptr;                  // [layers or 1, n], what 1 of a sum is worth
+  const float* step = nullptr;                   // [layers or 1], what 1 of an input is worth
   const std::vector<int64_t>* floats = nullptr;  // layers that do without
 };
 

@@ -33,16 +33,17 @@ struct PlanKey {
   GemmKey key;
   int device = 0;
   bool bias = false;
-  int alignment = 16;  // bytes, of every pointer; 16 stands for more
+  bool copies = false;  // the layer norm writes its rows in e4m3 too
+  int alignment = 16;   // bytes, of every pointer; 16 stands for more
   bool operator==(const PlanKey&) const = default;
 };
 
 struct PlanKeyHash {
   size_t operator()(const PlanKey& p) const {
     uint64_t h = static_cast<uint64_t>(p.key.rows_class);
-    for (const int v :
-         {p.key.n, p.key.k, static_cast<int>(p.key.dtype), static_cast<int>(p.key.activation),
-          int{p.key.residual}, int{p.key.norm}, p.device, int{p.bias}, p.alignment}) {
+    for (const int v : {p.key.n, p.key.k, static_cast<int>(p.key.dtype),
+                        static_cast<int>(p.key.activation), int{p.key.residual}, int{p.key.norm},
+                        p.device, int{p.bias}, int{p.copies}, p.alignment}) {
       h = (h ^ static_cast<uint64_t>(v)) * 0x9E3779B97F4A7C15ull;
       h ^= h >> 29;
     }
@@ -168,6 +169,7 @@ PlanKey key_of(const Gemm& gemm, const GemmNorm* norm, int device) {
            gemm.residual != nullptr, norm != nullptr},
           device,
           gemm.bias != nullptr,
+          norm != nullptr && norm->narrow.rows != nullptr,
           alignment_of(gemm)};
 }
 
@@ -220,10 +222,9 @@ cudaError_t run_plan(const Plan& plan, const Gemm& gemm, const GemmNorm* norm, v
     status = bias_activation(product.output, nullptr, nullptr, gemm.activation, gemm.rows, gemm.n,
                              gemm.dtype, product.output, nullptr, launch);
   if (status == cudaSuccess && norm != nullptr)
-    status =
-        residual_layer_norm(scratch, nullptr, nullptr, norm->gamma, norm->beta, norm->eps,
-                            gemm.rows, gemm.n, gemm.dtype, gemm.output, norm->live_rows, launch,
-                            norm->narrow);
+    status = residual_layer_norm(scratch, nullptr, nullptr, norm->gamma, norm->beta, norm->eps,
+                                 gemm.rows, gemm.n, gemm.dtype, gemm.output, norm->live_rows,
+                                 launch, norm->narrow);
   return status;
 }
 
@@ -376,7 +377,7 @@ cudaError_t load_gemm_plan(const GemmKey& key, const std::string& text) {
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
   const std::unique_lock<std::shared_mutex> lock(plans().mutex);
-  PlanKey place{key, device, true, 16};
+  PlanKey place{key, device, true, false, 16};
   plans().table.insert_or_assign(place, plan);
   if (key.activation == Activation::kGelu) {
     for (const auto other : {Activation::kGeluTanh, Activation::kRelu, Activation::kSilu}) {

@@ -1,8 +1,9 @@
 // Linear layers: output = epilogue(input * weight^T + bias), in fp32 accumulation.
 //
 // Two makers of the product: cuBLASLt everywhere, and kernels of our own on sm_90 for fp16 and bf16
-// (gemm_sm90.h), which also multiply operands in e4m3, in the order along K of narrow.cuh. Which one, and which of its variants, is a plan: chosen once per shape class, kept
-// for the life of the process, and overridden by a tuning table (ft-handler tune).
+// (gemm_sm90.h), which also multiply operands in e4m3, in the order along K of narrow.cuh. Which
+// one, and which of its variants, is a plan: chosen once per shape class, kept for the life of the
+// process, and overridden by a tuning table (ft-handler tune).
 #pragma once
 
 #include <string>
@@ -24,7 +25,8 @@ struct Gemm {
   Activation activation = Activation::kNone;  // after the bias; excludes residual
   DType dtype = DType::kFloat16;              // of bias, residual and output
   bool batch_invariant = false;               // every sum in one order, whatever the rows
-  // Device memory: output is [rows, n] in e4m3, of which 1 is worth so much. Of e4m3 operands alone.
+  // Device memory: output is [rows, n] in e4m3, of which 1 is worth so much. Of e4m3 operands
+  // alone.
   const float* output_step = nullptr;
 
   bool narrow() const { return weight.dtype == DType::kE4M3; }

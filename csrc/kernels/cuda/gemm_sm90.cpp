@@ -24,7 +24,6 @@ const void* but_gelu_kernel(int variant, bool bfloat16);   // all activations bu
 const void* norm_kernel(int variant, bool bfloat16);       // gemm_norm_sm90.cu
 const void* split_kernel(int variant, bool bfloat16);      // gemm_split_sm90.cu
 const void* fp8_kernel(int variant, bool narrow_output);   // gemm_fp8_sm90.cu
-const void* fp8_norm_kernel(int variant);                  // gemm_fp8_norm_sm90.cu
 const void* tall_half_kernel(int cluster, int index);      // gemm_tall_half_sm90.cu
 const void* tall_bfloat16_kernel(int cluster, int index);  // gemm_tall_bfloat16_sm90.cu
 
@@ -78,7 +77,7 @@ struct Variant {
 // Clusters that split K among them have no kernel of e4m3 operands.
 template <typename Config>
 constexpr int narrow_bytes() {
-  if constexpr (Config::kSplits > 1) {
+  if constexpr (Config::kSplits > 1 || Config::kNorm) {
     return 0;
   } else {
     return sm90::ScaledConfig<Config>::kSharedBytes;
@@ -274,7 +273,8 @@ enum Flavour : int {
 
 Flavour flavour_of(const Gemm& gemm) {
   if (gemm.narrow()) return gemm.output_step != nullptr ? kNarrowOutput : kNarrow;
-  const bool but_gelu = gemm.activation != Activation::kNone && gemm.activation != Activation::kGelu;
+  const bool but_gelu =
+      gemm.activation != Activation::kNone && gemm.activation != Activation::kGelu;
   if (gemm.dtype == DType::kBFloat16) return but_gelu ? kBFloat16ButGelu : kBFloat16;
   return but_gelu ? kHalfButGelu : kHalf;
 }
@@ -288,8 +288,7 @@ const void* kernel_of(const Variant& variant, Flavour flavour) {
     case kBFloat16ButGelu:
       return variant.but_gelu(variant.index, flavour == kBFloat16ButGelu);
     default:
-      return variant.norm ? sm90::fp8_norm_kernel(variant.index)
-                          : sm90::fp8_kernel(variant.index, flavour == kNarrowOutput);
+      return sm90::fp8_kernel(variant.index, flavour == kNarrowOutput);
   }
 }
 
@@ -359,8 +358,7 @@ const Variant& kind_of(Sm90Plan plan) {
 int tile_of(Sm90Plan plan, const Gemm& gemm, int device) {
   const Family* family = family_of(plan);
   if (family == nullptr) return plan.variant;
-  const int capacity =
-      plan.rounds * launchable(family->begin, gemm, device).clusters;
+  const int capacity = plan.rounds * launchable(family->begin, gemm, device).clusters;
   int v = family->begin;
   while (v + 1 < family->end && cluster_tiles_of(kVariants[v], gemm) * plan.splits > capacity) ++v;
   return v;
@@ -382,8 +380,8 @@ float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, int device
     rounds += least + (1 - least) * static_cast<float>(rest) / static_cast<float>(ready.clusters);
   const Cost& cost = variant.cost;
   // A block of K takes the tensor cores as long whatever its elements are.
-  const float gflop = 2e-3f * elements * static_cast<float>(gemm.k) * 64 /
-                      static_cast<float>(block_k(gemm));
+  const float gflop =
+      2e-3f * elements * static_cast<float>(gemm.k) * 64 / static_cast<float>(block_k(gemm));
   const float block = cost.block + cost.heavy * std::min(gflop, 128.f) / 100;
   const auto blocks =
       static_cast<float>(tiles_of(tiles_of(gemm.k, block_k(gemm)), plan.splits * variant.splits));
@@ -433,7 +431,7 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
   // The side that is shared is fetched in equal parts by the cluster's blocks.
   const int input_box = variant.norm ? variant.m / variant.sharers : variant.m;
   const int weight_box = variant.norm ? variant.n : variant.n / variant.sharers;
-  CUtensorMap input, weight, residual, output, narrow;
+  CUtensorMap input, weight, residual, output;
   cudaError_t status = tensor_map(
       {gemm.input.data, gemm.rows, gemm.k, input_box, block_k(gemm), gemm.input.dtype}, &input);
   if (status == cudaSuccess)
@@ -486,18 +484,9 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
   }
   p.scale = gemm.weight.scale;
   p.out_scale = gemm.output_step;
-  narrow = output;
-  if (variant.norm && norm->narrow.rows != nullptr) {
-    p.out_scale = norm->narrow.step;
-    status = tensor_map({norm->narrow.rows, gemm.rows, gemm.n, variant.box_rows,
-                         variant.box_columns, DType::kE4M3},
-                        &narrow);
-    if (status != cudaSuccess) return status;
-  }
-  void* plain[] = {&input, &weight, &residual, &output, &p};
-  void* with_copy[] = {&input, &weight, &residual, &output, &narrow, &p};
+  void* arguments[] = {&input, &weight, &residual, &output, &p};
   return launch_variant(variant, ready.kernel, shared_bytes_of(variant, gemm), clusters, launch,
-                        gemm.narrow() ? with_copy : plain);
+                        arguments);
 }
 
 }  // namespace
@@ -545,6 +534,10 @@ bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
   }
   if (activates(gemm) && !is_gelu(gemm) && variant.but_gelu == nullptr) return false;
   if (variant.norm && norm == nullptr) return false;
+  // A copy in e4m3 is written by the layer norm's own kernel or by products of such operands.
+  if (norm != nullptr && norm->narrow.rows != nullptr && !gemm.narrow() &&
+      (variant.norm || plan.splits > 1))
+    return false;
   if (variant.norm && (gemm.n != variant.n * variant.cluster || activates(gemm))) return false;
   // Tall tiles add a residual with the layer norm or leave it, and partial sums, to its kernel.
   if (variant.tall() && (gemm.n % 64 != 0 || (gemm.residual != nullptr && norm == nullptr)))

@@ -133,7 +133,8 @@ cudaError_t launch_residual_layer_norm(const Input* input, int splits, const voi
     const int per_block = rows_per_block(rows, kThreads);
     return launch_kernel(residual_layer_norm_kernel<T, Input, kThreads, kVecs>,
                          (rows + per_block - 1) / per_block, kThreads * per_block, 0, launch, input,
-                         splits, bias, residual, gamma, beta, eps, rows, hidden, output, live_rows, narrow);
+                         splits, bias, residual, gamma, beta, eps, rows, hidden, output, live_rows,
+                         narrow);
   };
   // Many sums to wait for: a vector of each a thread, so that all of them are in flight.
   if (splits > 1 && hidden <= 8 * kSplitThreads)

@@ -49,8 +49,7 @@ unsigned grid_for(int64_t work) {
 
 cudaError_t narrow_rows(const void* input, int rows, int width, DType dtype, NarrowRows narrow,
                         Launch launch) {
-  if (rows < 0 || width <= 0 || width % 16 != 0 || narrow.rows == nullptr ||
-      narrow.step == nullptr)
+  if (rows < 0 || width <= 0 || width % 16 != 0 || narrow.rows == nullptr || narrow.step == nullptr)
     return cudaErrorInvalidValue;
   return dispatch_dtype(dtype, [&]<typename T>() {
     if (rows == 0) return cudaSuccess;

@@ -24,7 +24,8 @@ __device__ __forceinline__ uint32_t pack_e4m3(float x, float y, float z, float w
 }
 
 // Eight neighbouring columns a thread, in steps of `1 / inverse`; the whole warp takes part, and
-// threads 2 i and 2 i + 1 hold the halves of 16. Returns what goes to this thread's own eight bytes.
+// threads 2 i and 2 i + 1 hold the halves of 16. Returns what goes to this thread's own eight
+// bytes.
 __device__ __forceinline__ uint2 narrow_eight(const float (&x)[8], float inverse) {
   const uint32_t low = pack_e4m3(x[0] * inverse, x[1] * inverse, x[2] * inverse, x[3] * inverse);
   const uint32_t high = pack_e4m3(x[4] * inverse, x[5] * inverse, x[6] * inverse, x[7] * inverse);
@@ -35,7 +36,8 @@ __device__ __forceinline__ uint2 narrow_eight(const float (&x)[8], float inverse
                     __byte_perm(first_half, second_half, 0x7632));
 }
 
-// This thread's copy of eight columns that begin at `at`, a place in [rows, width], where asked for.
+// This thread's copy of eight columns that begin at `at`, a place in [rows, width], where asked
+// for.
 struct NarrowWriter {
   uint8_t* rows;
   float inverse;
