@@ -690,13 +690,16 @@ Tensor linear_layer_norm(Tensor input, Tensor weight, Tensor bias, Tensor residu
 
 // The plans worth timing for one linear layer, one a line.
 std::string gemm_candidates(Tensor weight, int64_t rows, bool gelu, bool residual, bool norm) {
-  FT_CHECK_FLOAT(weight);
+  const bool narrow = weight.scalar_type() == ScalarType::Float8_e4m3fn;
+  if (!narrow) FT_CHECK_FLOAT(weight);
   const auto [n, k] = weight_size(weight);
   const OnDeviceOf device(weight);
   // Only alignment is read of the pointers, and torch's allocations have the best there is.
   void* const any = weight.data_ptr();
-  const cuda::Gemm gemm{operand_of(weight),
-                        operand_of(weight),
+  const auto* const number = static_cast<const float*>(any);
+  const Operand operand = narrow ? Operand{any, DType::kE4M3, number} : operand_of(weight);
+  const cuda::Gemm gemm{operand,
+                        operand,
                         any,
                         residual ? any : nullptr,
                         any,
@@ -704,8 +707,11 @@ std::string gemm_candidates(Tensor weight, int64_t rows, bool gelu, bool residua
                         narrow_int(n, "n"),
                         narrow_int(k, "k"),
                         gelu ? Activation::kGelu : Activation::kNone,
-                        dtype_of(weight)};
-  const cuda::GemmNorm with_norm{any, any, 1e-12f, nullptr};
+                        narrow ? DType::kFloat16 : dtype_of(weight),
+                        false,
+                        narrow && gelu ? number : nullptr};
+  cuda::GemmNorm with_norm{any, any, 1e-12f, nullptr, {}};
+  if (narrow) with_norm.narrow = {any, number};
   std::vector<std::string> plans;
   check_status(cuda::gemm_candidates(gemm, norm ? &with_norm : nullptr, &plans), "gemm_candidates",
                "rows ", rows, ", weight ", shape_of(weight));
@@ -728,6 +734,8 @@ void load_gemm_plan(int64_t device, Text dtype, int64_t rows, int64_t n, int64_t
     key.dtype = DType::kFloat16;
   else if (dtype == "bfloat16")
     key.dtype = DType::kBFloat16;
+  else if (dtype == "float8_e4m3fn")
+    key.dtype = DType::kE4M3;
   else
     FT_CHECK(dtype == "float32", "load_gemm_plan: unknown dtype ", dtype);
   const torch::stable::accelerator::DeviceGuard guard(narrow_int(device, "device"));

@@ -24,7 +24,7 @@ size_t narrow_bytes(const EncoderShape& s, int width) {
 }
 
 // From so many tokens on products in e4m3 are ahead of those in 16 bits on an H100.
-constexpr int kNarrowTokens = 768;
+constexpr int kNarrowTokens = 256;
 
 // Whether products that have weights in e4m3 are computed with them.
 bool takes_narrow_path(const EncoderShape& s) {

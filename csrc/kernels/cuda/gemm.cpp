@@ -360,6 +360,7 @@ cudaError_t gemm_candidates(const Gemm& gemm, const GemmNorm* norm,
     plans->push_back(to_text(plan));
   }
   plan.sm90 = {};
+  if (gemm.narrow()) return cudaSuccess;
   std::vector<cublasLtMatmulHeuristicResult_t> results;
   if (const cudaError_t status = heuristics(gemm, 8, &results); status != cudaSuccess)
     return status;
@@ -377,13 +378,17 @@ cudaError_t load_gemm_plan(const GemmKey& key, const std::string& text) {
   int device = 0;
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
   const std::unique_lock<std::shared_mutex> lock(plans().mutex);
-  PlanKey place{key, device, true, false, 16};
-  plans().table.insert_or_assign(place, plan);
+  const auto place = [&](Activation activation) {
+    PlanKey at{key, device, true, false, 16};
+    at.key.activation = activation;
+    plans().table.insert_or_assign(at, plan);
+    at.copies = true;
+    if (key.norm) plans().table.insert_or_assign(at, plan);
+  };
+  place(key.activation);
   if (key.activation == Activation::kGelu) {
-    for (const auto other : {Activation::kGeluTanh, Activation::kRelu, Activation::kSilu}) {
-      place.key.activation = other;
-      plans().table.insert_or_assign(place, plan);
-    }
+    for (const auto other : {Activation::kGeluTanh, Activation::kRelu, Activation::kSilu})
+      place(other);
   }
   return cudaSuccess;
 }
