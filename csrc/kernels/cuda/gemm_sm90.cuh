@@ -21,10 +21,9 @@
 
 #include <cuda.h>
 
-#include "kernels/cuda/activation.cuh"
-#include "kernels/cuda/gemm_elements.cuh"
 #include "kernels/cuda/gemm_ring_sm90.cuh"
 #include "kernels/cuda/gemm_sm90_variants.h"
+#include "kernels/cuda/gemm_tile_sm90.cuh"
 
 namespace ft::cuda::sm90 {
 
@@ -38,13 +37,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                 const __grid_constant__ CUtensorMap residual_map,
                 const __grid_constant__ CUtensorMap output_map, const GemmParameters p) {
   constexpr int kM = Config::kM, kN = Config::kN, kStages = Config::kStages;
-  constexpr int kCluster = Config::kCluster, kChunks = Config::kChunks;
-  constexpr int kBuffers = Config::kBuffers, kRows = Config::kRows, kParts = kRows / 64;
+  constexpr int kCluster = Config::kCluster, kRows = Config::kRows;
   constexpr bool kNorm = Config::kNorm, kTogether = Config::kTogether;
   constexpr int kBlockK = 128 / sizeof(In);
-  constexpr bool kScaled = sizeof(In) == 1, kNarrow = sizeof(Out) == 1;
   extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t base = shared_address(shared);
+  uint32_t base = shared_address(shared);
+  // In a cluster a special register is asked for it: once, not at every use.
+  if constexpr (kCluster > 1) asm volatile("" : "+r"(base));
   const Ring<kStages, Config::kStageBytes> ring{base, base + Config::kBarriersAt};
   const int rank = kCluster == 1 ? 0 : static_cast<int>(cluster_rank());
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
@@ -102,305 +101,38 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   } else {
     take_registers<240>();
     wait_for_predecessors();
-    const int consumer = warpgroup - 1;
-    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-    const bool leader = thread == 0;
-    const uint32_t staging = base + Config::kStagingAt + consumer * kBuffers * Config::kChunkBytes;
-    const auto filled = [&](int buffer) { return ring.further(consumer * kBuffers + buffer); };
-    // Where this lane's row of a stmatrix or ldmatrix of 16 x 16 elements lies in a chunk.
-    const int matrix_row = warp * 16 + (lane & 15);
-    const auto matrix_at = [&](int buffer, int part, int pair) {
-      return staging + buffer * Config::kChunkBytes + (part * 64 + matrix_row) * 128 +
-             (((pair * 2 + (lane >> 4)) ^ (lane & 7)) << 4);
-    };
-    const float units = kNarrow ? 1.f / __ldg(p.out_scale) : 1.f;  // of the output's in a 1
-    float acc[kParts][kN / 2];
-    uint32_t chunk_count = 0;  // chunks this warpgroup has passed through its buffers
-    uint32_t own = 0;          // tiles of this warpgroup so far
-    uint32_t position = 0;     // in the ring, counted without wrapping
+    const Consumer me = this_consumer();
+    EpilogueOf<T, Config, kButGelu, In, Out> epilogue{
+        {p, residual_map, output_map, ring, me, rank}};
+    float acc[kRows / 64][kN / 2];
+    uint32_t position = 0;  // in the ring, counted without wrapping
     int turn = 0;
     // Products run strictly in turn: barriers tell odd fills of a stage from even ones, no more, so
     // neither warpgroup may look at the ring before the other is through with its part.
-    const int my_turn = 3 + consumer, other_turn = 4 - consumer;
-    if (!kTogether && consumer == 1) named_barrier_arrive(other_turn, 256);
+    const int my_turn = 3 + me.index, other_turn = 4 - me.index;
+    if (!kTogether && me.index == 1) named_barrier_arrive(other_turn, 256);
     for (int tile = cluster; tile < p.cluster_tiles; tile += clusters, turn ^= 1) {
-      if (!kTogether && turn != consumer) {
+      if (!kTogether && turn != me.index) {
         position += p.k_blocks;
         continue;
       }
-      const int row = row_of(tile) + (kTogether ? consumer * kRows : 0), column = column_of(tile);
-      // Vectors come from far away: asked for before the product, put down after it.
-      uint32_t vectors[Config::kVectors] = {};
-      if (thread < kN / 2 && (kNorm || column + 2 * thread < p.n)) {
-        if (p.bias != nullptr) vectors[0] = pair_at<T>(p.bias, column + 2 * thread);
-        if constexpr (kNorm) {
-          vectors[1] = pair_at<T>(p.gamma, column + 2 * thread);
-          vectors[2] = pair_at<T>(p.beta, column + 2 * thread);
-        }
-      }
-      float2 scales{};
-      if constexpr (kScaled) {
-        if (thread < kN / 2 && column + 2 * thread < p.n)
-          scales = __ldg(reinterpret_cast<const float2*>(p.scale + column + 2 * thread));
-      }
-      const auto load_residual = [&](int chunk, int buffer) {
-        barrier_expect(filled(buffer), Config::kChunkBytes);
-        load_box(staging + buffer * Config::kChunkBytes, &residual_map, column + chunk * 64, row,
-                 filled(buffer));
-      };
-      if (p.residual && leader) {
-        store_wait_read<0>();
-        for (int chunk = 0; chunk < min(kBuffers, kChunks); ++chunk)
-          load_residual(chunk, (chunk_count + chunk) % kBuffers);
-      }
-
-      // ---- the product ----
+      epilogue.begin(row_of(tile) + (kTogether ? me.index * kRows : 0), column_of(tile));
       Place<kStages> place{static_cast<int>(position % kStages), position / kStages & 1};
       const auto release = [&](int s) {
-        if (thread < kCluster) {
-          barrier_arrive_remote(in_block(ring.empty(s), thread));
-        }
+        if (me.thread < kCluster) barrier_arrive_remote(in_block(ring.empty(s), me.thread));
       };
       if constexpr (!kTogether) named_barrier(my_turn, 256);
       const int last = multiply<kN, In>(
           acc, ring, place, p.k_blocks,
-          [&](int s) { return ring.stage(s) + (kTogether ? consumer * Config::kChunkBytes : 0); },
+          [&](int s) { return ring.stage(s) + (kTogether ? me.index * Config::kChunkBytes : 0); },
           [&](int s) { return ring.stage(s) + Config::kInputBytes; }, release);
       if constexpr (!kTogether) named_barrier_arrive(other_turn, 256);
       finish(acc);
       release(last);
       position += p.k_blocks;
-
-      // ---- the epilogue ----
-      const uint32_t vectors_at = base + Config::kVectorsAt + consumer * Config::kVectors * kN * 2;
-      if (thread < kN / 2) {
-#pragma unroll
-        for (int v = 0; v < Config::kVectors; ++v)
-          store_shared(vectors_at + v * kN * 2 + thread * 4, vectors[v]);
-        if constexpr (kScaled)
-          store_shared_pair(base + Config::kScalesAt + consumer * kN * 4 + thread * 8, scales.x,
-                            scales.y);
-      }
-      named_barrier(1 + consumer, 128);
-      // A vector's elements for this lane's columns of an 8-column group.
-      const auto vector_at = [&](int v, int chunk, int group) {
-        return unpack<T>(
-            load_shared(vectors_at + v * kN * 2 + chunk * 128 + group * 16 + (lane & 3) * 4));
-      };
-      const auto add_bias = [&](int chunk) {
-#pragma unroll
-        for (int group = 0; group < 8; ++group) {
-          const float2 b = vector_at(0, chunk, group);
-          float2 s{};
-          if constexpr (kScaled)
-            s = load_shared_pair(base + Config::kScalesAt + consumer * kN * 4 + chunk * 256 +
-                                 group * 32 + (lane & 3) * 8);
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            float* x = &acc[part][(chunk * 8 + group) * 4];
-            x[0] = kScaled ? fmaf(x[0], s.x, b.x) : x[0] + b.x;
-            x[1] = kScaled ? fmaf(x[1], s.y, b.y) : x[1] + b.y;
-            x[2] = kScaled ? fmaf(x[2], s.x, b.x) : x[2] + b.x;
-            x[3] = kScaled ? fmaf(x[3], s.y, b.y) : x[3] + b.y;
-          }
-        }
-      };
-      const auto add_residual = [&](int chunk, int buffer) {
-#pragma unroll
-        for (int part = 0; part < kParts; ++part)
-#pragma unroll
-          for (int pair = 0; pair < 4; ++pair) {
-            uint32_t r[4];
-            load_matrices(matrix_at(buffer, part, pair), r[0], r[1], r[2], r[3]);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float2 v = unpack<T>(r[i]);
-              acc[part][(chunk * 8 + pair * 2) * 4 + i * 2] += v.x;
-              acc[part][(chunk * 8 + pair * 2) * 4 + i * 2 + 1] += v.y;
-            }
-          }
-      };
-      const auto write_chunk = [&](int chunk, int buffer) {
-        if constexpr (kNarrow) {
-#pragma unroll
-          for (int part = 0; part < kParts; ++part)
-#pragma unroll
-            for (int unit = 0; unit < 4; unit += 2) {
-              const int swizzled = (unit + (lane >> 4)) ^ (lane >> 1 & 3);
-              const float* x = &acc[part][(chunk * 4 + unit) * 8];
-              store_matrices(staging + buffer * Config::kChunkBytes +
-                                 (part * 64 + matrix_row) * 64 + (swizzled << 4),
-                             pack_e4m3(x[0], x[1], x[4], x[5]), pack_e4m3(x[2], x[3], x[6], x[7]),
-                             pack_e4m3(x[8], x[9], x[12], x[13]),
-                             pack_e4m3(x[10], x[11], x[14], x[15]));
-            }
-        } else {
-#pragma unroll
-          for (int part = 0; part < kParts; ++part)
-#pragma unroll
-            for (int pair = 0; pair < 4; ++pair) {
-              const float* x = &acc[part][(chunk * 8 + pair * 2) * 4];
-              store_matrices(matrix_at(buffer, part, pair), pack<T>(x[0], x[1]),
-                             pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
-            }
-        }
-      };
-
-      if constexpr (!kNorm) {
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk, ++chunk_count) {
-          const int buffer = chunk_count % kBuffers;
-          add_bias(chunk);
-          if (p.residual) {
-            barrier_wait(filled(buffer), chunk_count / kBuffers & 1);
-            add_residual(chunk, buffer);
-          } else {
-            if (leader) store_wait_read<kBuffers - 1>();
-            named_barrier(1 + consumer, 128);
-          }
-          if constexpr (kButGelu) {
-            activate_but_gelu(p.activation, [&](auto&& f) {
-#pragma unroll
-              for (int part = 0; part < kParts; ++part)
-#pragma unroll
-                for (int i = 0; i < 32; ++i)
-                  acc[part][chunk * 32 + i] = f(acc[part][chunk * 32 + i]);
-            });
-          } else if (p.gelu) {
-#pragma unroll
-            for (int part = 0; part < kParts; ++part)
-#pragma unroll
-              for (int i = 0; i < 32; ++i)
-                acc[part][chunk * 32 + i] = gelu<T>(acc[part][chunk * 32 + i]);
-          }
-          if constexpr (kNarrow) {
-#pragma unroll
-            for (int part = 0; part < kParts; ++part)
-#pragma unroll
-              for (int i = 0; i < 32; ++i) acc[part][chunk * 32 + i] *= units;
-          }
-          write_chunk(chunk, buffer);
-          async_proxy_fence();
-          named_barrier(1 + consumer, 128);
-          if (leader) {
-            store_box(staging + buffer * Config::kChunkBytes, &output_map, column + chunk * 64,
-                      row);
-            store_commit();
-            if (p.residual && chunk + kBuffers < kChunks) {
-              store_wait_read<0>();
-              load_residual(chunk + kBuffers, buffer);
-            }
-          }
-        }
-      } else {
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk, ++chunk_count) {
-          const int buffer = chunk_count % kBuffers;
-          add_bias(chunk);
-          if (p.residual) {
-            barrier_wait(filled(buffer), chunk_count / kBuffers & 1);
-            add_residual(chunk, buffer);
-            if (chunk + kBuffers < kChunks) {
-              named_barrier(1 + consumer, 128);
-              if (leader) load_residual(chunk + kBuffers, buffer);
-            }
-          }
-        }
-        // Mean and centred sum of squares of each of this thread's rows over the block's columns,
-        // then of the whole row from the cluster's (Chan, Golub and LeVeque's pairwise update).
-        float mean[kParts][2], squares[kParts][2];
-        const auto over_quad = [](float v) {
-          v += __shfl_xor_sync(0xFFFFFFFFu, v, 1);
-          return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
-        };
-#pragma unroll
-        for (int part = 0; part < kParts; ++part)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float sum = 0.f, sum2 = 0.f;
-#pragma unroll
-            for (int i = half * 2; i < kN / 2; i += 4) sum += acc[part][i] + acc[part][i + 1];
-            const float m = over_quad(sum) * (1.f / kN);
-#pragma unroll
-            for (int i = half * 2; i < kN / 2; i += 4) {
-              const float x = acc[part][i] - m, y = acc[part][i + 1] - m;
-              sum2 = fmaf(x, x, fmaf(y, y, sum2));
-            }
-            mean[part][half] = m;
-            squares[part][half] = over_quad(sum2);
-          }
-        const int set = own & 1;  // a block may be one tile ahead of its peers, never two
-        const uint32_t stats =
-            base + Config::kStatsAt + (consumer * 2 + set) * kCluster * kRows * 8;
-        const uint32_t arrived = ring.further(2 * kBuffers + consumer * 2 + set);
-        if (leader) barrier_expect(arrived, kCluster * kRows * 8);
-#pragma unroll
-        for (int peer = lane & 3; peer < kCluster; peer += 4) {
-          const uint32_t there = in_block(stats, peer), there_arrived = in_block(arrived, peer);
-#pragma unroll
-          for (int part = 0; part < kParts; ++part)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int r = part * 64 + warp * 16 + half * 8 + lane / 4;
-              store_remote(there + (rank * kRows + r) * 8, there_arrived, mean[part][half],
-                           squares[part][half]);
-            }
-        }
-        barrier_wait_cluster(arrived, own / 2 & 1);
-#pragma unroll
-        for (int part = 0; part < kParts; ++part)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int r = part * 64 + warp * 16 + half * 8 + lane / 4;
-            const float2* from = reinterpret_cast<const float2*>(shared + (stats - base)) + r;
-            float2 each[kCluster];
-            float m = 0.f, m2 = 0.f;
-#pragma unroll
-            for (int peer = 0; peer < kCluster; ++peer) {
-              each[peer] = from[peer * kRows];
-              m += each[peer].x;
-              m2 += each[peer].y;
-            }
-            m *= 1.f / kCluster;
-#pragma unroll
-            for (int peer = 0; peer < kCluster; ++peer)
-              m2 = fmaf(kN * (each[peer].x - m), each[peer].x - m, m2);
-            mean[part][half] = m;
-            squares[part][half] = rsqrtf(m2 * (1.f / (kN * kCluster)) + p.eps);
-          }
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
-#pragma unroll
-          for (int group = 0; group < 8; ++group) {
-            const float2 gamma = vector_at(1, chunk, group), beta = vector_at(2, chunk, group);
-#pragma unroll
-            for (int part = 0; part < kParts; ++part)
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                float* x = &acc[part][(chunk * 8 + group) * 4 + half * 2];
-                x[0] = fmaf((x[0] - mean[part][half]) * squares[part][half], gamma.x, beta.x);
-                x[1] = fmaf((x[1] - mean[part][half]) * squares[part][half], gamma.y, beta.y);
-              }
-          }
-          // Chunks leave in the ring's order, starting where the residual's chunks will start next.
-          const int buffer = (chunk_count + chunk) % kBuffers;
-          if (!p.residual || chunk >= kBuffers) {
-            if (leader) store_wait_read<kBuffers - 1>();
-            named_barrier(1 + consumer, 128);
-          }
-          write_chunk(chunk, buffer);
-          async_proxy_fence();
-          named_barrier(1 + consumer, 128);
-          if (leader) {
-            store_box(staging + buffer * Config::kChunkBytes, &output_map, column + chunk * 64,
-                      row);
-            store_commit();
-          }
-        }
-        ++own;
-      }
+      epilogue.run(acc);
     }
-    if (leader) store_wait_read<0>();
+    if (me.leads()) store_wait_read<0>();
   }
   // No block may leave while another still writes into its shared memory or arrives at its
   // barriers.
