@@ -1,11 +1,9 @@
 // Activations on the device.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <type_traits>
 
+#include "kernels/cuda/elements.cuh"
 #include "kernels/gelu.h"
 #include "kernels/types.h"
 
@@ -21,12 +19,6 @@ __device__ __forceinline__ float gelu_polynomial(float p, float y) {
   } else {
     return p;
   }
-}
-
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // x Phi(x) for a result of type T (kernels/gelu.h): 8 instructions for float16, 10 for bfloat16, 12
