@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds the CPU kernels with address and undefined-behaviour sanitizers and runs their driver once
 # for each instruction set; those that this processor lacks run in emulation. The same for what reads
-# an encoder's specification. No Torch involved.
+# an encoder's specification and for the plans of the few-token encoder on GPUs. No Torch involved.
 set -eu
 cd "$(dirname "$0")/.."
 out=${ASAN_BUILD_DIR:-build/asan}
@@ -27,6 +27,9 @@ $cxx $flags $objects -o "$out/cpu_kernels_test"
 # shellcheck disable=SC2086
 $cxx $flags csrc/tests/encoder_spec_test.cpp -o "$out/encoder_spec_test"
 "$out/encoder_spec_test"
+# shellcheck disable=SC2086
+$cxx $flags csrc/tests/small_plan_test.cpp csrc/kernels/cuda/small_plan.cpp -o "$out/small_plan_test"
+"$out/small_plan_test"
 for isa in portable avx2 avx2_vnni avx512 avx512_vnni avx512_bf16 amx; do
   FT_HANDLER_CPU_ISA=$isa "$out/cpu_kernels_test"
 done

@@ -23,7 +23,7 @@ build() {
     done
     benchmarks/cuda/build_gemm_variants.sh "$folder/gemm_variants" "${headers[@]}" &&
         nvcc "${flags[@]}" -o "$folder/small_check" benchmarks/cuda/small_bench.cu \
-            $kernels/small_*_sm90.cu &&
+            $kernels/small_*_sm90.cu $kernels/{small_plan,runtime}.cpp &&
         nvcc "${flags[@]}" -o "$folder/kernels_check" benchmarks/cuda/kernels_check.cu \
             benchmarks/cuda/kernels_api.cu $kernels/attention*.cu \
             $kernels/{layer_norm,embedding,activation,padding,pooling}.cu $kernels/runtime.cpp

@@ -1,7 +1,7 @@
 """Times the few-token encoder beside cuBLAS's GEMMs alone (CUDA graphs), and checks its error.
 
 Usage: small_bench.py LIBRARY [--tune SECONDS] [--json FILE]; LIBRARY is small_bench.cu and the
-small_*_sm90.cu sources built with -shared -DFT_SMALL_BENCH_LIBRARY.
+kernels' sources, as its head has them, built with -shared -DFT_SMALL_BENCH_LIBRARY.
 """
 
 from __future__ import annotations
@@ -17,42 +17,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-BASE, LARGE, MINI = (12, 768, 3072, 12), (24, 1024, 4096, 16), (6, 384, 1536, 12)
+BASE, MINI = (12, 768, 3072, 12), (6, 384, 1536, 12)
 WORKLOADS: dict[str, tuple[tuple[int, int, int, int], list[int]]] = {
     "base fixed b1 s32": (BASE, [32]),
     "base fixed b1 s64": (BASE, [64]),
     "base fixed b1 s96": (BASE, [96]),
-    "base fixed b1 s128": (BASE, [128]),
-    "base fixed b2 s128": (BASE, [128, 128]),
-    "base fixed b1 s384": (BASE, [384]),
-    "large fixed b1 s128": (LARGE, [128]),
+    "base ragged b4 s32": (BASE, [23, 9, 14, 18]),
     "mini fixed b1 s32": (MINI, [32]),
     "mini fixed b1 s64": (MINI, [64]),
-    "base ragged b16 s64": (BASE, []),
-    "base fixed b8 s128": (BASE, [128] * 8),
 }
-TILES = [
-    (64, 32),
-    (64, 48),
-    (64, 64),
-    (64, 96),
-    (64, 144),
-    (64, 192),
-    (128, 48),
-    (128, 64),
-    (128, 96),
-    (128, 128),
-]
-PLAN = 15  # per GEMM tile, split, stages; then fuse_attention, far_ahead, prefetch
-
-
-def ragged(batch: int, longest: int, total: int) -> list[int]:
-    """Lengths uniform in [0.2, 1] x longest, trimmed to a total."""
-    lengths = np.random.default_rng(0).integers(int(0.2 * longest), longest + 1, batch)
-    while lengths.sum() != total:
-        i = int(lengths.argmax() if lengths.sum() > total else lengths.argmin())
-        lengths[i] += 1 if lengths.sum() < total else -1
-    return [int(n) for n in lengths]
+TILES = [(64, 32), (64, 48), (64, 64), (64, 96), (128, 48), (128, 64)]  # small_layout.h
+PLAN = 14  # per GEMM tile, split, stages; then far_ahead, prefetch
 
 
 class Model:
@@ -180,7 +155,7 @@ class Model:
             times.append(start.elapsed_time(stop))
         return statistics.median(times[5:])
 
-    def candidates(self, which: int, fused: bool) -> list[list[int]]:
+    def candidates(self, which: int) -> list[list[int]]:
         """Plans worth timing for GEMM `which`: enough blocks to fill the chip, not many more."""
         n = [3 * self.h, self.h, self.i, self.h][which]
         k = [self.h, self.h, self.h, self.i][which]
@@ -192,59 +167,41 @@ class Model:
                 if not 60 <= blocks * split <= 400 or (rows > 64 and rows >= 2 * self.tokens):
                     continue
                 for stages in {min(steps, 12), min(steps, 6), min(steps, 3)}:
-                    if stages == steps or not (which == 1 and fused):
+                    if stages == steps or which != 1:  # attention's input is held whole
                         found.append([tile, split, stages])
         return found
 
     def tune(self, plan: list[int], seconds: float) -> tuple[list[int], float]:
         """Coordinate descent over the four GEMMs, timing the whole chain."""
 
-        def least(plans: list[list[int]]) -> list[int]:
+        def flagged(plan: list[int]) -> list[int]:
+            plans = [[*plan[:12], far, fetch] for far in (0, 1) for fetch in (0, 1)]
             times = [(ms, p) for p in plans if (ms := self.time(p)) > 0]
             return min(times)[1] if times else plan
 
-        def flagged(plan: list[int]) -> list[int]:
-            return least([[*plan[:13], far, fetch] for far in (0, 1) for fetch in (0, 1)])
-
-        starts = [flagged(plan)]
-        if self.tokens > 64:  # the other place for attention
-            fused = 1 - plan[12]
-            rest = starts[0][:3], starts[0][6:12], starts[0][13:]
-            starts.append(
-                least(
-                    [
-                        [*rest[0], *c, *rest[1], fused, *rest[2]]
-                        for c in self.candidates(1, bool(fused))
-                    ]
-                )
-            )
-        results = []
-        for plan in starts:
-            best, limit = self.time(plan), time.monotonic() + seconds
-            for _ in range(3):
-                before = best
-                for which in (3, 2, 0, 1):
-                    for c in self.candidates(which, bool(plan[12])):
-                        trial = [*plan[: 3 * which], *c, *plan[3 * which + 3 :]]
-                        ms = self.time(trial, 12)
-                        if 0 < ms < best:
-                            best, plan = ms, trial
-                        if time.monotonic() > limit:
-                            break
-                plan = flagged(plan)
-                best = self.time(plan)
-                if best > 0.99 * before or time.monotonic() > limit:
-                    break
-            results.append((best, plan))
-        print("   by start:", [(round(ms, 4), p) for ms, p in results])
-        ms, plan = min(results)
-        return plan, ms
+        plan = flagged(plan)
+        best, limit = self.time(plan), time.monotonic() + seconds
+        for _ in range(3):
+            before = best
+            for which in (3, 2, 0, 1):
+                for c in self.candidates(which):
+                    trial = [*plan[: 3 * which], *c, *plan[3 * which + 3 :]]
+                    ms = self.time(trial, 12)
+                    if 0 < ms < best:
+                        best, plan = ms, trial
+                    if time.monotonic() > limit:
+                        break
+            plan = flagged(plan)
+            best = self.time(plan)
+            if best > 0.99 * before or time.monotonic() > limit:
+                break
+        return plan, best
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("library")
-    parser.add_argument("--tune", type=float, default=0.0, help="seconds a workload and start")
+    parser.add_argument("--tune", type=float, default=0.0, help="seconds a workload")
     parser.add_argument("--only", default="", help="comma-separated parts of workload names")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -254,7 +211,7 @@ def main() -> None:
     for name, (dims, lengths) in WORKLOADS.items():
         if not any(part in name for part in args.only.split(",")):
             continue
-        model = Model(lib, dims, lengths or ragged(16, 64, 620), torch.float16)
+        model = Model(lib, dims, lengths, torch.float16)
         plan = model.plan()
         if plan is None:
             print(name, "not served")

@@ -150,6 +150,28 @@ def test_every_plan_holds_the_bound_of_gelu(size: tuple[int, int], dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_every_plan_keeps_plus_infinity(activation: str, dtype: torch.dtype) -> None:
+    """As torch does; minus infinity becomes NaN (relu: 0), and NaN stays."""
+    ops = torch.ops.fastertransformer
+    name = str(dtype).removeprefix("torch.")
+    for n, k in ((768, 64), (30, 50)):
+        x, w = (torch.zeros(rows, k, device="cuda", dtype=dtype) for rows in (511, n))
+        bias = normal(n, dtype=dtype)
+        bias[0::7], bias[1::7], bias[2::7] = math.inf, -math.inf, math.nan
+        want = twins.activated(bias.cpu(), activation).cuda()
+        alone = ops.bias_activation(bias[None], None, activation)
+        assert torch.equal(alone[0].isposinf(), want.isposinf())
+        assert torch.equal(alone[0].isnan(), want.isnan())
+        for rows in (1, 129, 511):
+            for plan in (*ops.gemm_candidates(w, rows, True, False, False).split("\n"), "cublaslt"):
+                ops.load_gemm_plan(0, name, rows, n, k, True, False, False, plan)
+                got = ops.linear(x[:rows], w, bias, None, activation)
+                assert (got.isposinf() == want.isposinf()).all(), f"{rows} rows, plan {plan}"
+                assert (got.isnan() == want.isnan()).all(), f"{rows} rows, plan {plan}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_activation_before_a_residual(dtype: torch.dtype) -> None:
     ops = torch.ops.fastertransformer
     for n, k in ((768, 768), (30, 50)):

@@ -1,11 +1,10 @@
 // Activations on the device.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include <cfloat>
 #include <type_traits>
 
+#include "kernels/cuda/elements.cuh"
 #include "kernels/gelu.h"
 #include "kernels/types.h"
 
@@ -23,14 +22,8 @@ __device__ __forceinline__ float gelu_polynomial(float p, float y) {
   }
 }
 
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// x Phi(x) for a result of type T (kernels/gelu.h): 8 instructions for float16, 10 for bfloat16, 12
-// for float32. NaN and infinities become NaN.
+// x Phi(x) for a result of type T (kernels/gelu.h): 9 instructions for float16, 11 for bfloat16, 13
+// for float32. Plus infinity stays; minus infinity becomes NaN, as in torch, and NaN stays NaN.
 template <typename T>
 __device__ __forceinline__ float gelu(float x) {
   using Gelu =
@@ -39,7 +32,8 @@ __device__ __forceinline__ float gelu(float x) {
   constexpr int kLast = sizeof(Gelu::kCoefficients) / sizeof(float) - 1;
   constexpr float kLeading = Gelu::kCoefficients[kLast];
   const float y = fabsf(x), p = gelu_polynomial<Gelu, kLast - 1>(kLeading, y);
-  return fmaf(-y, power_of_two(p), fmaxf(x, 0.f));
+  const float tail = power_of_two(p);  // Phi(-|x|)
+  return x * (x < 0.f ? tail : 1.f - tail);
 }
 
 __device__ __forceinline__ float reciprocal(float x) {
@@ -49,7 +43,7 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 
 // x / (1 + 2^(x (linear + cubic x^2))). Nothing is subtracted from nearly its own value: both tails
-// keep their digits. NaN and infinities become NaN.
+// keep their digits. Infinities as above, where `cubic` is not zero.
 __device__ __forceinline__ float gated(float x, float linear, float cubic) {
   return x * reciprocal(1.f + power_of_two(x * fmaf(cubic * x, x, linear)));
 }
@@ -63,7 +57,7 @@ __device__ __forceinline__ void activate_but_gelu(Activation activation, Each&& 
   } else {
     const bool tanh = activation == Activation::kGeluTanh;
     const float linear = tanh ? -kGeluTanhLinear : -1.4426950408889634f;
-    const float cubic = tanh ? -kGeluTanhCubic : 0.f;
+    const float cubic = tanh ? -kGeluTanhCubic : -FLT_MIN;  // zero times an infinity were NaN
     each([=](float x) { return gated(x, linear, cubic); });
   }
 }

@@ -31,35 +31,11 @@ int64_t tile_bound(const AttentionShape& shape, AttentionKernel kernel, int tile
   return (by_length < by_tokens ? by_length : by_tokens) + 1;
 }
 
-// Inclusive sum over the block's threads; every thread gets the total too.
-__device__ int plan_scan(int x, int* scratch, int* total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const int below = __shfl_up_sync(0xffffffffu, x, offset);
-    if (lane >= offset) x += below;
-  }
-  __syncthreads();
-  if (lane == 31) scratch[warp] = x;
-  __syncthreads();
-  int before = 0, all = 0;
-  for (int i = 0; i < kPlanThreads / 32; ++i) {
-    before += i < warp ? scratch[i] : 0;
-    all += scratch[i];
-  }
-  *total = all;
-  return x + before;
-}
-
 // Whether cu_seqlens says where sequences of at most `longest` lie in `tokens` rows; asked by the
 // whole block. Where it does not, all rows are to become NaN, by the tiles that this then writes.
 __device__ bool plan_valid(const int32_t* cu_seqlens, int batch, int tokens, int longest, int bound,
                            AttentionTile* tiles) {
-  int valid = 1;
-  for (int i = threadIdx.x; i < batch; i += kPlanThreads) {
-    valid &= step_valid(cu_seqlens, i, tokens, longest);
-  }
-  if (__syncthreads_and(valid)) return true;
+  if (steps_valid<kPlanThreads>(cu_seqlens, batch, tokens, longest)) return true;
   const int rows = (tokens + bound - 1) / bound;
   for (int i = threadIdx.x; i < bound; i += kPlanThreads) {
     const int64_t begin = static_cast<int64_t>(i) * rows;
@@ -131,7 +107,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     const int rows = thread < count ? begin[next] - begin[thread] : 0;
     const bool first = thread < count && marked[thread] && rows > 0;
     int total = 0;
-    const int slot = done + plan_scan(first ? 1 : 0, scratch, &total) - 1;
+    const int slot = done + block_scan<kPlanThreads>(first ? 1 : 0, scratch, &total) - 1;
     if (first) tiles[slot] = {begin[thread], rows, begin[thread], rows};
     if (thread < count && marked[thread]) {
       for (int i = thread; i < next; ++i) tile_begin[i] = begin[thread];
@@ -170,7 +146,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   __syncthreads();
   const int mine = slots[thread];
   int total = 0;
-  const int after = plan_scan(mine, scratch, &total);
+  const int after = block_scan<kPlanThreads>(mine, scratch, &total);
   slots[thread] = after - mine;
   __syncthreads();
   for (int i = thread; i < batch; i += kPlanThreads) {

@@ -176,22 +176,6 @@ __device__ __forceinline__ void fill_tile(const AttentionTile& tile, void* outpu
   fill_tile<T>(tile, output, from_float<T>(NAN), head, head_dim, hidden);
 }
 
-// Whether cu_seqlens ascends from 0 to at most `tokens` in steps of at most `longest`, asked of one
-// of its steps: unsigned numbers leave out what is negative or overflows.
-__device__ __forceinline__ bool step_valid(const int32_t* cu_seqlens, int i, int tokens,
-                                           int longest) {
-  const auto from = static_cast<uint32_t>(cu_seqlens[i]);
-  const auto to = static_cast<uint32_t>(cu_seqlens[i + 1]);
-  return to <= static_cast<uint32_t>(tokens) && to - from <= static_cast<uint32_t>(longest) &&
-         (i > 0 || from == 0);
-}
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

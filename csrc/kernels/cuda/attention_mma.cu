@@ -116,19 +116,7 @@ __device__ __forceinline__ bool finite_values(const T* values, int low, int leng
     const auto* row = reinterpret_cast<const uint32_t*>(values + key * (kDim + kRowPad));
     for (int i = threadIdx.x % 4; i < kDim / 2; i += 4) probe_finite<T>(probe, row[i]);
   }
-  int finite = probed_finite(probe);
-  finite &= __shfl_xor_sync(0xffffffffu, finite, 1);
-  return (finite & __shfl_xor_sync(0xffffffffu, finite, 2)) != 0;
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+  return quad_all(probed_finite(probe));
 }
 
 // Short sequences. A tile is at most kRows packed rows of whole sequences; each warp takes 16 of
@@ -229,8 +217,8 @@ __global__ void __launch_bounds__(2 * kRows)
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          scores[s][n][i] = exp2_approx(scores[s][n][i] * scale - shift0);
-          scores[s][n][2 + i] = exp2_approx(scores[s][n][2 + i] * scale - shift1);
+          scores[s][n][i] = power_of_two(scores[s][n][i] * scale - shift0);
+          scores[s][n][2 + i] = power_of_two(scores[s][n][2 + i] * scale - shift1);
           sum0 += scores[s][n][i];
           sum1 += scores[s][n][2 + i];
         }
@@ -362,8 +350,8 @@ __global__ void __launch_bounds__(2 * kRows)
       const float unit = kBiased ? 1.f : scale;
       float shift0 = new0 == -INFINITY ? 0.f : new0 * unit;
       float shift1 = new1 == -INFINITY ? 0.f : new1 * unit;
-      const float shrink0 = exp2_approx(max0 * unit - shift0);
-      const float shrink1 = exp2_approx(max1 * unit - shift1);
+      const float shrink0 = power_of_two(max0 * unit - shift0);
+      const float shrink1 = power_of_two(max1 * unit - shift1);
       if constexpr (kBiased) shift0 -= constant, shift1 -= constant;
       max0 = new0, max1 = new1;
       sum0 *= shrink0, sum1 *= shrink1;
@@ -379,8 +367,8 @@ __global__ void __launch_bounds__(2 * kRows)
           for (int n = 0; n < 2; ++n) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              scores[s][n][i] = exp2_approx(scores[s][n][i] * factor - shift0);
-              scores[s][n][2 + i] = exp2_approx(scores[s][n][2 + i] * factor - shift1);
+              scores[s][n][i] = power_of_two(scores[s][n][i] * factor - shift0);
+              scores[s][n][2 + i] = power_of_two(scores[s][n][2 + i] * factor - shift1);
               sum0 += scores[s][n][i];
               sum1 += scores[s][n][2 + i];
             }

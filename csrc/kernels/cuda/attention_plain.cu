@@ -89,10 +89,7 @@ __global__ void __launch_bounds__(kThreads)
         score[r][c] = column + 16 * c < left ? score[r][c] : -INFINITY;
         highest = fmaxf(highest, score[r][c]);
       }
-#pragma unroll
-      for (int mask = 8; mask > 0; mask >>= 1) {
-        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, mask));
-      }
+      highest = lane_max<16>(highest);
       // As long as all scores are minus infinity nothing is to be shifted.
       const float shift = highest == -INFINITY ? 0.f : highest;
       const float shrink = exp2f(maximum[r] - shift);
@@ -132,8 +129,7 @@ __global__ void __launch_bounds__(kThreads)
   T* to = static_cast<T*>(arguments.output) + tile.begin * hidden + head * head_dim;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-#pragma unroll
-    for (int mask = 8; mask > 0; mask >>= 1) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], mask);
+    sum[r] = lane_sum<16>(sum[r]);
     if (row + r < tile.rows) {
 #pragma unroll
       for (int d = 0; d < kDim / 16; ++d) {

@@ -224,16 +224,6 @@ __device__ __forceinline__ void clear_values(uint32_t value_tile, int keys, int 
   named_barrier(1, threads);
 }
 
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 // exp2(scores * scale - shift) in place, added to the rows' sums.
 __device__ __forceinline__ void exponentials(float (&scores)[8][4], float scale, float shift0,
                                              float shift1, float& sum0, float& sum1) {
@@ -241,8 +231,8 @@ __device__ __forceinline__ void exponentials(float (&scores)[8][4], float scale,
   for (int n = 0; n < 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      scores[n][i] = exp2_approx(scores[n][i] * scale - shift0);
-      scores[n][2 + i] = exp2_approx(scores[n][2 + i] * scale - shift1);
+      scores[n][i] = power_of_two(scores[n][i] * scale - shift0);
+      scores[n][2 + i] = power_of_two(scores[n][2 + i] * scale - shift1);
       sum0 += scores[n][i];
       sum1 += scores[n][2 + i];
     }
@@ -532,8 +522,8 @@ __global__ void __launch_bounds__(128 * kGroups, Blocks<kDim, kGroups, kBiased>:
       // As long as all scores are minus infinity nothing is to be shifted.
       shift0 = new0 == -INFINITY ? 0.f : new0 * unit;
       shift1 = new1 == -INFINITY ? 0.f : new1 * unit;
-      shrink0 = exp2_approx(max0 * unit - shift0);
-      shrink1 = exp2_approx(max1 * unit - shift1);
+      shrink0 = power_of_two(max0 * unit - shift0);
+      shrink1 = power_of_two(max1 * unit - shift1);
       max0 = new0, max1 = new1;
       sum0 *= shrink0, sum1 *= shrink1;
     }

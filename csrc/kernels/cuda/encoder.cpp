@@ -106,8 +106,6 @@ SmallShape small_shape(const EncoderShape& s) {
 }
 #endif
 
-// Above this many tokens the chain of whole-chip GEMMs is ahead on an H200.
-[[maybe_unused]] constexpr int kFewTokens = 96;
 constexpr int kAttentionWaits = 256;  // tokens from which attention is launched after the product
 
 // Whether the few-token path takes this shape on the current device. It knows GELU alone, no
@@ -116,8 +114,8 @@ bool takes_small_path([[maybe_unused]] const EncoderShape& s) {
 #ifdef FT_WITH_SM90
   const DeviceProperties* device = nullptr;
   return s.few_tokens && !s.batch_invariant && s.one_per_layer && !s.projects &&
-         s.activation == Activation::kGelu && s.bias_reach < 0 && s.tokens <= kFewTokens &&
-         s.dtype != DType::kFloat32 && current_device(&device) == cudaSuccess &&
+         s.activation == Activation::kGelu && s.bias_reach < 0 && s.dtype != DType::kFloat32 &&
+         current_device(&device) == cudaSuccess &&
          small_encoder_supported(small_shape(s), device->all);
 #else
   return false;

@@ -21,28 +21,8 @@ __global__ void __launch_bounds__(32 * kRowWarps)
   for (int column = threadIdx.x % 32; column < seqlen; column += 32) {
     count += load_int(mask, mask_type, static_cast<int64_t>(row) * seqlen + column) != 0;
   }
-  count = static_cast<int>(warp_sum(static_cast<float>(count)));  // exact: far below 2^24
+  count = lane_sum<32>(count);
   if (threadIdx.x % 32 == 0) cu_seqlens[row + 1] = count;
-}
-
-// Inclusive sum over the block's threads; all threads get the block's total too.
-__device__ int block_scan(int x, int* scratch, int* total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const int below = __shfl_up_sync(0xffffffffu, x, offset);
-    if (lane >= offset) x += below;
-  }
-  __syncthreads();
-  if (lane == 31) scratch[warp] = x;
-  __syncthreads();
-  int before = 0, all = 0;
-  for (int i = 0; i < kScanThreads / 32; ++i) {
-    before += i < warp ? scratch[i] : 0;
-    all += scratch[i];
-  }
-  *total = all;
-  return x + before;
 }
 
 // Turns the counts into offsets in place and writes the summary; one block.
@@ -67,7 +47,7 @@ __global__ void __launch_bounds__(kScanThreads)
       }
     }
     int total = 0;
-    const int offset = block_scan(count, scratch, &total);
+    const int offset = block_scan<kScanThreads>(count, scratch, &total);
     if (row < batch) cu_seqlens[row + 1] = carried + offset;
     carried += total;
   }

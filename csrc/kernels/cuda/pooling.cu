@@ -4,7 +4,6 @@
 // column's elements come together is decided by the sequence's length alone, so a row does not
 // depend on the batch, to the last bit.
 
-#include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/layer_norm.cuh"
 
 namespace ft::cuda {
@@ -38,11 +37,7 @@ __global__ void __launch_bounds__(kThreads)
     segment_pool_kernel(const T* input, const int32_t* cu_seqlens, int batch, int tokens,
                         int hidden, float* output) {
   __shared__ float parts[kThreads / 32][kPieces * kWide];
-  int valid = 1;
-  for (int i = threadIdx.x; i < batch; i += kThreads) {
-    valid &= step_valid(cu_seqlens, i, tokens, tokens);
-  }
-  valid = __syncthreads_and(valid);
+  const bool valid = steps_valid<kThreads>(cu_seqlens, batch, tokens, tokens);
   const int piece = threadIdx.x % kPieces, lane = threadIdx.x / kPieces;
   const int chunks = (hidden + kPieces * kWide - 1) / (kPieces * kWide);
   const int64_t items = static_cast<int64_t>(batch) * chunks;

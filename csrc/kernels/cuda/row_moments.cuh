@@ -3,12 +3,9 @@
 // algorithm for computing sample variances", 1979): nothing cancels.
 #pragma once
 
-namespace ft::cuda {
+#include "kernels/cuda/reductions.cuh"
 
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-  return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
-}
+namespace ft::cuda {
 
 struct Moments {
   float mean, squares;

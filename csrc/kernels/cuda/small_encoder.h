@@ -5,20 +5,9 @@
 #include <cstddef>
 
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/small_plan.h"
 
 namespace ft::cuda {
-
-// Host-side capacities; the lengths themselves are read from cu_seqlens on the device.
-struct SmallShape {
-  DType dtype;  // kFloat16 or kBFloat16
-  int tokens;   // rows of the packed tensors; rows at cu_seqlens[batch] and beyond are padding
-  int batch;
-  int max_seqlen;
-  int hidden;
-  int intermediate;
-  int heads;
-  int layers;
-};
 
 // Stacked over layers, row-major, 16-byte aligned. L layers, H hidden, I intermediate.
 struct SmallWeights {
@@ -36,27 +25,8 @@ struct SmallWeights {
   const void* ln2_beta;     // [L,H]
 };
 
-// How one GEMM [tokens,K] x [N,K]^T is cut: a tile of the table in small_kernels.cuh, the number of
-// blocks of a cluster that share K, and the 64-wide steps of input kept in shared memory.
-struct SmallGemmPlan {
-  int tile;
-  int split;
-  int stages;
-};
-
-struct SmallPlan {
-  SmallGemmPlan qkv, out, up, down;
-  bool fuse_attention;  // attention in the prologue of the output projection, else a kernel
-  bool far_ahead;       // kernels may start several links ahead to fetch weights, else one
-  bool prefetch;        // each kernel brings the next one's weights into L2
-};
-
-// The plan for a shape; false when the shape is not served here (another head size than 32 or 64,
-// widths not multiples of 64, too many tokens or too long for shared memory).
-bool small_plan(const SmallShape& shape, SmallPlan* plan);
-
 // True when small_encoder is the way to run this shape on this device: compute capability 9.0, and
-// few enough tokens (64) that it was measured ahead of larger kernels.
+// a plan (small_plan.h).
 bool small_encoder_supported(const SmallShape& shape, const cudaDeviceProp& device);
 
 // Bytes of workspace small_encoder needs, a multiple of 256.

@@ -1,160 +1,35 @@
-// Launches the few-token encoder: plan, buffers, and the chain of kernels.
-#include <algorithm>
+// Launches the few-token encoder: buffers and the chain of kernels.
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/cuda/runtime.h"
 #include "kernels/cuda/small_encoder.h"
-#include "kernels/cuda/small_kernels.cuh"
+#include "kernels/cuda/small_kernels.h"
 #include "kernels/cuda/tensor_map.h"
 
 namespace ft::cuda {
 namespace {
 
-using small::AttentionParams;
+using small::ceil_div;
 using small::GemmLayout;
 using small::GemmParams;
+using small::GemmSizes;
 using small::kAttention;
-using small::kAttentionKeys;
-using small::kAttentionRows;
-using small::kAttentionThreads;
 using small::kChunk;
 using small::Kind;
 using small::kKinds;
 using small::kMaxParts;
-using small::kMaxSplit;
-using small::kMaxStages;
 using small::kNorm;
 using small::kNormGelu;
 using small::kResidual;
+using small::kTileCount;
 using small::kTiles;
 using small::NormParams;
-using small::round_up;
-
-constexpr int kMultiprocessors = 132;
-constexpr int kSharedLimit = 227 * 1024;
-constexpr int kMaxTokens = 1024;
-// Where the chain was measured ahead of larger kernels.
-constexpr int kServedTokens = 64;
-constexpr int kServedHidden = 768;
-constexpr int kMaxBatch = 1024;
-
-struct Tile {
-  int rows, columns, threads;
-};
-constexpr Tile kTileTable[kTiles] = {
-#define FT_SMALL_ENTRY(index, rows, columns, groups_m, groups_n, step) \
-  {rows, columns, 128 * (groups_m) * (groups_n)},
-    FT_SMALL_TILES(FT_SMALL_ENTRY)
-#undef FT_SMALL_ENTRY
-};
-
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// Keys that a tile of `rows` queries can need: its own rows and the rest of the sequences at its
-// ends.
-int key_capacity(const SmallShape& s, int rows) {
-  const int longest = std::clamp(s.max_seqlen, 1, std::max(s.tokens, 1));
-  return round_up(std::min(s.tokens, rows + 2 * (longest - 1)), 32);
-}
-
-// What does not depend on where tensors lie.
-GemmParams gemm_params(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n, int k) {
-  GemmParams p = {};
-  const int chunks = ceil_div(k / kChunk, plan.split);
-  p.tokens = s.tokens;
-  p.n = n;
-  p.k = k;
-  p.batch = s.batch;
-  p.width = s.hidden;
-  p.parts = kMaxParts;  // until the producer is known
-  p.split = plan.split;
-  p.stages = std::min(plan.stages, chunks);
-  p.held_rows = std::min(kTileTable[plan.tile].rows, round_up(s.tokens, 16));
-  if (kind == kAttention) {
-    p.key_capacity = key_capacity(s, kTileTable[plan.tile].rows);
-    p.longest = s.max_seqlen;
-    p.head_dim = s.hidden / s.heads;
-    p.scale_log2 = static_cast<float>(1.4426950408889634 / std::sqrt(double(p.head_dim)));
-  }
-  return p;
-}
-
-int gemm_shared(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n, int k) {
-  const Tile& tile = kTileTable[plan.tile];
-  return GemmLayout(kind, tile.rows, tile.columns, gemm_params(s, kind, plan, n, k)).total;
-}
-
-int attention_keys(const SmallShape& s) {
-  return round_up(key_capacity(s, kAttentionRows), kAttentionKeys);
-}
-
-int attention_shared(const SmallShape& s) {
-  return round_up(kAttentionRows * 8 + 4 * (s.batch + 1), small::kChunkBytes) +
-         (kAttentionRows + 2 * attention_keys(s)) * small::kChunkBytes;
-}
-
-bool gemm_plan_fits(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n, int k) {
-  if (plan.tile < 0 || plan.tile >= kTiles || plan.split < 1 || plan.split > kMaxSplit ||
-      plan.split > k / kChunk) {
-    return false;
-  }
-  const int chunks = ceil_div(k / kChunk, plan.split);
-  const int tiles = ceil_div(n, kTileTable[plan.tile].columns);
-  const bool all = plan.stages >= chunks;
-  if (std::min(plan.stages, chunks) > kMaxStages || (!all && plan.stages < 2)) return false;
-  if (kind == kAttention && !all) return false;
-  const bool ends_branch = kind == kAttention || kind == kResidual;
-  if (ends_branch && tiles > kMaxParts) return false;
-  return gemm_shared(s, kind, plan, n, k) <= kSharedLimit;
-}
-
-// Nanoseconds a plan should take beyond its launch: bytes through L2 and into the busiest
-// multiprocessor, matrix instructions, and the exchange of partial sums.
-double estimate(const SmallShape& s, Kind kind, const SmallGemmPlan& plan, int n, int k) {
-  const Tile& tile = kTileTable[plan.tile];
-  const int steps = ceil_div(k / kChunk, plan.split), rows = std::min(tile.rows, s.tokens);
-  const int blocks = ceil_div(s.tokens, tile.rows) * ceil_div(n, tile.columns) * plan.split;
-  const int turns = ceil_div(blocks, kMultiprocessors);
-  const double bytes = double(rows) * steps * small::kChunkBytes;
-  // The weights of a first turn are there already.
-  double time = std::max(turns * bytes / 90, blocks * bytes / 5000) +
-                (turns - 1) * double(tile.columns) * steps * small::kChunkBytes / 90;
-  time += turns * steps * tile.rows * tile.columns / 180.0;
-  if (plan.split > 1) time += 300 + turns * rows * tile.columns * 4.0 / 20;
-  time += turns * double(rows) * tile.columns / plan.split / tile.threads * 40;
-  if (kind == kAttention) time += turns * (steps * key_capacity(s, tile.rows) * 256.0 / 90);
-  if (gemm_shared(s, kind, plan, n, k) > kSharedLimit / 2) {
-    time += 1000;  // leaves no room for the successor's weights
-  }
-  return time;
-}
-
-bool choose(const SmallShape& s, Kind kind, int n, int k, SmallGemmPlan* best, double* cost) {
-  bool found = false;
-  for (int tile = 0; tile < kTiles; ++tile) {
-    if (kTileTable[tile].rows > 64 && s.tokens <= 64) continue;
-    for (int split = 1; split <= std::min(kMaxSplit, k / kChunk); ++split) {
-      const int steps = ceil_div(k / kChunk, split);
-      for (int stages = std::min(steps, 6); stages >= 2 || stages == steps; --stages) {
-        const SmallGemmPlan plan = {tile, split, stages};
-        if (gemm_plan_fits(s, kind, plan, n, k)) {
-          const double time = estimate(s, kind, plan, n, k);
-          if (!found || time < *cost) {
-            *best = plan;
-            *cost = time;
-            found = true;
-          }
-        }
-        if (stages == 1) break;
-      }
-    }
-  }
-  return found;
-}
+using small::Tile;
 
 struct Buffers {
-  unsigned char *qkv, *context, *raw1, *raw2, *scaled1, *scaled2, *up;
+  unsigned char *qkv, *raw1, *raw2, *scaled1, *scaled2, *up;
   float2 *moments1, *moments2;
   size_t bytes;
 
@@ -168,7 +43,6 @@ struct Buffers {
     };
     const size_t rows = 2 * size_t(s.tokens);
     qkv = take(rows * 3 * s.hidden);
-    context = take(rows * s.hidden);
     raw1 = take(rows * s.hidden);
     raw2 = take(rows * s.hidden);
     scaled1 = take(rows * s.hidden);
@@ -187,7 +61,8 @@ cudaError_t allow_shared(const void* function, std::atomic<uint64_t>& done) {
   if (error != cudaSuccess) return error;
   const uint64_t bit = uint64_t{1} << (device & 63);
   if (done.load(std::memory_order_acquire) & bit) return cudaSuccess;
-  error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit);
+  error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               small::kMostSharedBytes);
   if (error != cudaSuccess) return error;
   error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
                                cudaSharedmemCarveoutMaxShared);
@@ -249,8 +124,8 @@ struct Chain {
       p.prefetch = next_weight;
       p.prefetch_bytes = 2u * next_n * next_k;
     }
-    static std::atomic<uint64_t> allowed[2][kKinds][kTiles];
-    const Tile& tile = kTileTable[cut.tile];
+    static std::atomic<uint64_t> allowed[2][kKinds][kTileCount];
+    const Tile& tile = kTiles[cut.tile];
     if (!map_matrix(&p.weight_map, p.weight, p.n, p.k, tile.columns)) return cudaErrorNotSupported;
     if (kind != kAttention && !map_matrix(&p.input_map, p.input, p.tokens, p.k, p.held_rows)) {
       return cudaErrorNotSupported;
@@ -259,88 +134,37 @@ struct Chain {
     return launch(functions.gemm[kind][cut.tile],
                   allowed[shape.dtype == DType::kBFloat16][kind][cut.tile],
                   dim3(cut.split, ceil_div(p.n, tile.columns), ceil_div(p.tokens, tile.rows)),
-                  tile.threads, layout.total, cut.split, &p);
-  }
-
-  cudaError_t attention(AttentionParams& p, int shared) {
-    static std::atomic<uint64_t> allowed[2];
-    return launch(functions.attention, allowed[shape.dtype == DType::kBFloat16],
-                  dim3(p.hidden / kChunk, ceil_div(p.tokens, kAttentionRows)), kAttentionThreads,
-                  shared, 1, &p);
+                  tile.threads(), layout.total, cut.split, &p);
   }
 
   cudaError_t norm(NormParams& p) {
     static std::atomic<uint64_t> allowed[2];
     return launch(functions.norm, allowed[shape.dtype == DType::kBFloat16],
-                  dim3(ceil_div(p.tokens, 4)), 128, 0, 1, &p);
+                  dim3(ceil_div(p.tokens, small::kNormRows)), small::kNormThreads, 0, 1, &p);
   }
 };
 
-bool shape_served(const SmallShape& s) {
-  if (s.dtype != DType::kFloat16 && s.dtype != DType::kBFloat16) return false;
-  if (s.heads < 1 || s.hidden % kChunk != 0 || s.intermediate % kChunk != 0) return false;
-  if (s.hidden < 1 || s.intermediate < 1 || s.layers < 0) return false;
-  if (s.hidden != 32 * s.heads && s.hidden != 64 * s.heads) return false;
-  return s.tokens >= 0 && s.tokens <= kMaxTokens && s.batch >= 0 && s.batch <= kMaxBatch;
-}
-
-bool plan_fits(const SmallShape& s, const SmallPlan& plan) {
-  const int h = s.hidden, i = s.intermediate;
-  return gemm_plan_fits(s, kNorm, plan.qkv, 3 * h, h) &&
-         gemm_plan_fits(s, plan.fuse_attention ? kAttention : kResidual, plan.out, h, h) &&
-         gemm_plan_fits(s, kNormGelu, plan.up, i, h) &&
-         gemm_plan_fits(s, kResidual, plan.down, h, i) &&
-         (plan.fuse_attention || attention_shared(s) <= kSharedLimit);
-}
-
-// The fastest plans found on an H200 by timing whole stacks of that many tokens; fewer tokens take
-// them too, and other shapes an estimate.
-struct Measured {
-  int hidden, intermediate, tokens;
-  SmallPlan plan;
-};
-constexpr Measured kMeasured[] = {
-    {768, 3072, 32, {{0, 4, 3}, {3, 8, 2}, {0, 3, 4}, {3, 8, 6}, true, false, true}},
-    {768, 3072, 64, {{0, 3, 3}, {3, 8, 2}, {2, 2, 6}, {1, 8, 6}, true, false, true}},
-    {768, 3072, 96, {{6, 3, 4}, {3, 6, 2}, {7, 3, 3}, {7, 8, 3}, true, false, true}},
-    {384, 1536, 32, {{2, 3, 2}, {1, 6, 1}, {3, 4, 2}, {1, 6, 4}, true, false, false}},
-    {384, 1536, 64, {{2, 4, 2}, {0, 6, 1}, {0, 4, 2}, {0, 4, 6}, true, false, true}},
-};
-
-const Measured* measured(const SmallShape& s) {
-  for (const Measured& m : kMeasured)
-    if (s.hidden == m.hidden && s.intermediate == m.intermediate && s.tokens <= m.tokens &&
-        plan_fits(s, m.plan))
-      return &m;
-  return nullptr;
+// small_plan, which one forward pass asks three times: an estimate takes 5 to 50 us of the host.
+bool known_plan(const SmallShape& shape, int multiprocessors, SmallPlan* plan) {
+  thread_local struct {
+    SmallShape shape = {};
+    int multiprocessors = 0;
+    bool found = false;
+    SmallPlan plan = {};
+  } last;
+  if (last.shape != shape || last.multiprocessors != multiprocessors) {
+    last = {shape, multiprocessors, small_plan(shape, multiprocessors, plan), *plan};
+  }
+  *plan = last.plan;
+  return last.found;
 }
 
 }  // namespace
 
-bool small_plan(const SmallShape& s, SmallPlan* plan) {
-  if (!shape_served(s)) return false;
-  if (const Measured* const found = measured(s); found != nullptr) {
-    *plan = found->plan;
-    return true;
-  }
-  const int h = s.hidden, i = s.intermediate;
-  double ignored, fused = 0, plain = 0;
-  SmallGemmPlan with_attention = {};
-  if (!choose(s, kNorm, 3 * h, h, &plan->qkv, &ignored)) return false;
-  if (!choose(s, kNormGelu, i, h, &plan->up, &ignored)) return false;
-  if (!choose(s, kResidual, h, i, &plan->down, &ignored)) return false;
-  if (!choose(s, kResidual, h, h, &plan->out, &plain)) return false;
-  plan->far_ahead = true;
-  plan->prefetch = false;
-  plan->fuse_attention = s.tokens <= 128 && choose(s, kAttention, h, h, &with_attention, &fused);
-  if (plan->fuse_attention) plan->out = with_attention;
-  return plan->fuse_attention || attention_shared(s) <= kSharedLimit;
-}
-
 bool small_encoder_supported(const SmallShape& shape, const cudaDeviceProp& device) {
-  SmallPlan plan;
-  return device.major == 9 && device.minor == 0 && shape.hidden <= kServedHidden &&
-         (shape.tokens <= kServedTokens || measured(shape) != nullptr) && small_plan(shape, &plan);
+  SmallPlan plan = {};
+  return device.major == 9 && device.minor == 0 &&
+         known_plan(shape, device.multiProcessorCount, &plan);
 }
 
 size_t small_encoder_workspace(const SmallShape& shape) { return Buffers(shape, nullptr).bytes; }
@@ -348,7 +172,7 @@ size_t small_encoder_workspace(const SmallShape& shape) { return Buffers(shape, 
 cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, const SmallWeights& w,
                                   float eps, const int* cu_seqlens, void* hidden, void* workspace,
                                   cudaStream_t stream) {
-  if (!shape_served(s) || !plan_fits(s, plan)) return cudaErrorInvalidValue;
+  if (!small_plan_fits(s, plan)) return cudaErrorInvalidValue;
   if (s.tokens == 0 || s.batch == 0 || s.layers == 0) return cudaSuccess;
   const Buffers buffers(s, workspace);
   const int h = s.hidden, i = s.intermediate;
@@ -357,8 +181,16 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
   };
   Chain chain{s, s.dtype == DType::kFloat16 ? small::kHalfFunctions : small::kBFloat16Functions,
               stream, plan};
-  const Kind out_kind = plan.fuse_attention ? kAttention : kResidual;
-  const int width1 = kTileTable[plan.out.tile].columns, width2 = kTileTable[plan.down.tile].columns;
+  const int width1 = kTiles[plan.out.tile].columns, width2 = kTiles[plan.down.tile].columns;
+  const auto sizes = [&](Kind kind, const SmallGemmPlan& cut, int n, int k) {
+    GemmParams p = {};
+    static_cast<GemmSizes&>(p) = small::gemm_sizes(s, kind, cut, n, k);
+    p.eps = eps;
+    if (kind == kAttention) {
+      p.scale_log2 = static_cast<float>(1.4426950408889634 / std::sqrt(double(p.head_dim)));
+    }
+    return p;
+  };
   cudaError_t error = cudaSuccess;
 
   for (size_t layer = 0; layer < static_cast<size_t>(s.layers) && error == cudaSuccess; ++layer) {
@@ -382,8 +214,7 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
       p.beta = at(w.ln1_beta, layer * h);
     };
 
-    GemmParams p = gemm_params(s, kNorm, plan.qkv, 3 * h, h);
-    p.eps = eps;
+    GemmParams p = sizes(kNorm, plan.qkv, 3 * h, h);
     p.input = raw ? buffers.scaled2 : hidden;
     p.weight = at(w.qkv_weight, layer * 3 * h * h);
     p.bias = at(w.qkv_bias, layer * 3 * h);
@@ -392,25 +223,8 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
     error = chain.gemm(kNorm, plan.qkv, p, at(w.out_weight, layer * h * h), h, h);
     if (error != cudaSuccess) break;
 
-    if (!plan.fuse_attention) {
-      AttentionParams a = {};
-      a.qkv = buffers.qkv;
-      a.output = buffers.context;
-      a.cu_seqlens = cu_seqlens;
-      a.tokens = s.tokens;
-      a.hidden = h;
-      a.batch = s.batch;
-      a.key_capacity = attention_keys(s);
-      a.longest = s.max_seqlen;
-      a.head_dim = h / s.heads;
-      a.scale_log2 = static_cast<float>(1.4426950408889634 / std::sqrt(double(a.head_dim)));
-      error = chain.attention(a, attention_shared(s));
-      if (error != cudaSuccess) break;
-    }
-
-    p = gemm_params(s, out_kind, plan.out, h, h);
-    p.eps = eps;
-    p.input = plan.fuse_attention ? buffers.qkv : buffers.context;
+    p = sizes(kAttention, plan.out, h, h);
+    p.input = buffers.qkv;
     p.weight = at(w.out_weight, layer * h * h);
     p.bias = at(w.out_bias, layer * h);
     p.output = buffers.raw1;
@@ -420,11 +234,10 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
     p.moments_out = buffers.moments1;
     p.cu_seqlens = cu_seqlens;
     previous_norm(p);
-    error = chain.gemm(out_kind, plan.out, p, at(w.up_weight, layer * i * h), i, h);
+    error = chain.gemm(kAttention, plan.out, p, at(w.up_weight, layer * i * h), i, h);
     if (error != cudaSuccess) break;
 
-    p = gemm_params(s, kNormGelu, plan.up, i, h);
-    p.eps = eps;
+    p = sizes(kNormGelu, plan.up, i, h);
     p.input = buffers.scaled1;
     p.weight = at(w.up_weight, layer * i * h);
     p.bias = at(w.up_bias, layer * i);
@@ -433,8 +246,7 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
     error = chain.gemm(kNormGelu, plan.up, p, at(w.down_weight, layer * h * i), h, i);
     if (error != cudaSuccess) break;
 
-    p = gemm_params(s, kResidual, plan.down, h, i);
-    p.eps = eps;
+    p = sizes(kResidual, plan.down, h, i);
     p.input = buffers.up;
     p.weight = at(w.down_weight, layer * h * i);
     p.bias = at(w.down_bias, layer * h);
@@ -467,8 +279,10 @@ cudaError_t small_encoder_planned(const SmallShape& s, const SmallPlan& plan, co
 cudaError_t small_encoder(const SmallShape& shape, const SmallWeights& weights, float eps,
                           const int* cu_seqlens, void* hidden, void* workspace,
                           cudaStream_t stream) {
-  SmallPlan plan;
-  if (!small_plan(shape, &plan)) return cudaErrorInvalidValue;
+  const DeviceProperties* device = nullptr;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  SmallPlan plan = {};
+  if (!known_plan(shape, device->multiprocessors, &plan)) return cudaErrorInvalidValue;
   return small_encoder_planned(shape, plan, weights, eps, cu_seqlens, hidden, workspace, stream);
 }
 

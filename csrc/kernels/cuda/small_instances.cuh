@@ -1,27 +1,32 @@
-// Every tile and kind of the few-token kernels for one type.
+// Every kernel of the few-token encoder for one type.
 #pragma once
 
-#include "kernels/cuda/small_kernels.cuh"
+#include <utility>
+
+#include "kernels/cuda/small_norm.cuh"
+#include "kernels/cuda/small_product.cuh"
 
 namespace ft::cuda::small {
 
-template <typename T, int kKind>
-void list_tiles(const void** to) {
-#define FT_SMALL_ENTRY(index, rows, columns, groups_m, groups_n, step) \
-  to[index] = reinterpret_cast<const void*>(                           \
-      &small_gemm_kernel<T, kKind, rows, columns, groups_m, groups_n, step>);
-  FT_SMALL_TILES(FT_SMALL_ENTRY)
-#undef FT_SMALL_ENTRY
+template <typename T, int kKind, int kTile>
+const void* gemm_function() {
+  if constexpr (kTiles[kTile].serves[kKind]) {
+    return reinterpret_cast<const void*>(&small_gemm_kernel<T, kKind, kTile>);
+  } else {
+    return nullptr;
+  }
 }
 
 template <typename T>
 Functions functions() {
   Functions f = {};
-  list_tiles<T, kNorm>(f.gemm[kNorm]);
-  list_tiles<T, kNormGelu>(f.gemm[kNormGelu]);
-  list_tiles<T, kResidual>(f.gemm[kResidual]);
-  list_tiles<T, kAttention>(f.gemm[kAttention]);
-  f.attention = reinterpret_cast<const void*>(&small_attention_kernel<T>);
+  const auto list_kind = [&]<int kKind, int... kTile>(std::integer_sequence<int, kTile...>) {
+    ((f.gemm[kKind][kTile] = gemm_function<T, kKind, kTile>()), ...);
+  };
+  const auto list_kinds = [&]<int... kKind>(std::integer_sequence<int, kKind...>) {
+    (list_kind.template operator()<kKind>(std::make_integer_sequence<int, kTileCount>{}), ...);
+  };
+  list_kinds(std::make_integer_sequence<int, kKinds>{});
   f.norm = reinterpret_cast<const void*>(&small_norm_kernel<T>);
   return f;
 }
