@@ -1,21 +1,21 @@
-"""Writes what GEMM plans cost on each card, csrc/kernels/cuda/gemm_costs.h; a test fails when they differ.
+"""Writes what GEMM plans cost on each card, csrc/kernels/cuda/gemm_costs.h.
 
     python scripts/gemm_costs.py            # fits the costs and writes the header
-    python scripts/gemm_costs.py --report   # what the estimate's choice loses on the measured shapes
+    python scripts/gemm_costs.py --report   # what the estimate's choice loses on measured shapes
 
-The costs of a card are fitted to its file in benchmarks/results/, which benchmarks/cuda/gemm_plans.py
-measures: for every shape, each plan's time and how much there is of what its estimate is made of
-(csrc/kernels/cuda/gemm_sm90.h). An estimate is a sum of cost by amount, so the fit is linear: least
-squares of relative errors, no cost below zero. Costs that a file gives under "costs" are taken as
-they are; what a card's file neither gives nor has measured comes from the first card.
+A test fails when the header is not what this makes. The costs of a card are fitted to its file in
+benchmarks/results/, which benchmarks/cuda/gemm_plans.py measures: for every shape each plan's time,
+and how much there is of what its estimate is made of (csrc/kernels/cuda/gemm_sm90.h). An estimate
+is a sum of cost times amount, so the fit is linear: least squares of relative errors, no cost below
+zero. Costs that a file gives under "costs" are taken as they are; what a card's file neither gives
+nor has measured comes from the first card.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,12 @@ AFTER = ("tile", "split", "tall", "element", "more", "partial")
 LIBRARY = ("fixed", "gflop", "more", "element")
 #: In the order of gemm_library_amounts().
 KINDS = ("cublaslt + activation", "cublaslt", "cublaslt + norm", "cublaslt + norm, large K")
+
+#: A choice is among the fastest: plans that take longer than this of the best's time count less.
+NEAR, FAR_WEIGHT = 1.5, 0.1
+#: In a chain cuBLASLt's kernels neither start early nor let the next one do so, which does not show
+#: where they are timed alone.
+LIBRARY_IN_A_CHAIN = 1.1
 
 Costs = dict[str, dict[str, float]]  # of each tile, "after", and each kind of the library's product
 
@@ -116,36 +122,48 @@ def _shape(row: dict[str, Any]) -> Shape:
     return Shape(row["rows"], row["n"], row["k"], ours, library, row["best_library"])
 
 
-def fitted(plans: list[Plan]) -> Costs:
-    """The costs that make the sum of the squares of the estimates' relative errors least.
+def fitted(plans: list[Plan], weights: list[float]) -> Costs:
+    """The costs that make the sum of the squares of the estimates' weighted relative errors least.
 
     None is below zero: what would be is taken out, the worst first, and the rest fitted anew.
     """
     names = sorted({name for plan in plans for name in plan.amounts})
+    wanted = np.array(weights)
     relative = np.array([[p.amounts.get(name, 0.0) / p.us for name in names] for p in plans])
+    relative *= wanted[:, None]
     left = list(range(len(names)))
     found = np.zeros(0)
     while left:
         scale = np.linalg.norm(relative[:, left], axis=0)
-        found = np.linalg.lstsq(relative[:, left] / scale, np.ones(len(plans)), rcond=1e-9)[0]
+        found = np.linalg.lstsq(relative[:, left] / scale, wanted, rcond=1e-9)[0] / scale
         if found.min() >= 0:
-            found = found / scale
             break
-        del left[int(found.argmin())]
+        del left[int((found * scale).argmin())]
     costs: Costs = {row: dict.fromkeys(_fields(row), 0.0) for row, _ in names}
     for i, cost in zip(left, found, strict=True):
         row, name = names[i]
-        costs[row][name] = float(f"{cost:.3g}")
+        costs[row][name] = _rounded(cost)
     return costs
+
+
+def _rounded(cost: float) -> float:
+    return float(f"{cost:.3g}")
 
 
 def costs_of(card: Card) -> Costs:
     """A card's costs: those that are given, and those fitted to its shapes."""
     if not card.shapes:
         return card.given
-    ours = fitted([plan for shape in card.shapes for plan in shape.ours])
-    library = fitted([shape.library for shape in card.shapes])
-    return {**ours, **library, **card.given}
+    ours, weights = [], []
+    for shape in card.shapes:
+        near = NEAR * min(plan.us for plan in shape.ours)
+        ours += shape.ours
+        weights += [1.0 if plan.us <= near else FAR_WEIGHT for plan in shape.ours]
+    costs = fitted(ours, weights)
+    library = [shape.library for shape in card.shapes]
+    for kind, alone in fitted(library, [1.0] * len(library)).items():
+        costs[kind] = {name: _rounded(LIBRARY_IN_A_CHAIN * cost) for name, cost in alone.items()}
+    return {**costs, **card.given}
 
 
 def loss(shapes: list[Shape], costs: Costs) -> list[tuple[float, str, str, str]]:
@@ -162,56 +180,60 @@ def loss(shapes: list[Shape], costs: Costs) -> list[tuple[float, str, str, str]]
 
 
 def header(cards: list[Card]) -> str:
-    """The header, formatted; the first card's tiles are the ones there are."""
+    """The header; the first card's tiles are the ones there are."""
     tables = [costs_of(card) for card in cards]
-    first = tables[0]
-    tiles = [row for row in first if row != "after" and row not in KINDS]
-    text = f"""\
-// Written by scripts/gemm_costs.py from {", ".join(f"benchmarks/results/{f}" for f in CARDS.values())}; do not edit.
-#pragma once
-
-#include <array>
-#include <string_view>
-
-#include "kernels/cuda/gemm_sm90.h"
-
-namespace ft::cuda {{
-
-inline constexpr std::array<std::string_view, {len(tiles)}> kCostedTiles{{
-{", ".join(json.dumps(tile) for tile in tiles)}}};
-
-inline constexpr std::array<std::string_view, {len(KINDS)}> kLibraryKinds{{
-{", ".join(json.dumps(kind) for kind in KINDS)}}};
-
-struct GemmCosts {{
-  std::string_view gpu;  // what the names of its cards begin with
-  std::array<TileCost, kCostedTiles.size()> tiles;
-  AfterCost after;
-  std::array<LibraryCost, kLibraryKinds.size()> library;
-}};
-
-inline constexpr std::array<GemmCosts, {len(cards)}> kGemmCosts{{{{
-"""
+    tiles = [row for row in tables[0] if row != "after" and row not in KINDS]
+    lines = [
+        f"// Written by scripts/gemm_costs.py from {' and '.join(CARDS.values())}",
+        "// in benchmarks/results/; do not edit.",
+        "#pragma once",
+        "",
+        "#include <array>",
+        "#include <string_view>",
+        "",
+        '#include "kernels/cuda/gemm_sm90.h"',
+        "",
+        "// clang-format off",
+        "namespace ft::cuda {",
+        "",
+        *_names("kCostedTiles", tiles),
+        "",
+        *_names("kLibraryKinds", KINDS),
+        "",
+        "struct GemmCosts {",
+        "  std::string_view gpu;  // what the names of its cards begin with",
+        "  std::array<TileCost, kCostedTiles.size()> tiles;",
+        "  AfterCost after;",
+        "  std::array<LibraryCost, kLibraryKinds.size()> library;",
+        "};",
+        "",
+        f"inline constexpr std::array<GemmCosts, {len(cards)}> kGemmCosts{{{{",
+    ]
     for card, table in zip(cards, tables, strict=True):
-        costs = {**first, **table}
-        text += f'{{"{card.gpu}",\n{{{{'
-        text += "".join(f"// {tile}\n{_initializer(costs[tile])},\n" for tile in tiles)
-        text += f"}}}},\n{_initializer(costs['after'])},\n{{{{"
-        text += "".join(f"// {kind}\n{_initializer(costs[kind])},\n" for kind in KINDS)
-        text += "}}},\n"
-    text += "}};\n\n}  // namespace ft::cuda\n"
-    return _formatted(text)
+        costs = {**tables[0], **table}
+        lines += [
+            f'  {{"{card.gpu}",',
+            f"   {{{{  // {', '.join(TILE)}",
+            *(f"     {_initializer(costs[tile])},  // {tile}" for tile in tiles),
+            "   }},",
+            f"   {_initializer(costs['after'])},  // {', '.join(AFTER)}",
+            f"   {{{{  // {', '.join(LIBRARY)}",
+            *(f"     {_initializer(costs[kind])},  // {kind}" for kind in KINDS),
+            "   }}},",
+        ]
+    return "\n".join([*lines, "}};", "", "}  // namespace ft::cuda", ""])
+
+
+def _names(variable: str, names: Sequence[str]) -> list[str]:
+    return [
+        f"inline constexpr std::array<std::string_view, {len(names)}> {variable}{{",
+        *(f'  "{name}",' for name in names),
+        "};",
+    ]
 
 
 def _initializer(costs: dict[str, float]) -> str:
-    return "{" + ", ".join(f".{name} = {cost!r}f" for name, cost in costs.items()) + "}"
-
-
-def _formatted(text: str) -> str:
-    return subprocess.run(
-        ["clang-format", f"--assume-filename={HEADER}"],
-        input=text, capture_output=True, text=True, check=True, cwd=ROOT,
-    ).stdout  # fmt: skip
+    return "{" + ", ".join(f"{cost!r}f" for cost in costs.values()) + "}"
 
 
 def report(cards: list[Card]) -> str:

@@ -1,7 +1,7 @@
 """Times every GEMM plan over many shapes: what scripts/gemm_costs.py fits a card's costs to.
 
     sh benchmarks/cuda/build_gemm_variants.sh gemm_variants
-    python benchmarks/cuda/gemm_plans.py ./gemm_variants --out benchmarks/results/h100-gemm-plans.json
+    python benchmarks/cuda/gemm_plans.py gemm_variants --out h100-gemm-plans.json
 
 The four layers of encoders of 384, 768 and 1,024 columns, fp16, half a minute. A row of the result
 is a shape. `ours`: a plan, its microseconds a layer with the layer norm or activation that belongs
