@@ -5,6 +5,8 @@
 //   ./gemm_variants time ROWS...    microseconds a layer of every plan at BERT-base's four layers
 //   ./gemm_variants large ROWS...   the same at BERT-large's
 //   ./gemm_variants once ROWS       each of our plans once, for a profiler
+//   ./gemm_variants measure HIDDEN ROWS...  JSON of every plan's time and what its estimate is made
+//                                   of, at an encoder's four layers: for scripts/gemm_costs.py
 //
 // Built by benchmarks/cuda/build_gemm_variants.sh. Times are medians of graph replays of twelve
 // layers with weights of their own, with programmatic dependent launch.
@@ -22,6 +24,7 @@
 #include <vector>
 
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/gemm_costs.h"
 #include "kernels/cuda/gemm_sm90.h"
 #include "kernels/cuda/runtime.h"
 
@@ -214,7 +217,8 @@ int check(bool few, const std::string& part) {
   return wrong;
 }
 
-float time_graph(const std::vector<Gemm>& gemms, const GemmNorm* norm, void* scratch, bool pdl) {
+cudaGraphExec_t graph_of(const std::vector<Gemm>& gemms, const GemmNorm* norm, void* scratch,
+                         bool pdl) {
   cudaGraph_t graph;
   cudaGraphExec_t exec;
   require(run(gemms[0], norm, scratch, pdl), "first run");  // attributes are set outside a capture
@@ -223,6 +227,12 @@ float time_graph(const std::vector<Gemm>& gemms, const GemmNorm* norm, void* scr
   for (const Gemm& gemm : gemms) require(run(gemm, norm, scratch, pdl), "run");
   require(cudaStreamEndCapture(stream, &graph), "end of capture");
   require(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+  cudaGraphDestroy(graph);
+  return exec;
+}
+
+float time_graph(const std::vector<Gemm>& gemms, const GemmNorm* norm, void* scratch, bool pdl) {
+  const cudaGraphExec_t exec = graph_of(gemms, norm, scratch, pdl);
   cudaEvent_t start, stop;
   cudaEventCreate(&start);
   cudaEventCreate(&stop);
@@ -241,26 +251,30 @@ float time_graph(const std::vector<Gemm>& gemms, const GemmNorm* norm, void* scr
   cudaEventDestroy(start);
   cudaEventDestroy(stop);
   cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
   std::sort(times.begin(), times.end());
   return times[times.size() / 2] * 1e3f / static_cast<float>(gemms.size());
 }
 
-void time_rows(int rows, int hidden) {
+struct Kind {
+  const char* name;
+  int n, k;
+  bool gelu, norm;
+};
+
+std::vector<Kind> kinds_of(int hidden) {
   const int wide = 4 * hidden;
-  const struct {
-    const char* name;
-    int n, k;
-    bool gelu, norm;
-  } kinds[] = {{"qkv", 3 * hidden, hidden, false, false},
-               {"out", hidden, hidden, false, true},
-               {"up", wide, hidden, true, false},
-               {"down", hidden, wide, false, true}};
-  for (const auto& kind : kinds) {
+  return {{"qkv", 3 * hidden, hidden, false, false},
+          {"out", hidden, hidden, false, true},
+          {"up", wide, hidden, true, false},
+          {"down", hidden, wide, false, true}};
+}
+
+void time_rows(int rows, int hidden) {
+  for (const Kind& kind : kinds_of(hidden)) {
     constexpr int kCopies = 12;
     const Layer<__half> layer(rows, kind.n, kind.k, kCopies);
     const GemmNorm norm = layer.norm();
-    const auto graph_of = [&](bool gelu, bool normed, const std::string& plan, bool pdl) {
+    const auto timed = [&](bool gelu, bool normed, const std::string& plan, bool pdl) {
       std::vector<Gemm> gemms;
       for (int copy = 0; copy < kCopies; ++copy) gemms.push_back(layer.gemm(gelu, normed, copy));
       require(load_gemm_plan(key_of(gemms[0], normed), plan), "load_gemm_plan");
@@ -271,14 +285,14 @@ void time_rows(int rows, int hidden) {
     require(gemm_candidates(bare, nullptr, &plain), "gemm_candidates");
     const auto first = std::find_if(plain.begin(), plain.end(),
                                     [](const std::string& p) { return p.rfind("sm90", 0) != 0; });
-    std::printf("%d %s: alone %.1f |", rows, kind.name, graph_of(false, false, *first, false));
+    std::printf("%d %s: alone %.1f |", rows, kind.name, timed(false, false, *first, false));
     const Gemm gemm = layer.gemm(kind.gelu, kind.norm);
     require(gemm_candidates(gemm, kind.norm ? &norm : nullptr, &plans), "gemm_candidates");
     float best_library = 1e9f;
     std::string best_label;
     for (size_t i = 0; i < plans.size(); ++i) {
       const bool ours = plans[i].rfind("sm90", 0) == 0;
-      const float us = graph_of(kind.gelu, kind.norm, plans[i], true);
+      const float us = timed(kind.gelu, kind.norm, plans[i], true);
       if (!ours) {
         if (us < best_library) {
           best_library = us;
@@ -290,6 +304,91 @@ void time_rows(int rows, int hidden) {
     }
     std::printf(" | %s %.1f | %.1f at 790 TFLOP/s\n", best_label.c_str(), best_library,
                 2.0 * rows * kind.n * kind.k / 790e6);
+    std::fflush(stdout);
+  }
+}
+
+std::string numbers(const float* values, size_t count) {
+  std::string text;
+  for (size_t i = 0; i < count; ++i) {
+    char number[32];
+    std::snprintf(number, sizeof number, "%s%.5g", i == 0 ? "[" : ", ", values[i]);
+    text += number;
+  }
+  return text + "]";
+}
+
+template <typename Cost>
+std::string numbers(const Cost& cost) {
+  static_assert(sizeof(Cost) % sizeof(float) == 0);
+  return numbers(reinterpret_cast<const float*>(&cost), sizeof(Cost) / sizeof(float));
+}
+
+// A line of JSON a layer: medians over replays of every plan in turn, so that a drift of clocks
+// hits all of them.
+void measure_rows(int rows, int hidden) {
+  for (const Kind& kind : kinds_of(hidden)) {
+    const int copies = rows <= 2048 ? 12 : 6, rounds = rows <= 8192 ? 9 : 5;
+    const Layer<__half> layer(rows, kind.n, kind.k, copies);
+    const GemmNorm norm = layer.norm();
+    const GemmNorm* const normed = kind.norm ? &norm : nullptr;
+    std::vector<Gemm> gemms;
+    for (int copy = 0; copy < copies; ++copy)
+      gemms.push_back(layer.gemm(kind.gelu, kind.norm, copy));
+    std::vector<std::string> plans;
+    require(gemm_candidates(gemms[0], normed, &plans), "gemm_candidates");
+    plans.push_back("cublaslt");
+    struct Timed {
+      cudaGraphExec_t exec;
+      cudaEvent_t start, stop;
+      std::vector<float> us;
+    };
+    std::vector<Timed> all;
+    for (const std::string& plan : plans) {
+      require(load_gemm_plan(key_of(gemms[0], kind.norm), plan), "load_gemm_plan");
+      Timed& made = all.emplace_back();
+      made.exec = graph_of(gemms, normed, layer.scratch, true);
+      cudaEventCreate(&made.start);
+      cudaEventCreate(&made.stop);
+    }
+    for (int round = -1; round < rounds; ++round) {
+      for (Timed& timed : all) {
+        cudaEventRecord(timed.start, stream);
+        cudaGraphLaunch(timed.exec, stream);
+        cudaEventRecord(timed.stop, stream);
+      }
+      require(cudaStreamSynchronize(stream), "replay");
+      for (Timed& timed : all) {
+        float ms = 0;
+        cudaEventElapsedTime(&ms, timed.start, timed.stop);
+        if (round >= 0) timed.us.push_back(ms * 1e3f / static_cast<float>(copies));
+      }
+    }
+    std::printf(R"({"rows": %d, "n": %d, "k": %d, "gelu": %s, "norm": %s, "ours": [)", rows, kind.n,
+                kind.k, kind.gelu ? "true" : "false", kind.norm ? "true" : "false");
+    std::vector<float> medians;
+    float best_library = 1e9f;
+    for (size_t i = 0; i < plans.size(); ++i) {
+      std::sort(all[i].us.begin(), all[i].us.end());
+      medians.push_back(all[i].us[all[i].us.size() / 2]);
+      cudaGraphExecDestroy(all[i].exec);
+      cudaEventDestroy(all[i].start);
+      cudaEventDestroy(all[i].stop);
+      if (plans[i].rfind("sm90:", 0) != 0) {
+        best_library = std::min(best_library, medians[i]);
+        continue;
+      }
+      const std::string name = plans[i].substr(5);
+      const Sm90Amounts many = gemm_sm90_amounts(gemm_sm90_named(name), gemms[0], normed);
+      std::printf(R"(%s["%s", %.2f, "%s", %s, %s])", i == 0 ? "" : ", ", name.c_str(), medians[i],
+                  kCostedTiles[many.tile].data(), numbers(many.product).c_str(),
+                  numbers(many.after).c_str());
+    }
+    const LibraryAmounts many = gemm_library_amounts(gemms[0], normed);
+    std::printf(R"(], "library": [%.2f, "%s", %s], "best_library": %.2f})"
+                "\n",
+                medians.back(), kLibraryKinds[many.kind].data(), numbers(many.product).c_str(),
+                best_library);
     std::fflush(stdout);
   }
 }
@@ -320,8 +419,10 @@ int main(int argc, char** argv) {
     const std::string part = argc > 3 ? argv[3] : "";
     return check<__half>(few, part) + check<__nv_bfloat16>(few, part) == 0 ? 0 : 1;
   }
-  for (int i = 2; i < argc; ++i) {
-    if (what == "once")
+  for (int i = what == "measure" ? 3 : 2; i < argc; ++i) {
+    if (what == "measure")
+      measure_rows(std::atoi(argv[i]), std::atoi(argv[2]));
+    else if (what == "once")
       once(std::atoi(argv[i]));
     else
       time_rows(std::atoi(argv[i]), what == "large" ? 1024 : 768);

@@ -10,9 +10,11 @@
 #include <cstdio>
 #include <mutex>
 #include <shared_mutex>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 
+#include "kernels/cuda/gemm_costs.h"
 #include "kernels/cuda/gemm_sm90_variants.h"
 #include "kernels/cuda/tensor_map.h"
 
@@ -43,20 +45,20 @@ namespace {
 // Elements of K in a block of 128 bytes.
 int block_k(const Gemm& gemm) { return gemm.narrow() ? 128 : 64; }
 
-// Microseconds, fitted to measurements on an H200 (docs/kernels.md):
-// fixed + rounds * (round + k / 64 * (block + heavy * gflop / 100) (+ gelu)).
-// Clocks fall under load, hence `heavy`.
-struct Cost {
-  float fixed, round, block, gelu, heavy;
-};
+// The place of a tile's costs among a card's.
+consteval int costs_of(std::string_view tile) {
+  const auto found = std::find(kCostedTiles.begin(), kCostedTiles.end(), tile);
+  if (found == kCostedTiles.end()) throw "scripts/gemm_costs.py wrote no costs of this tile";
+  return static_cast<int>(found - kCostedTiles.begin());
+}
 
-// The same for cuBLASLt and the passes over memory after it:
-// fixed + gflop * rate (+ those beyond 15 * more) + million elements of the output * element.
-// Dearer than the best algorithm was alone: only its first guess can be had without measuring, and
-// in a chain its kernels neither start early nor let the next one do so.
-struct LibraryCost {
-  float fixed, rate, more, element;
-};
+// Those of the card whose name begins as `gpu` does; the first ones serve cards that have none.
+const GemmCosts& costs_on(std::string_view gpu) {
+  const auto found =
+      std::find_if(kGemmCosts.begin(), kGemmCosts.end(),
+                   [&](const GemmCosts& costs) { return gpu.starts_with(costs.gpu); });
+  return found == kGemmCosts.end() ? kGemmCosts.front() : *found;
+}
 
 struct Variant {
   const char* name;  // null: tall
@@ -69,7 +71,7 @@ struct Variant {
   int cluster, sharers, threads, shared_bytes;
   int narrow_bytes;  // shared memory of the kernel of e4m3 operands, 0: there is none
   bool norm;
-  Cost cost;
+  int costs;  // index into a card's tiles
 
   constexpr bool tall() const { return name == nullptr; }
 };
@@ -85,8 +87,7 @@ constexpr int narrow_bytes() {
 }
 
 template <typename Config>
-constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), int index,
-                          Cost cost) {
+consteval Variant variant(const char* name, const void* (*kernel)(int, bool), int index) {
   return {name,
           kernel,
           Config::kNorm || Config::kSplits > 1 ? nullptr : sm90::but_gelu_kernel,
@@ -102,19 +103,12 @@ constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), in
           Config::kSharedBytes,
           narrow_bytes<Config>(),
           Config::kNorm,
-          cost};
+          costs_of(name)};
 }
 
 template <int kCluster, int kTokens>
 constexpr Variant tall(int index) {
   using Config = sm90::TallConfig<kTokens, kCluster>;
-  // A block of 64 of K takes the longer of its way in, at 64 bytes a cycle, and its product.
-  constexpr auto kCycles = static_cast<float>(std::max(256 + 2 * kTokens, 4 * kTokens));
-  constexpr float kBlock = 0.684e-3f * kCycles, kHeavy = 0.154e-3f * kCycles;
-  constexpr float kPart = kTokens / 200.f;
-  constexpr Cost kCost = Config::kNorm
-                             ? Cost{2.3f, 1.7f + 2 * kPart, kBlock, 0.f, kHeavy}
-                             : Cost{2.3f, 0.76f + 0.19f * kPart, kBlock, 1.1f * kPart, kHeavy};
   return {nullptr,
           sm90::tall_kernel<kCluster>,
           nullptr,
@@ -130,7 +124,7 @@ constexpr Variant tall(int index) {
           Config::kSharedBytes,
           0,
           Config::kNorm,
-          kCost};
+          costs_of(Config::kNorm ? "tall norm" : "tall")};
 }
 
 template <int kCluster, int... kTokens>
@@ -140,30 +134,18 @@ constexpr std::array<Variant, sizeof...(kTokens)> tall_variants() {
 }
 
 constexpr std::array kTiles{
-    variant<sm90::PingPong128x192>("ping-pong 128x192", sm90::linear_kernel, 0,
-                                   {3.0f, 0.1f, 0.521f, 1.3f, 0.026f}),
-    variant<sm90::PingPong128x192Alone>("ping-pong 128x192 alone", sm90::linear_kernel, 1,
-                                        {3.4f, 0.3f, 0.485f, 0.88f, 0.057f}),
-    variant<sm90::PingPong128x128>("ping-pong 128x128", sm90::linear_kernel, 2,
-                                   {2.1f, 0.8f, 0.341f, 0.46f, 0.084f}),
-    variant<sm90::PingPong64x128>("ping-pong 64x128", sm90::linear_kernel, 3,
-                                  {2.1f, 0.43f, 0.201f, 0.62f, 0.071f}),
-    variant<sm90::Together128x128>("together 128x128", sm90::linear_kernel, 4,
-                                   {1.4f, 1.3f, 0.306f, 1.3f, 0.116f}),
-    variant<sm90::Together128x128Split2>("together 128x128 / 2", sm90::split_kernel, 0,
-                                         {0.f, 3.9f, 0.368f, 0.3f, 0.f}),
-    variant<sm90::Together128x128Split4>("together 128x128 / 4", sm90::split_kernel, 1,
-                                         {0.f, 4.2f, 0.385f, 0.2f, 0.f}),
-    variant<sm90::NormPingPong128x192>("norm ping-pong 128x192", sm90::norm_kernel, 0,
-                                       {0.f, 3.8f, 0.467f, 0.f, 0.164f}),
-    variant<sm90::NormPingPong64x192>("norm ping-pong 64x192", sm90::norm_kernel, 1,
-                                      {2.6f, 1.2f, 0.237f, 0.f, 0.287f}),
-    variant<sm90::NormPingPong64x128>("norm ping-pong 64x128", sm90::norm_kernel, 2,
-                                      {1.8f, 1.2f, 0.207f, 0.f, 0.158f}),
-    variant<sm90::NormPingPong64x256>("norm ping-pong 64x256", sm90::norm_kernel, 3,
-                                      {1.5f, 2.9f, 0.319f, 0.f, 0.097f}),
-    variant<sm90::NormPingPong128x128>("norm ping-pong 128x128", sm90::norm_kernel, 4,
-                                       {2.6f, 2.5f, 0.292f, 0.f, 0.032f}),
+    variant<sm90::PingPong128x192>("ping-pong 128x192", sm90::linear_kernel, 0),
+    variant<sm90::PingPong128x192Alone>("ping-pong 128x192 alone", sm90::linear_kernel, 1),
+    variant<sm90::PingPong128x128>("ping-pong 128x128", sm90::linear_kernel, 2),
+    variant<sm90::PingPong64x128>("ping-pong 64x128", sm90::linear_kernel, 3),
+    variant<sm90::Together128x128>("together 128x128", sm90::linear_kernel, 4),
+    variant<sm90::Together128x128Split2>("together 128x128 / 2", sm90::split_kernel, 0),
+    variant<sm90::Together128x128Split4>("together 128x128 / 4", sm90::split_kernel, 1),
+    variant<sm90::NormPingPong128x192>("norm ping-pong 128x192", sm90::norm_kernel, 0),
+    variant<sm90::NormPingPong64x192>("norm ping-pong 64x192", sm90::norm_kernel, 1),
+    variant<sm90::NormPingPong64x128>("norm ping-pong 64x128", sm90::norm_kernel, 2),
+    variant<sm90::NormPingPong64x256>("norm ping-pong 64x256", sm90::norm_kernel, 3),
+    variant<sm90::NormPingPong128x128>("norm ping-pong 128x128", sm90::norm_kernel, 4),
 };
 
 constexpr auto kTall = tall_variants<1, FT_TALL_TOKENS>();
@@ -364,12 +346,12 @@ int tile_of(Sm90Plan plan, const Gemm& gemm, int device) {
   return v;
 }
 
-// Expected microseconds, or a negative number when the kernel does not run here.
-float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, int device) {
+// What the plan's time is made of; a kernel that does not run here has no tile.
+Sm90Amounts amounts_of(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, int device) {
   const int tile = tile_of(plan, gemm, device);
   const Variant& variant = kVariants[tile];
   const Launchable ready = launchable(tile, gemm, device);
-  if (ready.status != cudaSuccess) return -1.f;
+  if (ready.status != cudaSuccess) return {};
   const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
   const int tiles = cluster_tiles_of(variant, gemm) * plan.splits;
   // A round is a tile for every cluster that the chip runs at a time. The last, partial one has the
@@ -378,24 +360,49 @@ float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, int device
   const float least = variant.norm ? 1.f : variant.splits > 1 ? 0.7f : 0.8f;
   if (const int rest = tiles % ready.clusters; rest > 0)
     rounds += least + (1 - least) * static_cast<float>(rest) / static_cast<float>(ready.clusters);
-  const Cost& cost = variant.cost;
   // A block of K takes the tensor cores as long whatever its elements are.
   const float gflop =
       2e-3f * elements * static_cast<float>(gemm.k) * 64 / static_cast<float>(block_k(gemm));
-  const float block = cost.block + cost.heavy * std::min(gflop, 128.f) / 100;
-  const auto blocks =
-      static_cast<float>(tiles_of(tiles_of(gemm.k, block_k(gemm)), plan.splits * variant.splits));
-  float time =
-      cost.fixed + rounds * (cost.round + blocks * block + (activates(gemm) ? cost.gelu : 0.f));
-  if (plan.splits > 1) time += 1.7f * static_cast<float>(plan.splits) * elements;
+  float blocks = rounds * static_cast<float>(tiles_of(tiles_of(gemm.k, block_k(gemm)),
+                                                      plan.splits * variant.splits));
+  // A tall tile's block of 64 of K takes the longer of its way in, at 64 bytes a cycle, and its
+  // product: thousands of cycles.
+  if (variant.tall())
+    blocks *= 1e-3f * static_cast<float>(std::max(256 + 2 * variant.m, 4 * variant.m));
+  const float tokens = variant.tall() ? 1e-2f * static_cast<float>(variant.m) * rounds : 0.f;
+  const float activated = variant.tall() ? tokens : rounds;
+  Sm90Amounts amounts{variant.costs,
+                      {1.f, rounds, tokens, blocks, blocks * std::min(gflop, 128.f) / 100,
+                       activates(gemm) ? activated : 0.f},
+                      {}};
+  if (plan.splits > 1) amounts.after.partial = static_cast<float>(plan.splits) * elements;
   if (norm != nullptr && !variant.norm) {
     // On multiprocessors that the product leaves free, the norm's blocks are ready when it ends.
     const float busy =
         std::min(1.f, static_cast<float>(tiles) / static_cast<float>(ready.clusters));
-    const float after = variant.tall() ? 1.2f * busy : variant.splits > 1 ? 1.4f : 2.5f;
-    time += after + 1.4f * elements + 0.8f * std::max(0.f, elements - 4);
+    (variant.tall()       ? amounts.after.tall
+     : variant.splits > 1 ? amounts.after.split
+                          : amounts.after.tile) = variant.tall() ? busy : 1.f;
+    amounts.after.element = elements;
+    amounts.after.more = std::max(0.f, elements - 4);
   }
-  return time;
+  return amounts;
+}
+
+// Expected microseconds, or a negative number when the kernel does not run here.
+float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm,
+               const DeviceProperties& device) {
+  const Sm90Amounts many = amounts_of(plan, gemm, norm, device.index);
+  if (many.tile < 0) return -1.f;
+  const GemmCosts& card = costs_on(device.all.name);
+  const TileCost& tile = card.tiles[many.tile];
+  const AfterCost& after = card.after;
+  return tile.fixed + tile.round * many.product.round + tile.tokens * many.product.tokens +
+         tile.block * many.product.block + tile.heavy * many.product.heavy +
+         tile.gelu * many.product.gelu + after.tile * many.after.tile +
+         after.split * many.after.split + after.tall * many.after.tall +
+         after.element * many.after.element + after.more * many.after.more +
+         after.partial * many.after.partial;
 }
 
 // Attributes of a launch in clusters, with programmatic dependent launch or without.
@@ -571,7 +578,7 @@ std::vector<Sm90Plan> plans_of(const Gemm& gemm, const GemmNorm* norm, bool* sur
   const auto consider = [&](Sm90Plan plan) {
     if (!gemm_sm90_supports(plan, gemm, norm)) return;
     ask(tile_of(plan, gemm, device->index));
-    if (const float time = estimate(plan, gemm, norm, device->index); time >= 0.f)
+    if (const float time = estimate(plan, gemm, norm, *device); time >= 0.f)
       timed.emplace_back(time, plan);
   };
   for (int v = 0; v < kTallBegin; ++v) {
@@ -610,21 +617,30 @@ std::vector<Sm90Plan> gemm_sm90_plans(const Gemm& gemm, const GemmNorm* norm) {
   return plans_of(gemm, norm, &sure);
 }
 
+Sm90Amounts gemm_sm90_amounts(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
+  const DeviceProperties* device = nullptr;
+  if (current_device(&device) != cudaSuccess) return {};
+  return amounts_of(plan, gemm, norm, device->index);
+}
+
+LibraryAmounts gemm_library_amounts(const Gemm& gemm, const GemmNorm* norm) {
+  const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
+  const float gflop = 2e-3f * elements * static_cast<float>(gemm.k);
+  const int kind = activates(gemm) ? 0 : norm == nullptr ? 1 : gemm.k < 2048 ? 2 : 3;
+  return {kind, {1.f, gflop, std::max(0.f, gflop - 15.f), elements}};
+}
+
 Sm90Plan gemm_sm90_choose(const Gemm& gemm, const GemmNorm* norm, bool* sure) {
   *sure = true;
   const DeviceProperties* device = nullptr;
   const std::vector<Sm90Plan> plans = plans_of(gemm, norm, sure);
   if (plans.empty() || current_device(&device) != cudaSuccess) return {};
   if (gemm.narrow()) return plans.front();  // cuBLASLt has no such epilogues
-  const float elements = 1e-6f * static_cast<float>(gemm.rows) * static_cast<float>(gemm.n);
-  const LibraryCost library = activates(gemm)   ? LibraryCost{5.0f, 0.81f, 0.38f, 2.1f}
-                              : norm == nullptr ? LibraryCost{5.0f, 1.42f, 0.24f, 0.f}
-                              : gemm.k < 2048   ? LibraryCost{7.8f, 0.32f, 0.89f, 3.2f}
-                                                : LibraryCost{9.8f, 1.53f, 0.63f, 0.f};
-  const float gflop = 2e-3f * elements * static_cast<float>(gemm.k);
-  const float theirs = library.fixed + gflop * library.rate +
-                       std::max(0.f, gflop - 15.f) * library.more + elements * library.element;
-  return estimate(plans.front(), gemm, norm, device->index) < theirs ? plans.front() : Sm90Plan{};
+  const LibraryAmounts many = gemm_library_amounts(gemm, norm);
+  const LibraryCost& library = costs_on(device->all.name).library[many.kind];
+  const float theirs = library.fixed + library.gflop * many.product.gflop +
+                       library.more * many.product.more + library.element * many.product.element;
+  return estimate(plans.front(), gemm, norm, *device) < theirs ? plans.front() : Sm90Plan{};
 }
 
 Sm90Plan gemm_sm90_invariant(const Gemm& gemm) {
@@ -636,7 +652,7 @@ Sm90Plan gemm_sm90_invariant(const Gemm& gemm) {
   for (int v = 0; v < kTallBegin; ++v) {
     if (kVariants[v].norm || kVariants[v].splits > 1 || !gemm_sm90_supports({v}, gemm, nullptr))
       continue;
-    const float time = estimate({v}, gemm, nullptr, device->index);
+    const float time = estimate({v}, gemm, nullptr, *device);
     if (time < 0.f || (best.variant >= 0 && time >= least)) continue;
     best = {v};
     least = time;
@@ -682,6 +698,8 @@ Sm90Plan gemm_sm90_choose(const Gemm&, const GemmNorm*, bool* sure) {
   *sure = true;
   return {};
 }
+Sm90Amounts gemm_sm90_amounts(Sm90Plan, const Gemm&, const GemmNorm*) { return {}; }
+LibraryAmounts gemm_library_amounts(const Gemm&, const GemmNorm*) { return {}; }
 Sm90Plan gemm_sm90_invariant(const Gemm&) { return {}; }
 cudaError_t gemm_sm90(Sm90Plan, const Gemm&, const GemmNorm*, void*, void*, Launch) {
   return cudaErrorNotSupported;

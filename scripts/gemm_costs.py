@@ -1,0 +1,269 @@
+"""Writes what GEMM plans cost on each card, csrc/kernels/cuda/gemm_costs.h.
+
+    python scripts/gemm_costs.py            # fits the costs and writes the header
+    python scripts/gemm_costs.py --report   # what the estimate's choice loses on measured shapes
+
+A test fails when the header is not what this makes. The costs of a card are fitted to its file in
+benchmarks/results/, which benchmarks/cuda/gemm_plans.py measures: for every shape each plan's time,
+and how much there is of what its estimate is made of (csrc/kernels/cuda/gemm_sm90.h). An estimate
+is a sum of cost times amount, so the fit is linear: least squares of relative errors, no cost below
+zero. Costs that a file gives under "costs" are taken as they are; what a card's file neither gives
+nor has measured comes from the first card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = ROOT / "csrc" / "kernels" / "cuda" / "gemm_costs.h"
+RESULTS = ROOT / "benchmarks" / "results"
+#: What the names of a card begin with -> its file. The first serves every card that is not here.
+CARDS = {"NVIDIA H100": "h100-gemm-plans.json", "NVIDIA H200": "h200-gemm-plans.json"}
+
+#: The structs of gemm_sm90.h, by field.
+TILE = ("fixed", "round", "tokens", "block", "heavy", "gelu")
+AFTER = ("tile", "split", "tall", "element", "more", "partial")
+LIBRARY = ("fixed", "gflop", "more", "element")
+#: In the order of gemm_library_amounts().
+KINDS = ("cublaslt + activation", "cublaslt", "cublaslt + norm", "cublaslt + norm, large K")
+
+#: A choice is among the fastest: plans that take longer than this of the best's time count less.
+NEAR, FAR_WEIGHT = 1.5, 0.1
+#: In a chain cuBLASLt's kernels neither start early nor let the next one do so, which does not show
+#: where they are timed alone.
+LIBRARY_IN_A_CHAIN = 1.1
+
+Costs = dict[str, dict[str, float]]  # of each tile, "after", and each kind of the library's product
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to compute a shape, measured.
+
+    amounts  how much there is of what the estimate is made of: (row of Costs, field) -> amount
+    """
+
+    name: str
+    us: float
+    amounts: dict[tuple[str, str], float]
+
+    def estimate(self, costs: Costs) -> float:
+        """Microseconds, as the library would estimate them with these costs."""
+        return sum(costs[row][name] * amount for (row, name), amount in self.amounts.items())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer of one size: every plan of ours, and cuBLASLt's first guess."""
+
+    rows: int
+    n: int
+    k: int
+    ours: list[Plan]
+    library: Plan
+    best_library: float
+
+    @property
+    def kind(self) -> str:
+        return f"{self.rows} x {self.n} x {self.k}"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a card: costs that are given, and shapes that were measured."""
+
+    gpu: str
+    given: Costs = field(default_factory=dict)
+    shapes: list[Shape] = field(default_factory=list)
+
+
+def read_card(gpu: str, path: Path) -> Card:
+    """A card's file; ends the script in words where it is none of these."""
+    try:
+        data = json.loads(path.read_text())
+        shapes = [_shape(row) for row in data.get("rows", [])]
+        given = {row: dict(costs) for row, costs in data.get("costs", {}).items()}
+        card = data["provenance"]["gpu"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"error: {path.name} holds no GEMM plans: {error!r}") from None
+    if not card.startswith(gpu):
+        raise SystemExit(f"error: {path.name} was measured on {card}, not on {gpu}")
+    if not shapes and not given:
+        raise SystemExit(f"error: {path.name} holds no GEMM plans")
+    for row, costs in given.items():
+        if tuple(costs) != _fields(row):
+            raise SystemExit(f"error: {path.name}: {row!r} has not the costs {_fields(row)}")
+    return Card(gpu, given, shapes)
+
+
+def _fields(row: str) -> tuple[str, ...]:
+    return AFTER if row == "after" else LIBRARY if row in KINDS else TILE
+
+
+def _amounts(row: str, values: list[float]) -> dict[tuple[str, str], float]:
+    return {(row, name): v for name, v in zip(_fields(row), values, strict=True) if v}
+
+
+def _shape(row: dict[str, Any]) -> Shape:
+    ours = [
+        Plan(name, us, _amounts(tile, product) | _amounts("after", after))
+        for name, us, tile, product, after in row["ours"]
+    ]
+    us, kind, product = row["library"]
+    library = Plan("cublaslt", us, _amounts(kind, product))
+    return Shape(row["rows"], row["n"], row["k"], ours, library, row["best_library"])
+
+
+def fitted(plans: list[Plan], weights: list[float]) -> Costs:
+    """The costs that make the sum of the squares of the estimates' weighted relative errors least.
+
+    None is below zero: what would be is taken out, the worst first, and the rest fitted anew.
+    """
+    names = sorted({name for plan in plans for name in plan.amounts})
+    wanted = np.array(weights)
+    relative = np.array([[p.amounts.get(name, 0.0) / p.us for name in names] for p in plans])
+    relative *= wanted[:, None]
+    left = list(range(len(names)))
+    found = np.zeros(0)
+    while left:
+        scale = np.linalg.norm(relative[:, left], axis=0)
+        found = np.linalg.lstsq(relative[:, left] / scale, wanted, rcond=1e-9)[0] / scale
+        if found.min() >= 0:
+            break
+        del left[int((found * scale).argmin())]
+    costs: Costs = {row: dict.fromkeys(_fields(row), 0.0) for row, _ in names}
+    for i, cost in zip(left, found, strict=True):
+        row, name = names[i]
+        costs[row][name] = _rounded(cost)
+    return costs
+
+
+def _rounded(cost: float) -> float:
+    return float(f"{cost:.3g}")
+
+
+def costs_of(card: Card) -> Costs:
+    """A card's costs: those that are given, and those fitted to its shapes."""
+    if not card.shapes:
+        return card.given
+    ours, weights = [], []
+    for shape in card.shapes:
+        near = NEAR * min(plan.us for plan in shape.ours)
+        ours += shape.ours
+        weights += [1.0 if plan.us <= near else FAR_WEIGHT for plan in shape.ours]
+    costs = fitted(ours, weights)
+    library = [shape.library for shape in card.shapes]
+    for kind, alone in fitted(library, [1.0] * len(library)).items():
+        costs[kind] = {name: _rounded(LIBRARY_IN_A_CHAIN * cost) for name, cost in alone.items()}
+    return {**costs, **card.given}
+
+
+def loss(shapes: list[Shape], costs: Costs) -> list[tuple[float, str, str, str]]:
+    """What the estimate's choice among our plans costs more than the best, a shape each.
+
+    As (share, shape, chosen, best).
+    """
+    losses = []
+    for shape in shapes:
+        best = min(shape.ours, key=lambda p: p.us)
+        chosen = min(shape.ours, key=lambda p: p.estimate(costs))
+        losses.append((chosen.us / best.us - 1, shape.kind, chosen.name, best.name))
+    return losses
+
+
+def header(cards: list[Card]) -> str:
+    """The header; the first card's tiles are the ones there are."""
+    tables = [costs_of(card) for card in cards]
+    tiles = [row for row in tables[0] if row != "after" and row not in KINDS]
+    lines = [
+        f"// Written by scripts/gemm_costs.py from {' and '.join(CARDS.values())}",
+        "// in benchmarks/results/; do not edit.",
+        "#pragma once",
+        "",
+        "#include <array>",
+        "#include <string_view>",
+        "",
+        '#include "kernels/cuda/gemm_sm90.h"',
+        "",
+        "// clang-format off",
+        "namespace ft::cuda {",
+        "",
+        *_names("kCostedTiles", tiles),
+        "",
+        *_names("kLibraryKinds", KINDS),
+        "",
+        "struct GemmCosts {",
+        "  std::string_view gpu;  // what the names of its cards begin with",
+        "  std::array<TileCost, kCostedTiles.size()> tiles;",
+        "  AfterCost after;",
+        "  std::array<LibraryCost, kLibraryKinds.size()> library;",
+        "};",
+        "",
+        f"inline constexpr std::array<GemmCosts, {len(cards)}> kGemmCosts{{{{",
+    ]
+    for card, table in zip(cards, tables, strict=True):
+        costs = {**tables[0], **table}
+        lines += [
+            f'  {{"{card.gpu}",',
+            f"   {{{{  // {', '.join(TILE)}",
+            *(f"     {_initializer(costs[tile])},  // {tile}" for tile in tiles),
+            "   }},",
+            f"   {_initializer(costs['after'])},  // {', '.join(AFTER)}",
+            f"   {{{{  // {', '.join(LIBRARY)}",
+            *(f"     {_initializer(costs[kind])},  // {kind}" for kind in KINDS),
+            "   }}},",
+        ]
+    return "\n".join([*lines, "}};", "", "}  // namespace ft::cuda", ""])
+
+
+def _names(variable: str, names: Sequence[str]) -> list[str]:
+    return [
+        f"inline constexpr std::array<std::string_view, {len(names)}> {variable}{{",
+        *(f'  "{name}",' for name in names),
+        "};",
+    ]
+
+
+def _initializer(costs: dict[str, float]) -> str:
+    return "{" + ", ".join(f"{cost!r}f" for cost in costs.values()) + "}"
+
+
+def report(cards: list[Card]) -> str:
+    """The loss of every card's costs on every card's shapes, in words."""
+    lines = []
+    for card in cards:
+        for other in cards:
+            if not card.shapes:
+                continue
+            losses = loss(card.shapes, costs_of(cards[0]) | costs_of(other))
+            share, shape, chosen, best = max(losses)
+            mean = sum(x[0] for x in losses) / len(losses)
+            lines.append(
+                f"{card.gpu}, {len(losses)} shapes, costs of {other.gpu}: the choice costs "
+                f"{mean:.1%} more than the best plan, at most {share:.1%} ({shape}: {chosen}, "
+                f"best {best})"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", action="store_true", help="write nothing")
+    arguments = parser.parse_args()
+    cards = [read_card(gpu, RESULTS / name) for gpu, name in CARDS.items()]
+    if arguments.report:
+        print(report(cards))
+    else:
+        HEADER.write_text(header(cards), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
