@@ -23,14 +23,34 @@ size_t narrow_bytes(const EncoderShape& s, int width) {
   return rounded(static_cast<size_t>(s.tokens) * static_cast<size_t>(width));
 }
 
-// From so many tokens on products in e4m3 are ahead of those in 16 bits on an H100.
-constexpr int kNarrowTokens = 256;
+#ifdef FT_WITH_SM90
+SmallShape small_shape(const EncoderShape& s) {
+  return {s.dtype,  s.tokens,       s.batch,     s.max_seqlen,
+          s.hidden, s.intermediate, s.num_heads, s.layers};
+}
+#endif
 
-// Whether products that have weights in e4m3 are computed with them.
+constexpr int kAttentionWaits = 256;  // tokens from which attention is launched after the product
+
+// Whether the few-token path takes this shape on the current device. It knows GELU alone, no
+// relative bias, and parameters that lie one a layer behind each other.
+bool takes_small_path([[maybe_unused]] const EncoderShape& s) {
+#ifdef FT_WITH_SM90
+  const DeviceProperties* device = nullptr;
+  return s.few_tokens && !s.batch_invariant && s.one_per_layer && !s.projects &&
+         s.activation == Activation::kGelu && s.bias_reach < 0 && s.dtype != DType::kFloat32 &&
+         current_device(&device) == cudaSuccess &&
+         small_encoder_supported(small_shape(s), device->all);
+#else
+  return false;
+#endif
+}
+
+// Whether products that have weights in e4m3 are computed with them. The few-token path reads
+// weights in 16 bits; from 128 tokens on products in e4m3 were ahead on an H100.
 bool takes_narrow_path(const EncoderShape& s) {
-  return s.narrow && !s.batch_invariant && s.tokens >= kNarrowTokens &&
-         s.dtype == DType::kFloat16 && narrow_norm_fits(s.hidden) &&
-         narrow_norm_fits(s.embedding) && s.intermediate % 16 == 0 && narrow_gemm_supported();
+  return s.narrow && s.dtype == DType::kFloat16 && narrow_norm_fits(s.hidden) &&
+         s.intermediate % 16 == 0 && narrow_gemm_supported() && !takes_small_path(s);
 }
 
 // Where each activation lives in the workspace. The intermediate of the feed-forward block takes
@@ -97,29 +117,6 @@ NarrowLayer narrow_at(const NarrowProduct& product, int64_t layer, int64_t n, in
   if (std::find(product.floats->begin(), product.floats->end(), layer) != product.floats->end())
     return {};
   return {at(product.weight, layer, n * k).data, product.scale + layer * n, product.step + layer};
-}
-
-#ifdef FT_WITH_SM90
-SmallShape small_shape(const EncoderShape& s) {
-  return {s.dtype,  s.tokens,       s.batch,     s.max_seqlen,
-          s.hidden, s.intermediate, s.num_heads, s.layers};
-}
-#endif
-
-constexpr int kAttentionWaits = 256;  // tokens from which attention is launched after the product
-
-// Whether the few-token path takes this shape on the current device. It knows GELU alone, no
-// relative bias, and parameters that lie one a layer behind each other.
-bool takes_small_path([[maybe_unused]] const EncoderShape& s) {
-#ifdef FT_WITH_SM90
-  const DeviceProperties* device = nullptr;
-  return s.few_tokens && !s.batch_invariant && s.one_per_layer && !s.projects &&
-         s.activation == Activation::kGelu && s.bias_reach < 0 && s.dtype != DType::kFloat32 &&
-         current_device(&device) == cudaSuccess &&
-         small_encoder_supported(small_shape(s), device->all);
-#else
-  return false;
-#endif
 }
 
 }  // namespace
