@@ -23,20 +23,20 @@
 
 namespace ft::cuda::small {
 
-// Grid (split, column tiles, row tiles), clusters of `split`.
+// One block's part of a product, step by step in the order of the kernel below.
 template <typename T, int kKind, int kTile>
-__global__ void __launch_bounds__(kTiles[kTile].threads())
-    small_gemm_kernel(const __grid_constant__ GemmParams p) {
-  constexpr int kRows = kTiles[kTile].rows, kColumns = kTiles[kTile].columns;
-  constexpr int kGroupsM = kTiles[kTile].groups_m, kGroupsN = kTiles[kTile].groups_n;
-  constexpr int kStep = kTiles[kTile].step, kThreads = kTiles[kTile].threads();
-  constexpr int kGroupColumns = kColumns / kGroupsN;
-  constexpr int kPitch = pitch(kColumns);
-  constexpr bool kEndsBranch = ends_branch(kKind);
+struct ProductBlock {
+  static constexpr int kRows = kTiles[kTile].rows, kColumns = kTiles[kTile].columns;
+  static constexpr int kGroupsM = kTiles[kTile].groups_m, kGroupsN = kTiles[kTile].groups_n;
+  static constexpr int kStep = kTiles[kTile].step, kThreads = kTiles[kTile].threads();
+  static constexpr int kGroupColumns = kColumns / kGroupsN;
+  static constexpr int kPitch = pitch(kColumns);
+  static constexpr bool kEndsBranch = ends_branch(kKind);
   static_assert(kRows == 64 * kGroupsM && kGroupColumns % kStep == 0);
 
-  extern __shared__ __align__(1024) unsigned char shared[];
-  const GemmLayout at(kKind, kRows, kColumns, p);
+  const GemmParams& p;
+  unsigned char* const shared;
+  const GemmLayout at{kKind, kRows, kColumns, p};
   const uint32_t base = sm90::shared_address(shared);
 
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
@@ -46,18 +46,16 @@ __global__ void __launch_bounds__(kTiles[kTile].threads())
   const int columns = min(kColumns, p.n - column0), rows = min(kRows, p.tokens - token0);
   const int share = (rows + p.split - 1) / p.split;
   const int first = rank * share, end = min(first + share, rows);  // rows this block finishes
-  const int group_row = warp / 4 / kGroupsN * 64,
-            group_column = warp / 4 % kGroupsN * kGroupColumns;
+  const int group_row = warp / 4 / kGroupsN * 64;
+  const int group_column = warp / 4 % kGroupsN * kGroupColumns;
   const int warp_row = group_row + warp % 4 * 16;
 
   const uint32_t sums_sent = base + at.barrier, affine_sent = sums_sent + 8;
   const uint32_t weights_here = affine_sent + 8, inputs_here = weights_here + 8;
   const int stride = p.held_rows * kChunkBytes;  // of the input's stages
 
-  if (p.far_ahead) let_successor_start();
-
-  // ---- what no predecessor writes ----
-  if (tid == 0) {
+  // Asks for the weights and counts what will arrive; one thread.
+  __device__ __forceinline__ void request_weights() const {
     prefetch_map(&p.weight_map);
     if (kKind != kAttention) prefetch_map(&p.input_map);
     for (int i = 0; i < 3 + p.stages; ++i) barrier_init(sums_sent + 8 * i, 1);
@@ -78,7 +76,9 @@ __global__ void __launch_bounds__(kTiles[kTile].threads())
       }
     }
   }
-  if (tid == 32 && p.prefetch != nullptr) {
+
+  // Brings this block's part of the next kernel's weights into L2; one thread.
+  __device__ __forceinline__ void prefetch_next() const {
     const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
     const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
     const unsigned size = round_up((p.prefetch_bytes + blocks - 1) / blocks, 128);
@@ -89,51 +89,42 @@ __global__ void __launch_bounds__(kTiles[kTile].threads())
                    : "memory");
     }
   }
-  for (int v = tid; v < columns / 8; v += kThreads) {
-    copy16(base + at.bias + v * 16, static_cast<const T*>(p.bias) + column0 + v * 8, true);
-    if constexpr (kEndsBranch) {
-      copy16(base + at.next_gamma + v * 16, static_cast<const T*>(p.next_gamma) + column0 + v * 8,
-             true);
+
+  // Bias, gamma and beta of the columns, or of the chunks of K, that this block takes.
+  __device__ __forceinline__ void copy_parameters() const {
+    for (int v = tid; v < columns / 8; v += kThreads) {
+      copy16(base + at.bias + v * 16, static_cast<const T*>(p.bias) + column0 + v * 8, true);
+      if constexpr (kEndsBranch) {
+        copy16(base + at.next_gamma + v * 16, static_cast<const T*>(p.next_gamma) + column0 + v * 8,
+               true);
+      }
+    }
+    if (p.moments != nullptr) {
+      const int offset = kEndsBranch ? column0 : chunk0 * kChunk;
+      const int width = kEndsBranch ? columns : chunks * kChunk;
+      for (int v = tid; v < width / 8; v += kThreads) {
+        copy16(base + at.gamma + v * 16, static_cast<const T*>(p.gamma) + offset + v * 8, true);
+        copy16(base + at.beta + v * 16, static_cast<const T*>(p.beta) + offset + v * 8, true);
+      }
     }
   }
-  if (p.moments != nullptr) {
-    const int offset = kEndsBranch ? column0 : chunk0 * kChunk;
-    const int width = kEndsBranch ? columns : chunks * kChunk;
-    for (int v = tid; v < width / 8; v += kThreads) {
-      copy16(base + at.gamma + v * 16, static_cast<const T*>(p.gamma) + offset + v * 8, true);
-      copy16(base + at.beta + v * 16, static_cast<const T*>(p.beta) + offset + v * 8, true);
-    }
-  }
-  copy_commit();
-  __syncthreads();
-  if (p.split > 1) cluster_arrive();  // a block must be running before others write to it
 
-  uint32_t sums_of[2];  // where this thread's two rows go: what this block finishes, to its place
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = warp_row + half * 8 + lane / 4;
-    sums_of[half] = base + (group_column + lane % 4 * 2) * 4 +
-                    (row >= first && row < end ? at.sums + (rank * share + row - first) * kPitch * 4
-                                               : at.weight + row * kPitch * 4);
-  }
-
-  int2* const bounds = reinterpret_cast<int2*>(shared + at.bounds);
-  int2 range = make_int2(0, 0);
-  if constexpr (kKind == kAttention) {
+  // The rows' sequences, and the first and one past the last token whose keys they need.
+  __device__ __forceinline__ int2 find_keys(int2* bounds) const {
     int* const sequences = reinterpret_cast<int*>(shared + at.sequences);
     const bool valid = load_sequences(sequences, p.cu_seqlens, p.batch, p.tokens, p.longest);
     find_bounds(sequences, p.batch, valid, token0, kRows, bounds);
     __syncthreads();
-    range = key_range(bounds, sequences, p.batch, valid, token0, kRows, p.key_capacity);
+    return key_range(bounds, sequences, p.batch, valid, token0, kRows, p.key_capacity);
   }
-  float* const affine = reinterpret_cast<float*>(shared + at.affine);  // W gamma, W beta + bias
-  if constexpr (kEndsBranch) {
-    if (p.split > 1) cluster_wait();
-  } else {
-    copy_wait<0>();
-    __syncthreads();
-    wait_for_bytes(weights_here, 0);
-    if (p.split > 1) cluster_wait();
+
+  // W gamma, then W beta + bias, of this block's columns.
+  __device__ __forceinline__ float* affine() const {
+    return reinterpret_cast<float*>(shared + at.affine);
+  }
+
+  // Makes them, each block of the cluster from its chunks of K.
+  __device__ __forceinline__ void fold_norm() const {
     for (int tile = warp; p.moments != nullptr && tile < kColumns / 8; tile += kThreads / 32) {
       float sum[4] = {};
 #pragma unroll 1
@@ -177,26 +168,22 @@ __global__ void __launch_bounds__(kTiles[kTile].threads())
       if (p.moments != nullptr) {
         for (int s = 0; s < p.split; ++s) sum += parts[s * 2 * kColumns + i];
       }
-      affine[i] = sum;
+      affine()[i] = sum;
     }
   }
 
-  // ---- what predecessors write ----
-  wait_for_predecessors();
-
-  const auto request = [&](int chunk, int stage) {
+  // Asks for one chunk of the input.
+  __device__ __forceinline__ void request_input(int chunk, int stage) const {
     const uint32_t barrier = inputs_here + 8 * stage;
     barrier_expect(barrier, stride);
     load_box(base + at.input + stage * stride, &p.input_map, (chunk0 + chunk) * kChunk, token0,
              barrier);
-  };
-  if (kKind != kAttention && tid == 0) {
-#pragma unroll 1
-    for (int s = 0; s < min(p.stages, chunks); ++s) request(s, s);
   }
-  const int count = range.y - range.x, key_stride = p.key_capacity * kChunkBytes;
-  const uint32_t keys = base + at.keys, values = keys + chunks * key_stride;
-  if constexpr (kKind == kAttention) {
+
+  // Queries to the input's place, and the keys and values of `range`.
+  __device__ __forceinline__ void copy_attended(int2 range) const {
+    const int count = range.y - range.x, key_stride = p.key_capacity * kChunkBytes;
+    const uint32_t keys = base + at.keys, values = keys + chunks * key_stride;
     const T* const input = static_cast<const T*>(p.input) + chunk0 * kChunk;
     const T* const queries = input + static_cast<size_t>(token0) * 3 * p.k;
     const T* const all_keys = input + static_cast<size_t>(range.x) * 3 * p.k + p.k;
@@ -210,201 +197,282 @@ __global__ void __launch_bounds__(kTiles[kTile].threads())
                    round_up(count, 32), count);
     }
   }
-  const int moments_stride = round_up(p.parts, 2);
-  if (p.moments != nullptr && end > first) {
-    const float2* const from = p.moments + static_cast<size_t>(token0 + first) * moments_stride;
-    for (int v = tid; v < (end - first) * moments_stride / 2; v += kThreads) {
-      copy16(base + at.moments + v * 16, from + v * 2, true);
-    }
+
+  // The context takes the queries' place.
+  __device__ __forceinline__ void attend_rows(const int2* bounds, int2 range) const {
+    const int key_stride = p.key_capacity * kChunkBytes;
+    const uint32_t keys = base + at.keys, values = keys + chunks * key_stride;
+    attend_all<T, 32>(base + at.input, stride, keys, values, key_stride, rows, chunks, p.head_dim,
+                      bounds, range, p.scale_log2);
   }
-  if constexpr (kEndsBranch) {
-    const T* const from =
-        static_cast<const T*>(p.residual) + static_cast<size_t>(token0) * p.n + column0;
-    for (int v = tid; v < (end - first) * (kColumns / 8); v += kThreads) {
-      const int row = v / (kColumns / 8), unit = v % (kColumns / 8);
-      if (unit * 8 < columns) {
-        copy16(base + at.residual + v * 16,
-               from + static_cast<size_t>(first + row) * p.n + unit * 8, true);
+
+  // Moments and residual of the rows that this block finishes.
+  __device__ __forceinline__ void copy_rows_to_finish() const {
+    const int moments_stride = round_up(p.parts, 2);
+    if (p.moments != nullptr && end > first) {
+      const float2* const from = p.moments + static_cast<size_t>(token0 + first) * moments_stride;
+      for (int v = tid; v < (end - first) * moments_stride / 2; v += kThreads) {
+        copy16(base + at.moments + v * 16, from + v * 2, true);
+      }
+    }
+    if constexpr (kEndsBranch) {
+      const T* const from =
+          static_cast<const T*>(p.residual) + static_cast<size_t>(token0) * p.n + column0;
+      for (int v = tid; v < (end - first) * (kColumns / 8); v += kThreads) {
+        const int row = v / (kColumns / 8), unit = v % (kColumns / 8);
+        if (unit * 8 < columns) {
+          copy16(base + at.residual + v * 16,
+                 from + static_cast<size_t>(first + row) * p.n + unit * 8, true);
+        }
       }
     }
   }
+
+  using Sums = float[kGroupColumns / 8][4];
+
+  // Adds this block's share of K, chunk by chunk as the input arrives.
+  __device__ __forceinline__ void multiply_chunks(Sums& product) const {
+#pragma unroll 1
+    for (int c = 0, stage = 0, parity = 0; c < chunks; ++c) {
+      if (kKind != kAttention) wait_for_bytes(inputs_here + 8 * stage, parity);
+      const uint64_t a = operand(base + at.input + stage * stride + group_row * kChunkBytes);
+      const uint64_t b = operand(base + at.weight + (c * kColumns + group_column) * kChunkBytes);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kChunk / 16; ++k) {
+#pragma unroll
+        for (int j = 0; j < kGroupColumns / kStep; ++j) {
+          multiply_tile<T, kStep>(product + j * (kStep / 8), a + k * 2,
+                                  b + k * 2 + j * kStep * kChunkBytes / 16);
+        }
+      }
+      wgmma_commit();
+      const int next = c - 1 + p.stages;  // into the stage that chunk c - 1 leaves
+      if (kKind != kAttention && c > 0 && next < chunks) {
+        wgmma_wait<1>();
+        // The last warp done with a stage asks for its next contents.
+        const int free = stage == 0 ? p.stages - 1 : stage - 1;
+        if (lane == 0 &&
+            count_up(base + at.released + 4 * free) % (kThreads / 32) == kThreads / 32 - 1) {
+          request_input(next, free);
+        }
+      }
+      if (++stage == p.stages) stage = 0, parity ^= 1;
+    }
+    wgmma_wait<0>();
+  }
+
+  // Where the partial sums of this thread's two rows go: of rows that this block finishes to their
+  // place, of others to where weights and inputs were.
+  __device__ __forceinline__ void find_places(uint32_t (&sums_of)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + half * 8 + lane / 4;
+      sums_of[half] =
+          base + (group_column + lane % 4 * 2) * 4 +
+          (row >= first && row < end ? at.sums + (rank * share + row - first) * kPitch * 4
+                                     : at.weight + row * kPitch * 4);
+    }
+  }
+
+  // Stores them there, and sends each row's to the block that finishes it.
+  __device__ __forceinline__ void send_sums(const Sums& product,
+                                            const uint32_t (&sums_of)[2]) const {
+    if (p.split > 1) __syncthreads();  // weights and inputs are overwritten
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (warp_row + half * 8 + lane / 4 < rows) {
+#pragma unroll
+        for (int j = 0; j < kGroupColumns / 8; ++j) {
+          store_shared_pair(sums_of[half] + j * 32, product[j][2 * half], product[j][2 * half + 1]);
+        }
+      }
+    }
+    copy_wait<0>();
+    if (p.split > 1) async_proxy_fence();
+    __syncthreads();
+    if (tid < p.split && tid != rank) {
+      const int count = min(share, rows - tid * share);
+      if (count > 0) {
+        copy_to_rank(in_block(base + at.sums + rank * share * kPitch * 4, tid),
+                     base + at.weight + tid * share * kPitch * 4, count * kPitch * 4,
+                     in_block(sums_sent, tid));
+      }
+    }
+  }
+
+  // Adds the parts of the rows that this block finishes, and writes them.
+  __device__ __forceinline__ void finish_rows() const {
+    const int moments_stride = round_up(p.parts, 2);
+    // Four columns a lane.
+    constexpr int kLanes = kColumns <= 32 ? 8 : kColumns <= 64 ? 16 : 32;
+    constexpr int kWidth = 4 * kLanes, kSteps = (kColumns + kWidth - 1) / kWidth;
+    const int row_lane = tid % kLanes;
+    const auto norm_of = [&](int row) {
+      if (p.moments == nullptr) return make_float2(0.f, 1.f);
+      const float2* const from = reinterpret_cast<const float2*>(shared + at.moments) +
+                                 (min(row, first + share - 1) - first) * moments_stride;
+      return row_norm<kLanes, kMaxParts>([&](int part) { return from[part]; }, p.parts,
+                                         p.part_width, p.width, p.eps);
+    };
+    constexpr int kPass = kThreads / kLanes;
+    float2 norm = norm_of(first + tid / kLanes);
+    float2 next_norm = share > kPass ? norm_of(first + kPass + tid / kLanes) : norm;
+    if (p.split > 1 && end > first) wait_for_bytes(sums_sent, 0);
+    if (p.split > 1) cluster_arrive();  // what others sent has arrived
+    const float* const sums = reinterpret_cast<const float*>(shared + at.sums);
+#pragma unroll 1
+    for (int row0 = first; row0 < end; row0 += kPass) {
+      const int row = row0 + tid / kLanes;
+      if (row0 == first + kPass) norm = next_norm;
+      if (row0 > first + kPass) norm = norm_of(row);
+      float value[kSteps][4] = {};
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int column = step * kWidth + row_lane * 4;
+        if (row >= end || column >= columns) continue;
+        const float* const from = sums + (row - first) * kPitch + column;
+        float* const x = value[step];
+#pragma unroll
+        for (int s0 = 0; s0 < kMaxSplit; s0 += 4) {
+          if (s0 >= p.split) break;
+          float4 part[4];
+#pragma unroll
+          for (int s = 0; s < 4; ++s) {
+            part[s] = s0 + s < p.split
+                          ? *reinterpret_cast<const float4*>(from + (s0 + s) * share * kPitch)
+                          : make_float4(0.f, 0.f, 0.f, 0.f);
+          }
+          x[0] += (part[0].x + part[1].x) + (part[2].x + part[3].x);
+          x[1] += (part[0].y + part[1].y) + (part[2].y + part[3].y);
+          x[2] += (part[0].z + part[1].z) + (part[2].z + part[3].z);
+          x[3] += (part[0].w + part[1].w) + (part[2].w + part[3].w);
+        }
+        const size_t at_output = static_cast<size_t>(token0 + row) * p.n + column0 + column;
+        if constexpr (kEndsBranch) {
+          const auto four = [&](int offset) {
+            const uint2 v = *reinterpret_cast<const uint2*>(shared + offset);
+            const float2 low = unpack2<T>(v.x), high = unpack2<T>(v.y);
+            return make_float4(low.x, low.y, high.x, high.y);
+          };
+          const float4 bias = four(at.bias + column * 2);
+          const float4 next = four(at.next_gamma + column * 2);
+          float4 r = four(at.residual + ((row - first) * kColumns + column) * 2);
+          if (p.moments != nullptr) {
+            const float4 g = four(at.gamma + column * 2), b = four(at.beta + column * 2);
+            r.x = (r.x - norm.x) * norm.y * g.x + b.x;
+            r.y = (r.y - norm.x) * norm.y * g.y + b.y;
+            r.z = (r.z - norm.x) * norm.y * g.z + b.z;
+            r.w = (r.w - norm.x) * norm.y * g.w + b.w;
+          }
+          x[0] += bias.x + r.x;
+          x[1] += bias.y + r.y;
+          x[2] += bias.z + r.z;
+          x[3] += bias.w + r.w;
+          *reinterpret_cast<uint2*>(static_cast<T*>(p.scaled_output) + at_output) = make_uint2(
+              pack2<T>(x[0] * next.x, x[1] * next.y), pack2<T>(x[2] * next.z, x[3] * next.w));
+        } else {
+          const float4 c = *reinterpret_cast<const float4*>(affine() + column);
+          const float4 d = *reinterpret_cast<const float4*>(affine() + kColumns + column);
+          x[0] = norm.y * (x[0] - norm.x * c.x) + d.x;
+          x[1] = norm.y * (x[1] - norm.x * c.y) + d.y;
+          x[2] = norm.y * (x[2] - norm.x * c.z) + d.z;
+          x[3] = norm.y * (x[3] - norm.x * c.w) + d.w;
+        }
+        if constexpr (kKind == kNormGelu) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) x[e] = gelu<T>(x[e]);
+        }
+        const uint2 packed = make_uint2(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]));
+        *reinterpret_cast<uint2*>(static_cast<T*>(p.output) + at_output) = packed;
+        if constexpr (kEndsBranch) {  // moments of what readers will see
+          const float2 low = unpack2<T>(packed.x), high = unpack2<T>(packed.y);
+          x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+        }
+      }
+      if constexpr (kEndsBranch) {
+        // About the row's first value, so that both sums can be taken at once.
+        const float pivot = __shfl_sync(0xffffffffu, value[0][0], 0, kLanes);
+        float total = 0.f, squares = 0.f;
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          if (row >= end || step * kWidth + row_lane * 4 >= columns) continue;
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float d = value[step][e] - pivot;
+            total += d;
+            squares += d * d;
+          }
+        }
+        total = lane_sum<kLanes>(total);
+        squares = lane_sum<kLanes>(squares);
+        const float shift = total / columns;
+        if (row_lane == 0 && row < end) {
+          const int stride = round_up(gridDim.y, 2);
+          float2* const to =
+              p.moments_out + static_cast<size_t>(token0 + row) * stride + blockIdx.y;
+          to[0] = make_float2(pivot + shift, fmaxf(squares - total * shift, 0.f));
+          // Rows are copied in units of two.
+          if (blockIdx.y == gridDim.y - 1 && blockIdx.y % 2 == 0) to[1] = make_float2(0.f, 0.f);
+        }
+      }
+    }
+  }
+};
+
+// Grid (split, column tiles, row tiles), clusters of `split`.
+template <typename T, int kKind, int kTile>
+__global__ void __launch_bounds__(kTiles[kTile].threads())
+    small_gemm_kernel(const __grid_constant__ GemmParams p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  using Block = ProductBlock<T, kKind, kTile>;
+  const Block block{p, shared};
+  if (p.far_ahead) let_successor_start();
+
+  // ---- what no predecessor writes ----
+  if (block.tid == 0) block.request_weights();
+  if (block.tid == 32 && p.prefetch != nullptr) block.prefetch_next();
+  block.copy_parameters();
+  copy_commit();
+  __syncthreads();
+  if (p.split > 1) cluster_arrive();  // a block must be running before others write to it
+  uint32_t sums_of[2];
+  block.find_places(sums_of);
+  int2* const bounds = reinterpret_cast<int2*>(shared + block.at.bounds);
+  int2 range = make_int2(0, 0);
+  if constexpr (kKind == kAttention) range = block.find_keys(bounds);
+  if constexpr (Block::kEndsBranch) {
+    if (p.split > 1) cluster_wait();
+  } else {
+    copy_wait<0>();
+    __syncthreads();
+    wait_for_bytes(block.weights_here, 0);
+    if (p.split > 1) cluster_wait();
+    block.fold_norm();
+  }
+
+  // ---- what predecessors write ----
+  wait_for_predecessors();
+  if (kKind != kAttention && block.tid == 0) {
+#pragma unroll 1
+    for (int s = 0; s < min(p.stages, block.chunks); ++s) block.request_input(s, s);
+  }
+  if constexpr (kKind == kAttention) block.copy_attended(range);
+  block.copy_rows_to_finish();
   copy_commit();
   if (!p.far_ahead) let_successor_start();
   if constexpr (kKind == kAttention) {
     copy_wait<0>();
     __syncthreads();
-    attend_all<T, 32>(base + at.input, stride, keys, values, key_stride, rows, chunks, p.head_dim,
-                      bounds, range, p.scale_log2);
+    block.attend_rows(bounds, range);
     async_proxy_fence();
     __syncthreads();
   }
-
-  float product[kGroupColumns / 8][4] = {};
-  if (kEndsBranch) wait_for_bytes(weights_here, 0);
-#pragma unroll 1
-  for (int c = 0, stage = 0, parity = 0; c < chunks; ++c) {
-    if (kKind != kAttention) wait_for_bytes(inputs_here + 8 * stage, parity);
-    const uint64_t a = operand(base + at.input + stage * stride + group_row * kChunkBytes);
-    const uint64_t b = operand(base + at.weight + (c * kColumns + group_column) * kChunkBytes);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kChunk / 16; ++k) {
-#pragma unroll
-      for (int j = 0; j < kGroupColumns / kStep; ++j) {
-        multiply_tile<T, kStep>(product + j * (kStep / 8), a + k * 2,
-                                b + k * 2 + j * kStep * kChunkBytes / 16);
-      }
-    }
-    wgmma_commit();
-    const int next = c - 1 + p.stages;  // into the stage that chunk c - 1 leaves
-    if (kKind != kAttention && c > 0 && next < chunks) {
-      wgmma_wait<1>();
-      // The last warp done with a stage asks for its next contents.
-      const int free = stage == 0 ? p.stages - 1 : stage - 1;
-      if (lane == 0 &&
-          count_up(base + at.released + 4 * free) % (kThreads / 32) == kThreads / 32 - 1) {
-        request(next, free);
-      }
-    }
-    if (++stage == p.stages) stage = 0, parity ^= 1;
-  }
-  wgmma_wait<0>();
-
-  // ---- each row's partial sums to the block that finishes it ----
-  if (p.split > 1) __syncthreads();  // weights and inputs are overwritten
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (warp_row + half * 8 + lane / 4 < rows) {
-#pragma unroll
-      for (int j = 0; j < kGroupColumns / 8; ++j) {
-        store_shared_pair(sums_of[half] + j * 32, product[j][2 * half], product[j][2 * half + 1]);
-      }
-    }
-  }
-  copy_wait<0>();
-  if (p.split > 1) async_proxy_fence();
-  __syncthreads();
-  if (tid < p.split && tid != rank) {
-    const int count = min(share, rows - tid * share);
-    if (count > 0) {
-      copy_to_rank(in_block(base + at.sums + rank * share * kPitch * 4, tid),
-                   base + at.weight + tid * share * kPitch * 4, count * kPitch * 4,
-                   in_block(sums_sent, tid));
-    }
-  }
-
-  // Four columns a lane.
-  constexpr int kLanes = kColumns <= 32 ? 8 : kColumns <= 64 ? 16 : 32;
-  constexpr int kWidth = 4 * kLanes, kSteps = (kColumns + kWidth - 1) / kWidth;
-  const int row_lane = tid % kLanes;
-  const auto norm_of = [&](int row) {
-    if (p.moments == nullptr) return make_float2(0.f, 1.f);
-    const float2* const from = reinterpret_cast<const float2*>(shared + at.moments) +
-                               (min(row, first + share - 1) - first) * moments_stride;
-    return row_norm<kLanes, kMaxParts>([&](int part) { return from[part]; }, p.parts, p.part_width,
-                                       p.width, p.eps);
-  };
-  constexpr int kPass = kThreads / kLanes;
-  float2 norm = norm_of(first + tid / kLanes);
-  float2 next_norm = share > kPass ? norm_of(first + kPass + tid / kLanes) : norm;
-  if (p.split > 1 && end > first) wait_for_bytes(sums_sent, 0);
-  if (p.split > 1) cluster_arrive();  // what others sent has arrived
-  const float* const sums = reinterpret_cast<const float*>(shared + at.sums);
-#pragma unroll 1
-  for (int row0 = first; row0 < end; row0 += kPass) {
-    const int row = row0 + tid / kLanes;
-    if (row0 == first + kPass) norm = next_norm;
-    if (row0 > first + kPass) norm = norm_of(row);
-    float value[kSteps][4] = {};
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int column = step * kWidth + row_lane * 4;
-      if (row >= end || column >= columns) continue;
-      const float* const from = sums + (row - first) * kPitch + column;
-      float* const x = value[step];
-#pragma unroll
-      for (int s0 = 0; s0 < kMaxSplit; s0 += 4) {
-        if (s0 >= p.split) break;
-        float4 part[4];
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-          part[s] = s0 + s < p.split
-                        ? *reinterpret_cast<const float4*>(from + (s0 + s) * share * kPitch)
-                        : make_float4(0.f, 0.f, 0.f, 0.f);
-        }
-        x[0] += (part[0].x + part[1].x) + (part[2].x + part[3].x);
-        x[1] += (part[0].y + part[1].y) + (part[2].y + part[3].y);
-        x[2] += (part[0].z + part[1].z) + (part[2].z + part[3].z);
-        x[3] += (part[0].w + part[1].w) + (part[2].w + part[3].w);
-      }
-      const size_t at_output = static_cast<size_t>(token0 + row) * p.n + column0 + column;
-      if constexpr (kEndsBranch) {
-        const auto four = [&](int offset) {
-          const uint2 v = *reinterpret_cast<const uint2*>(shared + offset);
-          const float2 low = unpack2<T>(v.x), high = unpack2<T>(v.y);
-          return make_float4(low.x, low.y, high.x, high.y);
-        };
-        const float4 bias = four(at.bias + column * 2);
-        const float4 next = four(at.next_gamma + column * 2);
-        float4 r = four(at.residual + ((row - first) * kColumns + column) * 2);
-        if (p.moments != nullptr) {
-          const float4 g = four(at.gamma + column * 2), b = four(at.beta + column * 2);
-          r.x = (r.x - norm.x) * norm.y * g.x + b.x;
-          r.y = (r.y - norm.x) * norm.y * g.y + b.y;
-          r.z = (r.z - norm.x) * norm.y * g.z + b.z;
-          r.w = (r.w - norm.x) * norm.y * g.w + b.w;
-        }
-        x[0] += bias.x + r.x;
-        x[1] += bias.y + r.y;
-        x[2] += bias.z + r.z;
-        x[3] += bias.w + r.w;
-        *reinterpret_cast<uint2*>(static_cast<T*>(p.scaled_output) + at_output) = make_uint2(
-            pack2<T>(x[0] * next.x, x[1] * next.y), pack2<T>(x[2] * next.z, x[3] * next.w));
-      } else {
-        const float4 c = *reinterpret_cast<const float4*>(affine + column);
-        const float4 d = *reinterpret_cast<const float4*>(affine + kColumns + column);
-        x[0] = norm.y * (x[0] - norm.x * c.x) + d.x;
-        x[1] = norm.y * (x[1] - norm.x * c.y) + d.y;
-        x[2] = norm.y * (x[2] - norm.x * c.z) + d.z;
-        x[3] = norm.y * (x[3] - norm.x * c.w) + d.w;
-      }
-      if constexpr (kKind == kNormGelu) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] = gelu<T>(x[e]);
-      }
-      const uint2 packed = make_uint2(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]));
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.output) + at_output) = packed;
-      if constexpr (kEndsBranch) {  // moments of what readers will see
-        const float2 low = unpack2<T>(packed.x), high = unpack2<T>(packed.y);
-        x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
-      }
-    }
-    if constexpr (kEndsBranch) {
-      // About the row's first value, so that both sums can be taken at once.
-      const float pivot = __shfl_sync(0xffffffffu, value[0][0], 0, kLanes);
-      float total = 0.f, squares = 0.f;
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        if (row >= end || step * kWidth + row_lane * 4 >= columns) continue;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float d = value[step][e] - pivot;
-          total += d;
-          squares += d * d;
-        }
-      }
-      total = lane_sum<kLanes>(total);
-      squares = lane_sum<kLanes>(squares);
-      const float shift = total / columns;
-      if (row_lane == 0 && row < end) {
-        const int stride = round_up(gridDim.y, 2);
-        float2* const to = p.moments_out + static_cast<size_t>(token0 + row) * stride + blockIdx.y;
-        to[0] = make_float2(pivot + shift, fmaxf(squares - total * shift, 0.f));
-        // Rows are copied in units of two.
-        if (blockIdx.y == gridDim.y - 1 && blockIdx.y % 2 == 0) to[1] = make_float2(0.f, 0.f);
-      }
-    }
-  }
+  typename Block::Sums product = {};
+  if (Block::kEndsBranch) wait_for_bytes(block.weights_here, 0);
+  block.multiply_chunks(product);
+  block.send_sums(product, sums_of);
+  block.finish_rows();
   if (p.split > 1) cluster_wait();  // shared memory is read until then
 }
 
