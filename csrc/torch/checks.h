@@ -48,6 +48,8 @@ inline const char* dtype_name(ScalarType dtype) {
       return "uint8";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     default:
       return "another type";
   }

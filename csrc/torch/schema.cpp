@@ -4,6 +4,8 @@
 STABLE_TORCH_LIBRARY(fastertransformer, m) {
   m.def("prepare_weight(Tensor weight, Tensor? scale=None) -> Tensor");
   m.def("prepare_layers(Tensor quantized, Tensor scale, Tensor kept, int[] kept_layers) -> Tensor");
+  m.def("prepare_narrow(Tensor weight) -> Tensor");
+  m.def("serves_narrow(Tensor like) -> bool");
   m.def("is_prepared(Tensor prepared, Tensor weight) -> bool");
   m.def(
       "remove_padding(Tensor input_ids, Tensor token_type_ids, Tensor attention_mask) -> "
