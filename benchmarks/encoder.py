@@ -183,7 +183,8 @@ def our_encoder(model: torch.nn.Module, precision: str) -> Engine:
             architecture.spec(model.config), {n: row.stored(w) for n, w in weights.items()}
         )
     else:  # random weights have no product that would have to be kept
-        encoder = Encoder(architecture.spec(model.config), *quantize.stored(weights, row, ()))
+        spec = architecture.spec(model.config)
+        encoder = Encoder(spec, *quantize.stored(spec, weights, row, ()))
     encoder.release()
     return lambda batch: (
         lambda: encoder(batch.packed_ids, batch.types, None, batch.cu_seqlens, batch.longest)

@@ -19,14 +19,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """That products are in int8, and what that may cost before some of them are kept as floats.
+    """That products are rounded to 8 bits, and what that may cost before some of them are kept.
 
+    torch_name      torch's name of what a weight is rounded to, such as "int8". Inputs are rounded
+                    to whole numbers by what they are; to floats with one scale a product and layer
+    kept            the precision of products that are kept
+    projection      whether the product between the embeddings and the layers is one of them
     texts, random   the root mean square of the outputs' differences from fp32 on calibration texts,
                     and on random tokens, as a part of that of the outputs themselves
     """
 
+    torch_name: str
+    kept: str
+    projection: bool
     texts: float
     random: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch's type of a rounded weight."""
+        return _torch_type(self.torch_name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +66,12 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype:
         """torch's type."""
-        import torch
+        return _torch_type(self.torch_name)
 
-        found = getattr(torch, self.torch_name)
-        assert isinstance(found, torch.dtype)
-        return found
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """torch's type of the layers' products."""
+        return self.dtype if self.quantized is None else self.quantized.dtype
 
     def stored(self, weight: Tensor) -> Tensor:
         """A weight of the encoder as the file holds it: of the same shape, contiguous."""
@@ -73,6 +86,14 @@ class Precision:
         return self.own_error * own + self.logit_error * max(largest_logit, 1.0)
 
 
+def _torch_type(name: str) -> torch.dtype:
+    import torch
+
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
 _rows: dict[str, Precision] = {}
 
 
@@ -84,6 +105,11 @@ def register(precision: Precision) -> None:
 def names() -> tuple[str, ...]:
     """Every precision's name, the reference's first."""
     return tuple(_rows)
+
+
+def quantized_names() -> tuple[str, ...]:
+    """The precisions whose products are rounded to 8 bits."""
+    return tuple(name for name, row in _rows.items() if row.quantized is not None)
 
 
 def get(name: str) -> Precision:
@@ -106,7 +132,21 @@ register(
         torch_name="float16",
         own_error=2.0,
         logit_error=2e-3,
-        quantized=Quantized(texts=0.06, random=0.3),
+        quantized=Quantized(
+            torch_name="int8", kept="bf16", projection=True, texts=0.06, random=0.3
+        ),
         op_interface=4,
+    )
+)
+register(
+    Precision(
+        name="fp8",
+        torch_name="float16",
+        own_error=2.0,
+        logit_error=2e-3,
+        quantized=Quantized(
+            torch_name="float8_e4m3fn", kept="fp16", projection=False, texts=0.06, random=0.3
+        ),
+        op_interface=5,
     )
 )

@@ -25,6 +25,9 @@ namespace {
 using OptTensor = std::optional<Tensor>;
 using torch::stable::contiguous;
 
+// Columns among which prepare_narrow reorders.
+constexpr int64_t kNarrowGroup = 16;
+
 // torch's own pool: torch.set_num_threads holds, and a call from inside a parallel region stays on
 // its thread.
 cpu::Threads torch_threads() {
@@ -254,6 +257,26 @@ Tensor prepare_layers(const Tensor& quantized, const Tensor& scale, const Tensor
   }
   return packed(layered);
 }
+
+// What products of 8-bit floats read, in the order of twins.narrow_order. No CPU multiplies those;
+// this is for whoever lays out a weight here for a GPU.
+Tensor prepare_narrow(const Tensor& weight) {
+  FT_CHECK_DTYPE(weight, ScalarType::Float8_e4m3fn);
+  FT_CHECK(weight.dim() == 3 && weight.size(2) > 0 && weight.size(2) % kNarrowGroup == 0,
+           "weight must have shape [L, N, K] with K a multiple of ", kNarrowGroup, ", has ",
+           shape_of(weight));
+  const Tensor whole = contiguous(weight);
+  Tensor out = empty({whole.size(0), whole.size(1), whole.size(2)}, whole.scalar_type());
+  const auto* from = static_cast<const uint8_t*>(whole.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < whole.numel(); ++i) {
+    const int64_t place = i % kNarrowGroup, quad = place / 4, within = place % 4;
+    to[i] = from[i - place + 2 * quad + within % 2 + within / 2 * (kNarrowGroup / 2)];
+  }
+  return out;
+}
+
+bool serves_narrow(const Tensor&) { return false; }
 
 bool is_prepared(const Tensor& prepared, const Tensor& weight) {
   const int64_t dim = weight.dim();
@@ -691,10 +714,11 @@ Tensor encoder(const Tensor& input_ids, const Tensor& token_type_ids, const OptT
 }
 
 // The ops' interfaces: 1 is `encoder` with its 24 arguments, 2 is `encode`, 3 are its activations
-// beside gelu, its relative bias and `segment_pool`, 4 is `prepare_layers`. A change of a signature
+// beside gelu, its relative bias and `segment_pool`, 4 is `prepare_layers`, 5 are `prepare_narrow`,
+// `serves_narrow` and the weights of `encode` for products in 8-bit floats. A change of a signature
 // or of what an argument means is a new one.
 #define FT_FIRST_INTERFACE "1"
-#define FT_LAST_INTERFACE "4"
+#define FT_LAST_INTERFACE "5"
 
 #ifndef FT_HANDLER_VERSION
 #define FT_HANDLER_VERSION "unknown"
@@ -747,6 +771,8 @@ extern "C" __attribute__((visibility("default"))) const char ft_handler_library[
 STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CPU, m) {
   m.impl("prepare_weight", TORCH_BOX(&ft::prepare_weight));
   m.impl("prepare_layers", TORCH_BOX(&ft::prepare_layers));
+  m.impl("prepare_narrow", TORCH_BOX(&ft::prepare_narrow));
+  m.impl("serves_narrow", TORCH_BOX(&ft::serves_narrow));
   m.impl("is_prepared", TORCH_BOX(&ft::is_prepared));
   m.impl("remove_padding", TORCH_BOX(&ft::remove_padding));
   m.impl("restore_padding", TORCH_BOX(&ft::restore_padding));

@@ -129,15 +129,15 @@ def trace_command(
         Path | None,
         typer.Option(
             "--calibrate",
-            help="For int8: texts on which it is measured what quantising costs, in any form that "
-            "`ft-handler verify` reads. Default: random tokens.",
+            help="For int8 and fp8: texts on which it is measured what quantising costs, in any "
+            "form that `ft-handler verify` reads. Default: random tokens.",
         ),
     ] = None,
     keep_products: Annotated[
         str | None,
         typer.Option(
             *_names("keep_products"),
-            help="For int8: products to keep in bf16, comma-separated, such as "
+            help="For int8 and fp8: products to keep in 16 bits, comma-separated, such as "
             "'layers.0.down,layers.*.out', or none. Default: those whose loss is measured to be "
             "too large.",
         ),

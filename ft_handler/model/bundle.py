@@ -230,7 +230,7 @@ _HEADS_1 = {
 def _data_type(stored: torch.dtype, product: torch.dtype, info: ModelInfo) -> str:
     """What a module's word table and its products say."""
     expected = precisions.get(info.data_type)
-    if stored == expected.dtype and (product == torch.int8) == (expected.quantized is not None):
+    if stored == expected.dtype and product == expected.product_dtype:
         return info.data_type
     return str(stored if stored != expected.dtype else product).removeprefix("torch.")
 

@@ -27,6 +27,11 @@ WEIGHTS = (
 )  # fmt: skip
 """What every encoder has, in the order in which the op gets them; a projection comes after, and a
 relative bias last."""
+NARROW = ("narrow", "narrow_scale", "input_scale")
+"""What the op gets of a product of 8-bit floats besides its float weight, behind all weights."""
+
+Kept = Mapping[str, Sequence[int]]
+"""Of products in 8 bits: their names as in PRODUCTS -> the layers in which they are floats."""
 
 
 def weight_names(spec: EncoderSpec, projected: bool = False) -> tuple[str, ...]:
@@ -36,6 +41,29 @@ def weight_names(spec: EncoderSpec, projected: bool = False) -> tuple[str, ...]:
     """
     projection = PROJECTION if projected or spec.embedding_size != spec.hidden_size else ()
     return WEIGHTS + projection + ((RELATIVE_BIAS,) if spec.relative_distance else ())
+
+
+def is_narrow(weights: Mapping[str, Tensor], product: str) -> bool:
+    """Whether a product's weights are 8-bit floats."""
+    weight = weights.get(f"{product}.weight")
+    return weight is not None and weight.dtype == torch.float8_e4m3fn
+
+
+def narrow_spec(
+    spec: EncoderSpec, names: Sequence[str], weights: Mapping[str, Tensor], kept: Kept
+) -> str:
+    """The specification with the tensors that products of 8-bit floats take besides, if any is."""
+    # A product that is kept in every layer takes none.
+    rounded = [p for p in PRODUCTS if is_narrow(weights, p) and len(weights[f"{p}.weight"]) > 0]
+    if not rounded:
+        return ""
+    text = spec.text([*names, *(f"{product}.{part}" for product in rounded for part in NARROW)])
+    floats = ";".join(
+        f"{product.removeprefix('layers.')}:{','.join(map(str, kept[product]))}"
+        for product in rounded
+        if kept[product]
+    )
+    return f"{text} floats={floats}" if floats else text
 
 
 class Parameters(nn.Module):
@@ -71,16 +99,24 @@ class Product(Parameters):
         found: bool = torch.ops.fastertransformer.is_prepared(prepared, like)
         return found
 
+    def serves_narrow(self) -> bool:
+        """Whether the device has the products of 8-bit floats that it needs: none."""
+        return True
+
+    def narrow(self) -> list[Tensor]:
+        """What such products take besides."""
+        return []
+
     def drop(self) -> None:
         """Put nothing in the weight's place."""
         self.weight = self.weight.new_empty([0])
 
 
-class QuantizedProduct(Parameters):
-    """A product of every layer, in int8 but for those layers in which it is kept as floats.
+class RoundedProduct(Parameters):
+    """A product of every layer, rounded to 8 bits but for those layers in which it is kept.
 
-    weight  int8 `[Lq,N,K]`, -127 to 127; scale  fp32 `[Lq,N]`, what a step of each output is
-    kept    `[Lk,N,K]`; kept_layers  which of the Lq + Lk layers these are, in rising order
+    weight  `[Lq,N,K]`; scale  fp32 `[Lq,N]`, what 1 is worth in the weights of each output
+    kept    floats `[Lk,N,K]`; kept_layers  which of the Lq + Lk layers these are, in rising order
     bias    `[L,N]`, or `[N]` outside of the layers, where Lq + Lk is 1
     """
 
@@ -99,19 +135,39 @@ class QuantizedProduct(Parameters):
         self.shape = list(self.weight.shape)
 
     def dequantized(self) -> Tensor:
-        """The float weights `[L,N,K]` or `[N,K]` in the bias's type, for GPUs."""
+        """The float weights `[L,N,K]` or `[N,K]` in the bias's type."""
         layers = self.shape[0] + len(self.kept_layers)
         full = torch.empty(
             [layers, self.shape[1], self.shape[2]], dtype=self.bias.dtype, device=self.bias.device
         )
-        quantized = 0
+        rounded = 0
         for layer in range(layers):
             if layer in self.kept_layers:
-                full[layer] = self.kept[layer - quantized]
+                full[layer] = self.kept[layer - rounded]
             else:
-                full[layer] = self.weight[quantized] * self.scale[quantized].unsqueeze(1)
-                quantized += 1
+                full[layer] = self.weight[rounded].float() * self.scale[rounded].unsqueeze(1)
+                rounded += 1
         return full if self.bias.dim() == 2 else full[0]
+
+    def like_dequantized(self) -> Tensor:
+        """A tensor of the float weights' shape and type, of one element."""
+        shape = [self.shape[0] + len(self.kept_layers), self.shape[1], self.shape[2]]
+        one = self.bias.reshape([-1])[:1]
+        return one.expand(shape if self.bias.dim() == 2 else shape[1:])
+
+    def drop(self) -> None:
+        """Put nothing in the weights' place."""
+        self.weight = self.weight.new_empty([0])
+        self.scale = self.scale.new_empty([0])
+        self.kept = self.kept.new_empty([0])
+
+
+class QuantizedProduct(RoundedProduct):
+    """Of int8 weights, -127 to 127; a CPU rounds inputs by what they are, a GPU has floats."""
+
+    # TorchScript reads the annotations of a class, not of those it is derived from.
+    kept_layers: list[int]
+    shape: list[int]
 
     def prepare(self) -> Tensor:
         """The weights laid out for the processor they are on: on a GPU as floats."""
@@ -125,32 +181,92 @@ class QuantizedProduct(Parameters):
 
     def is_prepared(self, prepared: Tensor) -> bool:
         """Whether this is what `prepare` makes where the parameters are now."""
-        shape = [self.shape[0], self.shape[1], self.shape[2]]
         if self.bias.is_cuda:
-            shape[0] += len(self.kept_layers)
-            like = self.bias.reshape([-1])[:1].expand(shape if self.bias.dim() == 2 else shape[1:])
-        elif shape[0] > 0:
-            like = self.weight.new_empty([1]).expand(shape)
+            like = self.like_dequantized()
+        elif self.shape[0] > 0:
+            like = self.weight.new_empty([1]).expand([self.shape[0], self.shape[1], self.shape[2]])
         else:
-            shape[0] = len(self.kept_layers)
-            like = self.kept.new_empty([1]).expand(shape)
+            like = self.kept.new_empty([1]).expand(
+                [len(self.kept_layers), self.shape[1], self.shape[2]]
+            )
         found: bool = torch.ops.fastertransformer.is_prepared(prepared, like)
         return found
 
-    def drop(self) -> None:
-        """Put nothing in the weights' place."""
-        self.weight = self.weight.new_empty([0])
-        self.scale = self.scale.new_empty([0])
-        self.kept = self.kept.new_empty([0])
+    def serves_narrow(self) -> bool:
+        """Whether the device has the products of 8-bit floats that it needs: none."""
+        return True
+
+    def narrow(self) -> list[Tensor]:
+        """What such products take besides."""
+        return []
 
 
-Kept = Mapping[str, Sequence[int]]
-"""Of products in int8: their names as in PRODUCTS -> the layers in which they are floats."""
+class NarrowProduct(RoundedProduct):
+    """Of e4m3 weights, and inputs that are rounded with a scale that is known beforehand.
+
+    input_scale  fp32 `[Lq+Lk]`, what 1 is worth in a rounded input
+
+    Everywhere there are float weights of it, for devices without such products and for batches
+    that are too small for them.
+    """
+
+    input_scale: Tensor
+    kept_layers: list[int]
+    shape: list[int]
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], name: str, kept_layers: Sequence[int]
+    ) -> None:
+        super().__init__(weights, name, kept_layers)
+        self.register_buffer("input_scale", weights[f"{name}.input_scale"])
+
+    def prepare(self) -> Tensor:
+        """The weights as floats, laid out for the processor they are on."""
+        prepared: Tensor = torch.ops.fastertransformer.prepare_weight(self.dequantized())
+        return prepared
+
+    def is_prepared(self, prepared: Tensor) -> bool:
+        """Whether this is what `prepare` makes where the parameters are now."""
+        found: bool = torch.ops.fastertransformer.is_prepared(prepared, self.like_dequantized())
+        return found
+
+    def serves_narrow(self) -> bool:
+        """Whether the device has the products of 8-bit floats that it needs."""
+        if self.shape[0] == 0:
+            return True
+        served: bool = torch.ops.fastertransformer.serves_narrow(self.like_dequantized())
+        return served
+
+    def narrow(self) -> list[Tensor]:
+        """What such products take besides: NARROW, in its order; layers that are kept are zeros."""
+        if self.shape[0] == 0:
+            return []
+        layers = self.shape[0] + len(self.kept_layers)
+        # A move to another float type may have changed these; e4m3 fits into all of them.
+        weight = torch.zeros(
+            [layers, self.shape[1], self.shape[2]],
+            dtype=torch.float8_e4m3fn,
+            device=self.bias.device,
+        )
+        scale = torch.zeros([layers, self.shape[1]], device=self.bias.device)
+        inputs = self.input_scale.float()
+        rounded = 0
+        for layer in range(layers):
+            if layer not in self.kept_layers:
+                weight[layer] = self.weight[rounded].to(torch.float8_e4m3fn)
+                scale[layer] = self.scale[rounded].float() * inputs[layer]
+                rounded += 1
+        return [torch.ops.fastertransformer.prepare_narrow(weight), scale, inputs]
 
 
-def product_of(weights: Mapping[str, Tensor], name: str, kept: Kept) -> Product | QuantizedProduct:
+def product_of(
+    weights: Mapping[str, Tensor], name: str, kept: Kept
+) -> Product | QuantizedProduct | NarrowProduct:
     """A product as the weights have it."""
-    return QuantizedProduct(weights, name, kept[name]) if name in kept else Product(weights, name)
+    if name not in kept:
+        return Product(weights, name)
+    kind = NarrowProduct if is_narrow(weights, name) else QuantizedProduct
+    return kind(weights, name, kept[name])
 
 
 class Embeddings(nn.Module):
@@ -181,6 +297,19 @@ class Layers(nn.Module):
         self.down = product_of(weights, PRODUCTS[3], kept)
         self.norm2 = Parameters(weights, "layers.norm2")
 
+    def serves_narrow(self) -> bool:
+        """Whether the device has the products of 8-bit floats that they need."""
+        return (
+            self.qkv.serves_narrow()
+            and self.out.serves_narrow()
+            and self.up.serves_narrow()
+            and self.down.serves_narrow()
+        )
+
+    def narrow(self) -> list[Tensor]:
+        """What these take besides, in the order of PRODUCTS."""
+        return self.qkv.narrow() + self.out.narrow() + self.up.narrow() + self.down.narrow()
+
 
 class Attention(nn.Module):
     """What all layers add to their scaled scores, by head and distance -D to D: `[heads, 2D+1]`."""
@@ -198,21 +327,23 @@ class Encoder(nn.Module):
     Weights prepared for the running processor are made at need and again after every move.
     """
 
-    __constants__ = ("max_positions", "spec")
+    __constants__ = ("max_positions", "narrow_spec", "spec")
 
     prepared: list[Tensor]
+    narrow: list[Tensor]
 
     def __init__(
         self, spec: EncoderSpec, weights: Mapping[str, Tensor], kept: Kept | None = None
     ) -> None:
         """Take the tensors as they are; raises ModelError when one is missing or unknown.
 
-        kept  which products are in int8, and in which layers they are floats; None: no product is
+        kept  which products are in 8 bits, and in which layers they are floats; None: no product is
         """
         super().__init__()
         kept = kept or {}
         names = weight_names(spec, PROJECTION[0] in weights)
         wanted = {*names, *(f"{name}.{more}" for name in kept for more in ("scale", "kept"))}
+        wanted |= {f"{name}.input_scale" for name in kept if is_narrow(weights, name)}
         if set(weights) != wanted:
             missing = ", ".join(sorted(wanted - set(weights))) or "none"
             unknown = ", ".join(sorted(set(weights) - wanted)) or "none"
@@ -221,15 +352,25 @@ class Encoder(nn.Module):
         self.layers = Layers(weights, kept)
         self.attention = Attention(weights) if spec.relative_distance else None
         self.spec = spec.text(names)
+        self.narrow_spec = narrow_spec(spec, names, weights, kept)
         self.max_positions = int(weights["embeddings.position"].shape[0])
         self.options = ""
         self.prepared = []
+        self.narrow = []
         self.released = False
 
     def is_prepared(self) -> bool:
         """Whether the GEMM weights are prepared for where the parameters are now."""
         # All are prepared together and move together, so that one speaks for all of them.
-        return len(self.prepared) > 0 and self.layers.qkv.is_prepared(self.prepared[0])
+        return (
+            len(self.prepared) > 0
+            and self.layers.qkv.is_prepared(self.prepared[0])
+            and (len(self.narrow) > 0) == self.serves_narrow()
+        )
+
+    def serves_narrow(self) -> bool:
+        """Whether there are products of 8-bit floats, and the device has them."""
+        return len(self.narrow_spec) > 0 and self.layers.serves_narrow()
 
     @torch.jit.export
     def prepare(self) -> None:
@@ -254,6 +395,9 @@ class Encoder(nn.Module):
         projection = self.embeddings.projection
         if projection is not None:
             self.prepared.append(projection.prepare())
+        self.narrow = []
+        if self.serves_narrow():
+            self.narrow = self.layers.narrow()
 
     @torch.jit.export
     def release(self) -> None:
@@ -311,6 +455,10 @@ class Encoder(nn.Module):
         attention = self.attention
         if attention is not None:
             weights.append(attention.relative_bias)
+        spec = self.spec
+        if len(self.narrow) > 0:
+            weights += self.narrow
+            spec = self.narrow_spec
         hidden: Tensor = torch.ops.fastertransformer.encode(
             input_ids,
             token_type_ids,
@@ -318,7 +466,7 @@ class Encoder(nn.Module):
             cu_seqlens,
             max_seqlen,
             weights,
-            self.spec,
+            spec,
             self.options,
         )
         return hidden

@@ -22,8 +22,9 @@ LIBRARY_VARIABLE = "FT_HANDLER_LIBRARY"
 LEAST_TORCH = (2, 10)
 NAMESPACE = "fastertransformer"
 # Interface 1 of the ops is `encoder` and its 24 arguments, 2 is `encode`, 3 are its activations
-# beside gelu, its relative bias and `segment_pool`, 4 is `prepare_layers`.
-CURRENT = 4
+# beside gelu, its relative bias and `segment_pool`, 4 is `prepare_layers`, 5 are `prepare_narrow`,
+# `serves_narrow` and the weights of `encode` for products in 8-bit floats.
+CURRENT = 5
 
 _MARKER = b"ft_handler library interface="
 _MARKER_FIELDS = re.compile(rb"(\d+)-(\d+) cuda=([0-9a-zA-Z.;+]*) ")

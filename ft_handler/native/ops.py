@@ -43,6 +43,19 @@ def prepare_layers(
     return cast(Tensor, _ops.prepare_layers(quantized, scale, kept, kept_layers))
 
 
+def prepare_narrow(weight: Tensor) -> Tensor:
+    """An e4m3 weight `[L,N,K]`, K a multiple of 16, as `encode` takes it for a product of those.
+
+    Only the order of columns changes: see `ft_handler.native.twins.prepare_narrow`.
+    """
+    return cast(Tensor, _ops.prepare_narrow(weight))
+
+
+def serves_narrow(like: Tensor) -> bool:
+    """Whether the device of a tensor multiplies 8-bit floats in `encode`; no CPU does."""
+    return cast(bool, _ops.serves_narrow(like))
+
+
 def is_prepared(prepared: Tensor, weight: Tensor) -> bool:
     """Whether `prepared` is what `prepare_weight` makes of such a weight here, by its header.
 
@@ -168,7 +181,9 @@ def encode(
 ) -> Tensor:
     """The whole encoder: ids `[T]` -> `[T,H]` in the dtype of the word table.
 
-    weights  in the order of `spec`; GEMM weights are what `prepare_weight` made of them
+    weights  in the order of `spec`; GEMM weights are what `prepare_weight` made of them. On devices
+             of which `serves_narrow` is true, products of 8-bit floats may come beside them, as
+             `ft_handler.native.twins.encode` says
     spec     sizes and names, as `ft_handler.model.spec.EncoderSpec.text` writes them
     options  words apart by blanks: `batch_invariant` (results do not depend on the batch, to the
              last bit) and `few_tokens=0` (no kernels of their own for a few tokens)
@@ -211,8 +226,14 @@ def _prepare_layers_fake(
     return quantized.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
-# remove_padding and is_prepared have none: they return a plain number that depends on what tensors
-# hold, which no symbolic trace can know. They run once, before the part worth compiling.
+@_fake("prepare_narrow")
+def _prepare_narrow_fake(weight: Tensor) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+# remove_padding, is_prepared and serves_narrow have none: they return a plain number that depends
+# on what tensors hold or where they are, which no symbolic trace can know. They run once, before
+# the part worth compiling.
 
 
 @_fake("restore_padding")

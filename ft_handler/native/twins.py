@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar, cast
 
 import torch
@@ -44,27 +45,35 @@ def slice_length(columns: int) -> int:
     return math.ceil(columns / math.ceil(columns / MOST_SLICE) / 64) * 64
 
 
+#: Of one layer's product that is rounded: inputs `[T,K]` -> `[T,N]`.
+Rounded = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class PreparedLayers:
-    """A product of every layer, in int8 with a scale an output, or kept as floats.
+    """A product of every layer: rounded to 8 bits, or kept as a float weight `[N,K]`."""
 
-    layers  one a layer: `(quantised int8 [N,K], scale [N])` or `weight [N,K]`
-    levels  the largest magnitude of a quantised input
-    """
-
-    layers: tuple[tuple[Tensor, Tensor] | Tensor, ...]
-    levels: int = LEVELS
+    layers: tuple[Rounded | Tensor, ...]
 
     def __len__(self) -> int:
         return len(self.layers)
 
     def __getitem__(self, index: int) -> PreparedLayers:
         """One layer's product."""
-        return PreparedLayers((self.layers[index],), self.levels)
+        return PreparedLayers((self.layers[index],))
 
 
 Weight = Tensor | PreparedLayers
 _W = TypeVar("_W", bound=Weight)
+
+
+def _layered(
+    rounded: Iterable[Rounded], kept: Tensor, kept_layers: Sequence[int], total: int
+) -> PreparedLayers:
+    """Those that are rounded and those that are kept, in the layers' order."""
+    products, floats = iter(rounded), dict(zip(kept_layers, kept.float(), strict=True))
+    layers = (floats[i] if i in floats else next(products) for i in range(total))
+    return PreparedLayers(tuple(layers))
 
 
 def prepare_layers(
@@ -79,11 +88,11 @@ def prepare_layers(
     kept_layers  which of the Lq + Lk layers are kept, in rising order
     levels       the largest magnitude of a quantised input, which is the processor's to choose
     """
-    products = iter(zip(quantized, scale.float(), strict=True))
-    floats = dict(zip(kept_layers, kept.float(), strict=True))
-    total = quantized.shape[0] + kept.shape[0]
-    layers = (floats[i] if i in floats else next(products) for i in range(total))
-    return PreparedLayers(tuple(layers), levels)
+    products = (
+        partial(quantized_product, quantized=whole, scale=step, levels=levels)
+        for whole, step in zip(quantized, scale.float(), strict=True)
+    )
+    return _layered(products, kept, kept_layers, len(quantized) + len(kept))
 
 
 def quantized_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -112,6 +121,65 @@ def quantized_product(x: Tensor, quantized: Tensor, scale: Tensor, levels: int =
         rows, step = quantized_rows(inputs, levels)
         out += (rows @ weight.float().T) * step
     return out * scale
+
+
+#: The largest number of e4m3 (Micikevicius et al., arXiv 2209.05433).
+LARGEST_NARROW = 448.0
+#: Columns among which `prepare_narrow` reorders.
+NARROW_GROUP = 16
+
+
+def narrowed(x: Tensor, scale: Tensor | float) -> Tensor:
+    """The nearest e4m3 numbers of `x / scale`, at most LARGEST_NARROW; NaN stays NaN."""
+    most = LARGEST_NARROW
+    return (x.float() / scale).clamp(-most, most).to(torch.float8_e4m3fn)
+
+
+def narrow_product(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor) -> Tensor:
+    """A product of 8-bit floats: `[T,K]` by e4m3 `[N,K]`, sums in fp32 -> `[T,N]`.
+
+    scale        `[N]`, what a sum of 1 is worth: a weight of 1 times an input of 1
+    input_scale  what an input of 1 is worth, the same for all inputs
+    """
+    return (narrowed(x, input_scale).float() @ weight.float().T) * scale
+
+
+def narrow_layers(
+    weight: Tensor,
+    scale: Tensor,
+    input_scale: Tensor,
+    kept: Tensor,
+    kept_layers: Sequence[int],
+) -> PreparedLayers:
+    """Products by layer: `weight` e4m3 `[Lq,N,K]`, `scale [Lq,N]`, `kept [Lk,N,K]`.
+
+    scale        what a weight of 1 is worth
+    input_scale  `[Lq+Lk]`, what an input of 1 is worth
+    kept_layers  which of the Lq + Lk layers are kept, in rising order
+    """
+    total = len(weight) + len(kept)
+    steps = input_scale[[i for i in range(total) if i not in kept_layers]]
+    products = (
+        partial(narrow_product, weight=narrow, scale=unit * step, input_scale=step)
+        for narrow, unit, step in zip(weight, scale.float(), steps, strict=True)
+    )
+    return _layered(products, kept, kept_layers, total)
+
+
+def prepare_narrow(weight: Tensor) -> Tensor:
+    """An e4m3 weight `[L,N,K]` in the order of columns that the kernels read.
+
+    Of each 16 columns, places 4q to 4q+3 hold columns 2q, 2q+1, 8+2q and 8+2q+1, which are what one
+    thread multiplies.
+    """
+    halves = weight.reshape(*weight.shape[:2], -1, 2, NARROW_GROUP // 4, 2)
+    return halves.transpose(3, 4).reshape(weight.shape)
+
+
+def _unprepared(prepared: Tensor) -> Tensor:
+    """What `prepare_narrow` was given."""
+    quads = prepared.reshape(*prepared.shape[:2], -1, NARROW_GROUP // 4, 2, 2)
+    return quads.transpose(3, 4).reshape(prepared.shape)
 
 
 def is_prepared(prepared: Tensor, weight: Tensor) -> bool:
@@ -246,11 +314,11 @@ def bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tens
 
 
 def product(input: Tensor, weight: Weight) -> Tensor:
-    """`input @ weight.T` of a weight `[N,K]`, or of what `prepare_layers` made of one layer."""
+    """`input @ weight.T` of a weight `[N,K]`, or of one layer that may be rounded."""
     if isinstance(weight, PreparedLayers):
         (only,) = weight.layers
-        if isinstance(only, tuple):
-            return quantized_product(input, *only, weight.levels)
+        if not isinstance(only, Tensor):
+            return only(input.float())
         weight = only
     return input.float() @ weight.float().reshape(-1, weight.shape[-1]).T
 
@@ -352,6 +420,34 @@ def _layer(named: Mapping[str, _W], index: int) -> dict[str, _W]:
     }
 
 
+def _with_narrow(said: Mapping[str, str], named: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The weights with products of 8-bit floats in the place of those that they go beside.
+
+    `floats=qkv:1,4;up:0` names the layers in which a product is a float one all the same.
+    """
+    floats = {
+        product: [int(layer) for layer in layers.split(",")]
+        for product, layers in (w.split(":") for w in said.get("floats", "").split(";") if w)
+    }
+    found = dict(named)
+    for name in [n.removesuffix(".narrow") for n in named if n.endswith(".narrow")]:
+        narrow, units, steps = (
+            cast(Tensor, found.pop(f"{name}.{part}"))
+            for part in ("narrow", "narrow_scale", "input_scale")
+        )
+        weight = cast(Tensor, named[f"{name}.weight"]).float()
+        kept = floats.get(name.removeprefix("layers."), [])
+        found[f"{name}.weight"] = PreparedLayers(
+            tuple(
+                weight[i]
+                if i in kept
+                else partial(narrow_product, weight=rows, scale=units[i], input_scale=steps[i])
+                for i, rows in enumerate(_unprepared(narrow))
+            )
+        )
+    return found
+
+
 def encode(
     input_ids: Tensor,
     token_type_ids: Tensor,
@@ -367,10 +463,13 @@ def encode(
     `spec` says the sizes and the order of `weights`, as `EncoderSpec.text` writes it. A stack of
     one layer's parameters serves every layer, and embeddings of another width than H are projected
     (Lan et al., arXiv 1909.11942). A relative bias serves every layer (Song et al., arXiv
-    2004.09297). Products are plain weights or what `prepare_layers` made. `options` say how the ops
-    run and change nothing here.
+    2004.09297). Products are plain weights or PreparedLayers. A product `layers.X` may be one of
+    8-bit floats (see `narrow_product`), given beside its float weight: `layers.X.narrow`, what
+    `prepare_narrow` made; `.narrow_scale [L,N]`, what sums are worth; and `.input_scale [L]`.
+    `options` say how the ops run and change nothing here.
     """
-    said, all_named = _said(spec, weights)
+    said, given = _said(spec, weights)
+    all_named = _with_narrow(said, given)
     quantized = {n: w for n, w in all_named.items() if isinstance(w, PreparedLayers)}
     named = {n: w for n, w in all_named.items() if isinstance(w, Tensor)}
     eps = float(said["eps"])

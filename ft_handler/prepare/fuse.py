@@ -40,7 +40,7 @@ def fuse(
     layers = None
     if precision.quantized is not None:
         # A GPU computes these in the stored type, so they had to be finite there as well.
-        stored, layers = quantize.stored(weights.encoder, precision, kept)
+        stored, layers = quantize.stored(spec, weights.encoder, precision, kept)
     encoder = Encoder(spec, stored, layers)
     return script(FusedModel(encoder, head.module(**arguments), task.name, task.per_token, columns))
 

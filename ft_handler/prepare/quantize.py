@@ -1,14 +1,22 @@
-"""Products in int8: how weights are rounded, and which products are kept as floats.
+"""Products in 8 bits: how weights are rounded, and which products are kept as floats.
 
-A weight is rounded to whole numbers of -127 to 127 with a scale an output; an input in the product
-itself, with a step a row and slice of columns (`twins.quantized_product`). What makes that coarse
-are outliers: a few columns of an input that are many times the others, which encoders are known
-for. SmoothQuant (Xiao et al., arXiv 2211.10438) moves them into the weights by dividing the layer
-norm that makes the input. Encoders of BERT's kind normalise after the residual is added, so what
-that norm makes is the next residual too, and dividing it would change the sum. A step of its own
-for each slice does not need that: an outlier coarsens its slice alone. A product that loses too
-much all the same is kept in bfloat16, and which ones those are is measured at the model's outputs,
-not guessed from weights.
+A weight is rounded with a scale an output: to whole numbers of -127 to 127, or to e4m3, floats of a
+sign, 4 bits of exponent and 3 of mantissa that end at 448 (Micikevicius et al., arXiv 2209.05433).
+
+Whole numbers are as far apart near zero as at their ends, so an input is rounded to them in the
+product itself, with a step a row and slice of columns (`twins.quantized_product`). What makes that
+coarse are outliers: a few columns of an input that are many times the others, which encoders are
+known for. SmoothQuant (Xiao et al., arXiv 2211.10438) moves them into the weights by dividing the
+layer norm that makes the input. Encoders of BERT's kind normalise after the residual is added, so
+what that norm makes is the next residual too, and dividing it would change the sum. A step of its
+own for each slice does not need that: an outlier coarsens its slice alone.
+
+Floats are as near to a small number as to a large one, in proportion, over four orders of
+magnitude. So one scale serves all of a product's inputs, whatever they are, as long as none lies
+beyond the largest float: `input_scales` makes it of the weights alone.
+
+A product that loses too much all the same is kept as floats of 16 bits, and which ones those are is
+measured at the model's outputs, not guessed from weights.
 """
 
 from __future__ import annotations
@@ -21,17 +29,17 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.linalg import vector_norm
 
+from ft_handler import precisions
 from ft_handler.architectures.base import Weights, listed
 from ft_handler.errors import ModelError
 from ft_handler.model.encoder import PRODUCTS, PROJECTION, weight_names
 from ft_handler.model.heads import HeadModule
 from ft_handler.model.spec import EncoderSpec
 from ft_handler.native import twins
-from ft_handler.precisions import Precision
+from ft_handler.precisions import Precision, Quantized
 
-#: What products that are kept are stored in.
-KEPT = torch.bfloat16
 #: Tokens of calibration that are measured, and of one batch of them.
 MOST_TOKENS, BATCH_TOKENS = 4096, 1024
 
@@ -39,24 +47,47 @@ MOST_TOKENS, BATCH_TOKENS = 4096, 1024
 # -- weights -------------------------------------------------------------------------------------
 
 
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A float weight `[...,N,K]` as int8 of -127 to 127, and what a step is, fp32 `[...,N]`."""
+def rounded(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A float weight `[...,N,K]` as int8 of -127 to 127 or as e4m3, and its scale, fp32 `[...,N]`.
+
+    The scale is what 1 is worth: the largest weight of an output is the type's largest number.
+    """
     weight = weight.detach().float()
+    floats = dtype.is_floating_point
+    most = twins.LARGEST_NARROW if floats else twins.LEVELS
     largest = weight.abs().amax(-1)
     # A row of zeros takes any scale.
-    scale = torch.where(largest > 0, largest / twins.LEVELS, 1.0)
-    return torch.round(weight / scale.unsqueeze(-1)).to(torch.int8).contiguous(), scale
+    scale = torch.where(largest > 0, largest / most, 1.0)
+    steps = weight / scale.unsqueeze(-1)
+    if floats:
+        return steps.clamp(-most, most).to(dtype).contiguous(), scale
+    return torch.round(steps).to(dtype).contiguous(), scale
 
 
-def product_names(encoder: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Every product of an encoder's weights, such as "layers.3.down", in the order computed.
+def rounded_stacks(
+    encoder: Mapping[str, Tensor], quantized: Quantized
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every product that a precision rounds: its name -> all of its layers, rounded."""
+    products = PRODUCTS if quantized.projection else PRODUCTS[:-1]
+    return {
+        product: rounded(_layered(encoder[f"{product}.weight"]), quantized.dtype)
+        for product in products
+        if f"{product}.weight" in encoder
+    }
+
+
+def product_names(encoder: Mapping[str, Tensor], quantized: Quantized) -> tuple[str, ...]:
+    """Every product that a precision rounds, such as "layers.3.down", in the order computed.
 
     Layers that share their weights have one of each, of layer 0.
     """
     projection, *layered = PRODUCTS[-1], *PRODUCTS[:-1]
-    first = [projection] if f"{projection}.weight" in encoder else []
+    there = quantized.projection and f"{projection}.weight" in encoder
     layers = encoder[f"{layered[0]}.weight"].shape[0]
-    return (*first, *(_named(product, i) for i in range(layers) for product in layered))
+    return (
+        *([projection] if there else []),
+        *(_named(product, i) for i in range(layers) for product in layered),
+    )
 
 
 def _named(product: str, layer: int) -> str:
@@ -75,33 +106,150 @@ def _layered(weight: Tensor) -> Tensor:
     return weight if weight.dim() == 3 else weight.unsqueeze(0)
 
 
-def _product(name: str) -> str | None:
-    """The product whose weight has this name, or None."""
-    product = name.removesuffix(".weight")
-    return product if product != name and product in PRODUCTS else None
-
-
 def stored(
-    encoder: Mapping[str, Tensor], precision: Precision, kept: Collection[str]
+    spec: EncoderSpec, encoder: Mapping[str, Tensor], precision: Precision, kept: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     """An encoder's tensors as the file holds them, and the layers in which a product is kept.
 
     kept  names of products, as `product_names` gives them
     """
-    tensors: dict[str, Tensor] = {}
+    quantized = precision.quantized
+    assert quantized is not None
+    tensors = {name: precision.stored(weight) for name, weight in encoder.items()}
     layers: dict[str, list[int]] = {}
-    for name, weight in encoder.items():
-        product = _product(name)
-        if product is None:
-            tensors[name] = precision.stored(weight)
-            continue
-        stack = _layered(weight.detach())
-        floats = kept_layers(kept, product, len(stack))
-        others = [i for i in range(len(stack)) if i not in floats]
-        tensors[name], tensors[f"{product}.scale"] = rounded(stack[others])
-        tensors[f"{product}.kept"] = stack[floats].to(KEPT).contiguous()
+    for product, (weight, scale) in rounded_stacks(encoder, quantized).items():
+        name = f"{product}.weight"
+        floats = kept_layers(kept, product, len(weight))
+        others = [i for i in range(len(weight)) if i not in floats]
+        stack = _layered(encoder[name].detach())
+        tensors[name], tensors[f"{product}.scale"] = picked(weight, others), scale[others]
+        tensors[f"{product}.kept"] = precisions.get(quantized.kept).stored(stack[floats])
         layers[product] = floats
+    for product, scales in input_scales(spec, encoder, precision).items():
+        tensors[f"{product}.input_scale"] = scales
     return tensors, layers
+
+
+def picked(weight: Tensor, layers: Sequence[int]) -> Tensor:
+    """Some layers of a rounded stack; torch does not index 8-bit floats by lists."""
+    return weight.view(torch.int8)[layers].view(weight.dtype)
+
+
+# -- inputs of products in 8-bit floats ----------------------------------------------------------
+
+#: By how much of itself rounding to e4m3 changes a number at most, and how far its least numbers
+#: are apart.
+NARROW_ERROR, NARROW_STEP = 2.0**-4, 2.0**-9
+
+
+@dataclass(frozen=True)
+class Reach:
+    """All that an input can be: `slope @ z + centre` of any z that a layer norm makes.
+
+    Before it is multiplied by its weight, what a layer norm makes of n numbers has the mean 0 and
+    at most the length sqrt(n).
+
+    slope   `[K,n]`, or `[K]` where it is a diagonal
+    centre  `[K]`
+    """
+
+    slope: Tensor
+    centre: Tensor
+
+    def through(self, weight: Tensor, bias: Tensor) -> Reach:
+        """What a product `[N,K]` makes of it."""
+        slope = weight * self.slope if self.slope.dim() == 1 else weight @ self.slope
+        return Reach(slope, weight @ self.centre + bias)
+
+    @property
+    def most(self) -> Tensor:
+        """The largest magnitude of each column, `[K]`, by Cauchy and Schwarz; z can attain it."""
+        if self.slope.dim() == 1:
+            # All but one of a row's numbers may be the same.
+            return math.sqrt(len(self.slope) - 1) * self.slope.abs() + self.centre.abs()
+        level = self.slope - self.slope.mean(1, keepdim=True)
+        reach: Tensor = math.sqrt(self.slope.shape[1]) * vector_norm(level, dim=1)
+        return reach + self.centre.abs()
+
+    def sizes(self, weight: Tensor) -> Tensor:
+        """What the sum of `|w x|` over a row of weights `[N,K]` is at most, `[N]`."""
+        if self.slope.dim() == 1:
+            reach: Tensor = math.sqrt(len(self.slope)) * vector_norm(weight * self.slope, dim=1)
+            return reach + weight.abs() @ self.centre.abs()
+        return weight.abs() @ self.most
+
+
+def input_scales(
+    spec: EncoderSpec, encoder: Mapping[str, Tensor], precision: Precision
+) -> dict[str, Tensor]:
+    """What 1 is worth in the inputs of each product in 8-bit floats, fp32 `[L]` by product.
+
+    No input lies beyond the largest float, whatever the text is, since each scale is made of what
+    the weights allow at most:
+
+    - `qkv` and `up` read what a layer norm makes, of which every column is bounded (`Reach.most`);
+      without a norm in between, what the embeddings' projection makes of such a row.
+    - `out` reads attention, a mean of values, and no mean is larger than the largest. Values are a
+      product of a norm's output, so `Reach.through` says how large they get.
+    - `down` reads the activation of `up`, a product of a norm's output too, and no activation here
+      is larger in magnitude than what it is given.
+
+    A product is computed of inputs that are rounded themselves, each by a 16th of itself at most,
+    which adds a 16th of `Reach.sizes`. Roundings in 16 bits need no room: what is up to 3.5 %
+    beyond the largest float is rounded to that, so that nothing is lost.
+
+    Precisions that round inputs by what they are have none.
+    """
+    quantized = precision.quantized
+    if quantized is None or not quantized.dtype.is_floating_point:
+        return {}
+    named = {name: precision.stored(weight).float() for name, weight in encoder.items()}
+    forms = {
+        product: (weight.float() * scale.unsqueeze(-1), named[f"{product}.weight"])
+        for product, (weight, scale) in rounded_stacks(encoder, quantized).items()
+    }
+    most = {product: torch.zeros(len(forms[product][0])) for product in forms}
+
+    def norm(name: str, layer: int) -> Reach:
+        gamma, beta = (_layered_norm(named[f"{name}.{part}"]) for part in ("weight", "bias"))
+        return Reach(gamma[layer % len(gamma)], beta[layer % len(beta)])
+
+    def reads(product: str, layer: int, largest: Tensor) -> float:
+        """Take note of a product's input."""
+        place = layer % len(most[product])
+        most[product][place] = torch.maximum(most[product][place], largest.max())
+        return float(largest.max())
+
+    def makes(product: str, layer: int, given: Reach, largest: float) -> Tensor:
+        """The largest magnitude of each output, be the product rounded or kept, `[N]`."""
+        biases = named[f"{product}.bias"]
+        bias = biases[layer % len(biases)]
+        step = NARROW_STEP / 2 * largest / twins.LARGEST_NARROW
+        outputs = []
+        for stack in forms[product]:
+            weight = stack[layer % len(stack)]
+            error = NARROW_ERROR * given.sizes(weight) + step * weight.abs().sum(1)
+            outputs.append(given.through(weight, bias).most + error)
+        return torch.maximum(*outputs)
+
+    given = norm("embeddings.norm", 0)
+    if PROJECTION[0] in named:
+        given = given.through(*(named[name] for name in PROJECTION))
+    for layer in range(spec.num_layers):
+        largest = reads("layers.qkv", layer, given.most)
+        values = makes("layers.qkv", layer, given, largest)[2 * spec.hidden_size :]
+        reads("layers.out", layer, values)
+        given = norm("layers.norm1", layer)
+        largest = reads("layers.up", layer, given.most)
+        reads("layers.down", layer, makes("layers.up", layer, given, largest))
+        given = norm("layers.norm2", layer)
+    # Inputs that are always zero take any scale.
+    return {p: torch.where(m > 0, m / twins.LARGEST_NARROW, 1.0) for p, m in most.items()}
+
+
+def _layered_norm(parameter: Tensor) -> Tensor:
+    """A norm's parameter as a stack: one outside of the layers is a stack of one."""
+    return parameter if parameter.dim() == 2 else parameter.unsqueeze(0)
 
 
 # -- what it costs -------------------------------------------------------------------------------
@@ -139,18 +287,17 @@ class Simulation:
         precision: Precision,
         levels: int = twins.COARSEST_LEVELS,
     ) -> None:
+        assert precision.quantized is not None
         self._levels = levels
         encoder = {name: weight.detach().float() for name, weight in weights.encoder.items()}
-        self.names = product_names(encoder)
+        self.names = product_names(encoder, precision.quantized)
         self._order = weight_names(spec, PROJECTION[0] in encoder)
         self._spec, self._head = spec.text(self._order), head.eval()
         self._exact = encoder
+        self._kept = precisions.get(precision.quantized.kept).dtype
         self._stored = {n: precision.stored(w).float() for n, w in encoder.items()}
-        self._rounded = {
-            product: rounded(_layered(weight))
-            for name, weight in encoder.items()
-            if (product := _product(name)) is not None
-        }
+        self._rounded = rounded_stacks(encoder, precision.quantized)
+        self._input_scales = input_scales(spec, encoder, precision)
 
     def exact(self, batch: Packed) -> Tensor:
         """Outputs in fp32: `[B,C]`, or `[C,T]` where outputs are for each token."""
@@ -163,7 +310,7 @@ class Simulation:
 
     def quantized(self, batch: Packed, kept: Collection[str]) -> Tensor:
         """Outputs of a file whose products are quantised but for these."""
-        return self._outputs(batch, self._weights(self._stored, kept, KEPT))
+        return self._outputs(batch, self._weights(self._stored, kept, self._kept))
 
     def padded(
         self, kept: Collection[str] | None
@@ -174,7 +321,7 @@ class Simulation:
         """
         weights: Sequence[twins.Weight] = [self._exact[name] for name in self._order]
         if kept is not None:
-            weights = self._weights(self._stored, kept, KEPT)
+            weights = self._weights(self._stored, kept, self._kept)
 
         def answer(ids: Tensor, mask: Tensor, types: Tensor) -> tuple[Tensor, ...]:
             tokens, kinds, positions, places, bounds, longest = twins.remove_padding(
@@ -192,22 +339,24 @@ class Simulation:
     ) -> list[twins.Weight]:
         """All weights in order; products are quantised, but those kept are in `type_`."""
         return [
-            rest[name]
-            if (product := _product(name)) is None
-            else self._layers(product, kept, type_)
+            self._layers(product, kept, type_)
+            if (product := name.removesuffix(".weight")) in self._rounded
+            else rest[name]
             for name in self._order
         ]
 
     def _layers(
         self, product: str, kept: Collection[str], type_: torch.dtype
     ) -> twins.PreparedLayers:
-        quantized, scale = self._rounded[product]
+        weight, scale = self._rounded[product]
         stack = _layered(self._exact[f"{product}.weight"])
         floats = kept_layers(kept, product, len(stack))
         others = [i for i in range(len(stack)) if i not in floats]
-        return twins.prepare_layers(
-            quantized[others], scale[others], stack[floats].to(type_), floats, self._levels
-        )
+        rest, rounded, scale = stack[floats].to(type_), picked(weight, others), scale[others]
+        if product in self._input_scales:
+            inputs = self._input_scales[product]
+            return twins.narrow_layers(rounded, scale, inputs, rest, floats)
+        return twins.prepare_layers(rounded, scale, rest, floats, self._levels)
 
     def _outputs(self, batch: Packed, weights: Sequence[twins.Weight]) -> Tensor:
         with torch.inference_mode():
@@ -268,17 +417,23 @@ class Measured:
 
 
 def choose(
-    measured: Measured, names: Sequence[str], bound: float, say: Callable[[str], None]
+    measured: Measured,
+    names: Sequence[str],
+    precision: Precision,
+    bound: float,
+    say: Callable[[str], None],
 ) -> Choice:
     """The fewest products to keep, those that cost most first, so that outputs are within `bound`.
 
     Raises ModelError where all of them would have to be kept.
     """
+    assert precision.quantized is not None
+    name, floats = precision.name, precision.quantized.kept
     error = measured.quantized(())
     if error <= bound:
         return Choice((), error)
-    say(f"int8 changes the outputs by {error:.1%}, more than {bound:.0%}: measuring {len(names)} "
-        "products one by one")  # fmt: skip
+    say(f"{name} changes the outputs by {error:.1%}, more than {bound:.0%}: measuring "
+        f"{len(names)} products one by one")  # fmt: skip
     ranked = sorted(names, key=measured.alone, reverse=True)
     # Keeping more is taken to be no worse, so that the fewest are found by halving.
     low, high, found = 0, len(ranked), measured.quantized(ranked)
@@ -291,8 +446,8 @@ def choose(
             low = middle
     if high == len(ranked):
         raise ModelError(
-            f"int8 changes the outputs by more than {bound:.0%} unless every product is kept in "
-            "bf16: take --data_type bf16, or say with --keep_products which are to be kept"
+            f"{name} changes the outputs by more than {bound:.0%} unless every product is kept in "
+            f"{floats}: take --data_type {floats}, or say with --keep_products which are to be kept"
         )
     return Choice(tuple(name for name in names if name in ranked[:high]), found)
 

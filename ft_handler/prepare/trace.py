@@ -60,7 +60,8 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
         options.calibration is not None or options.keep_products is not None
     ):
         raise ModelError(
-            f"--calibrate and --keep_products are for --data_type int8, not {precision.name}"
+            "--calibrate and --keep_products are for --data_type "
+            f"{' and '.join(precisions.quantized_names())}, not {precision.name}"
         )
     if options.model_type == "thsext" or options.ths_path is not None:
         say(f"library: {load_library(options.ths_path)}")
@@ -192,19 +193,20 @@ def choose_products(
 
     half  whether the model stays within the type in which GPUs compute it
     """
-    bounds = precisions.get(options.data_type).quantized
+    precision = precisions.get(options.data_type)
+    bounds = precision.quantized
     assert bounds is not None
     bound = bounds.random if options.calibration is None else bounds.texts
     measured_on: Literal["texts", "random tokens"] = (
         "random tokens" if options.calibration is None else "texts"
     )
     if options.keep_products is None:
-        choice = quantize.choose(measured, simulation.names, bound, say)
+        choice = quantize.choose(measured, simulation.names, precision, bound, say)
     else:
         kept = quantize.wished(options.keep_products, simulation.names)
         choice = quantize.Choice(kept, measured.quantized(kept))
     say(
-        f"kept in bf16: {', '.join(choice.kept) or 'no product'}"
+        f"kept in {bounds.kept}: {', '.join(choice.kept) or 'no product'}"
         f"{' (--keep_products)' if options.keep_products is not None else ''}; on {measured_on} "
         f"outputs change by {choice.error:.1%} (products are kept from {bound:.0%} on)"
     )

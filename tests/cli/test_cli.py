@@ -117,7 +117,7 @@ def test_both_ways_in_are_the_same_command() -> None:
             "--model-type",
         ]),
         ("ft-handler trace --mode q", ["question_answering"]),
-        ("ft-handler trace --data_type ", ["fp32", "fp16", "bf16", "int8"]),
+        ("ft-handler trace --data_type ", ["fp32", "fp16", "bf16", "int8", "fp8"]),
         ("ft-handler predict --device c", ["cpu", "cuda"]),
         ("ft-handler doctor --js", ["--json"]),
     ],

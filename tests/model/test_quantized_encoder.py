@@ -167,7 +167,7 @@ def test_what_a_gpu_computes_is_close_to_fp32(kind: str) -> None:
 def test_the_order_of_layers_survives() -> None:
     weight = torch.randn(4, 8, 16) * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None]
     tensors, layers = quantize.stored(
-        {"layers.down.weight": weight}, precisions.get("int8"), ["layers.1.down"]
+        parts("plain")[0], {"layers.down.weight": weight}, precisions.get("int8"), ["layers.1.down"]
     )
     assert layers == {"layers.down": [1]}
     product = QuantizedProduct(
@@ -182,7 +182,7 @@ def test_the_order_of_layers_survives() -> None:
 
 def test_tensors_that_are_missing_are_named() -> None:
     spec, weights, _ = parts("plain")
-    tensors, layers = quantize.stored(weights, precisions.get("int8"), ())
+    tensors, layers = quantize.stored(spec, weights, precisions.get("int8"), ())
     del tensors["layers.up.scale"]
     with pytest.raises(ModelError, match=r"missing layers\.up\.scale; unknown none"):
         Encoder(spec, tensors, layers)

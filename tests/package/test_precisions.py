@@ -27,11 +27,15 @@ def rows() -> Iterator[None]:
 
 
 def test_rows_know_their_types() -> None:
-    assert precisions.names() == ("fp32", "fp16", "bf16", "int8")
+    assert precisions.names() == ("fp32", "fp16", "bf16", "int8", "fp8")
+    assert precisions.quantized_names() == ("int8", "fp8")
     found = [precisions.get(name).dtype for name in precisions.names()]
-    # What is not a product of an int8 file is in half precision.
-    assert found == [torch.float32, torch.float16, torch.bfloat16, torch.float16]
-    with pytest.raises(ModelError, match="data_type 'int3' is not one of fp32, fp16, bf16, int8"):
+    # What is not a product of 8 bits is in half precision.
+    half = torch.float16
+    assert found == [torch.float32, half, torch.bfloat16, half, half]
+    products = [precisions.get(name).product_dtype for name in precisions.names()]
+    assert products == [*found[:3], torch.int8, torch.float8_e4m3fn]
+    with pytest.raises(ModelError, match="'int3' is not one of fp32, fp16, bf16, int8, fp8"):
         precisions.get("int3")
 
 

@@ -167,14 +167,14 @@ class Costs(Measured):
 
 def test_as_few_as_it_takes_are_kept_the_worst_first() -> None:
     costs = Costs(a=0.02, b=0.5, c=0.01, d=0.3, e=0.02)
-    names, said = tuple(costs.costs), []
-    assert choose(costs, names, 0.06, said.append) == Choice(("b", "d"), pytest.approx(0.05))
+    names, row, said = tuple(costs.costs), precisions.get("int8"), []
+    assert choose(costs, names, row, 0.06, said.append) == Choice(("b", "d"), pytest.approx(0.05))
     assert len(said) == 1
-    assert choose(costs, names, 0.9, said.append) == Choice((), pytest.approx(0.85))
+    assert choose(costs, names, row, 0.9, said.append) == Choice((), pytest.approx(0.85))
     assert len(said) == 1  # nothing was measured one by one
-    assert choose(costs, names, 0.36, said.append).kept == ("b",)
+    assert choose(costs, names, row, 0.36, said.append).kept == ("b",)
     with pytest.raises(ModelError, match=r"every product is kept .*--data_type bf16"):
-        choose(costs, names, 0.005, said.append)
+        choose(costs, names, row, 0.005, said.append)
 
 
 # -- calibration -----------------------------------------------------------------------------------
@@ -229,8 +229,8 @@ def test_no_more_is_measured_than_it_takes() -> None:
     ("options", "words"),
     [
         ({"model_type": "ths"}, "int8 needs --model_type thsext, not ths"),
-        ({"data_type": "bf16", "keep_products": ["none"]}, "are for --data_type int8, not bf16"),
-        ({"data_type": "fp32", "calibration": []}, "are for --data_type int8, not fp32"),
+        ({"data_type": "bf16", "keep_products": ["none"]}, "are for .* int8 and fp8, not bf16"),
+        ({"data_type": "fp32", "calibration": []}, "are for .* int8 and fp8, not fp32"),
         ({"keep_products": ["layers.7.up"]}, r"'layers\.7\.up' is none of this model's products"),
         ({"calibration": []}, "no text to measure on"),
     ],

@@ -1,4 +1,4 @@
-"""Encoders with products in int8, and their float simulations."""
+"""Encoders with products in 8 bits, and their float simulations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ft_handler import architectures, precisions
-from ft_handler.model.encoder import PRODUCTS, Encoder
+from ft_handler.model.encoder import Encoder, NarrowProduct, RoundedProduct
 from ft_handler.model.spec import EncoderSpec
 from ft_handler.native import twins
 from ft_handler.native.library import build_info
@@ -35,10 +35,13 @@ def rounding() -> float:
 
 
 def quantized_encoder(
-    spec: EncoderSpec, weights: Mapping[str, Tensor], kept: Collection[str]
+    spec: EncoderSpec,
+    weights: Mapping[str, Tensor],
+    kept: Collection[str],
+    data_type: str = "int8",
 ) -> Encoder:
-    """The encoder of fp32 weights as an int8 file has it, not scripted."""
-    tensors, layers = quantize.stored(weights, precisions.get("int8"), kept)
+    """The encoder of fp32 weights as a file has it, not scripted."""
+    tensors, layers = quantize.stored(spec, weights, precisions.get(data_type), kept)
     return Encoder(spec, tensors, layers).eval()
 
 
@@ -48,23 +51,24 @@ def simulated_weights(encoder: Encoder) -> list[twins.Weight]:
     modules = dict(encoder.named_modules())
 
     def weight(name: str) -> twins.Weight:
-        product = name.removesuffix(".weight")
-        if product == name or product not in PRODUCTS:
+        p: Any = modules.get(name.removesuffix(".weight"))
+        if not isinstance(p, RoundedProduct):
             return tensors[name].float()
-        p: Any = modules[product]
+        if isinstance(p, NarrowProduct):
+            return twins.narrow_layers(p.weight, p.scale, p.input_scale, p.kept, p.kept_layers)
         return twins.prepare_layers(p.weight, p.scale, p.kept, p.kept_layers, levels_here())
 
     names = dict(word.split("=", 1) for word in encoder.spec.split())["weights"]
     return [weight(name) for name in names.split(",")]
 
 
-def simulation_of(model: Any, task: AnyTask) -> Simulation:
+def simulation_of(model: Any, task: AnyTask, data_type: str = "int8") -> Simulation:
     """The float simulation of a transformers model's file."""
     architecture = architectures.get(model.config.model_type)
     weights = architecture.weights(task, model.config, model.state_dict())
     head = architecture.head(task).module(**head_arguments(weights))
     spec = architecture.spec(model.config)
-    return Simulation(spec, weights, head, precisions.get("int8"), levels_here())
+    return Simulation(spec, weights, head, precisions.get(data_type), levels_here())
 
 
 def apart(found: Tensor, wanted: Tensor) -> float:
