@@ -124,8 +124,9 @@ struct EncoderSpec {
   bool projects() const { return has(kProjectionWeight); }
   // Whether a bias by head and distance is added to the scaled scores of every layer.
   bool biased() const { return has(kRelativeBias); }
-  // Whether products have weights in e4m3 too.
-  bool narrow() const { return has(kQkvNarrow); }
+  // Whether a product, or any, has weights in e4m3 too.
+  bool narrow(LayerProduct product) const { return has(narrow_weight(product)); }
+  bool narrow() const { return narrow(kQkv) || narrow(kOut) || narrow(kUp) || narrow(kDown); }
 };
 
 // How to run, which no file says.
@@ -285,14 +286,14 @@ inline void check_encoder_spec(const EncoderSpec& s) {
   if (s.has(kProjectionWeight) != s.has(kProjectionBias)) {
     spec_detail::refuse("an encoder's projection must have a weight and a bias");
   }
-  for (int w = kQkvNarrow; w < kEncoderWeightCount; ++w) {
-    if ((s.places[w] >= 0) != s.narrow()) {
-      spec_detail::refuse("an encoder's products must have all of their e4m3 tensors or none");
-    }
-  }
   for (int p = 0; p < kLayerProducts; ++p) {
+    const auto product = static_cast<LayerProduct>(p);
+    if (s.has(narrow_scale(product)) != s.narrow(product) ||
+        s.has(input_scale(product)) != s.narrow(product)) {
+      spec_detail::refuse("an encoder's product must have all of its e4m3 tensors or none");
+    }
     for (const int64_t layer : s.floats[p]) {
-      if (layer >= s.layers || !s.narrow()) {
+      if (layer >= s.layers || !s.narrow(product)) {
         spec_detail::refuse(std::string("an encoder's floats name a product that is not there: ") +
                             kLayerProductNames[p] + " of layer " + std::to_string(layer));
       }

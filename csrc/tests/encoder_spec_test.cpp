@@ -130,10 +130,14 @@ void test_narrow() {
               shape(ft::kUpInputScale).stacked && shape(ft::kUpInputScale).rows == 0,
           "shapes of e4m3 tensors");
   require(!ft::parse_encoder_spec(kSizes + weights(false)).narrow(), "none in e4m3");
+  const std::string up = "layers.up.narrow,layers.up.narrow_scale,layers.up.input_scale";
+  const ft::EncoderSpec three = ft::parse_encoder_spec(changed(whole, "," + up, ""));
+  require(three.narrow() && !three.narrow(ft::kUp) && three.narrow(ft::kDown),
+          "a product without e4m3");
   const auto refuse = [&](const std::string& text, const std::string& words) {
     refused([&] { ft::parse_encoder_spec(text); }, words);
   };
-  refuse(changed(whole, ",layers.up.input_scale", ""), "all of their e4m3 tensors or none");
+  refuse(changed(whole, ",layers.up.input_scale", ""), "all of its e4m3 tensors or none");
   refuse(whole + " floats=gate:0", "floats \"gate:0\" are unknown");
   refuse(whole + " floats=up:2", "is not there: up of layer 2");
   refuse(whole + " floats=up:x", "floats must be a number");

@@ -596,7 +596,7 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
   shape.narrow = spec.narrow();
   shape.narrow_pass =
       (spec.activation != Activation::kGelu && spec.activation != Activation::kNone) ||
-      !spec.floats[kUp].empty();
+      !spec.narrow(kUp) || !spec.floats[kUp].empty();
   shape.batch_invariant = cuda::batch_invariant(options.batch_invariant);
   shape.few_tokens = cuda::few_tokens_allowed(options.few_tokens);
   Tensor out = empty_like_rows(word, {ids.size(0), spec.hidden});
@@ -629,8 +629,9 @@ Tensor run_encoder(const Tensor& input_ids, const Tensor& token_type_ids,
                                      stack(kNorm2Beta),
                                      spec.biased() ? data(kRelativeBias) : nullptr,
                                      {}};
-  for (int p = 0; p < kLayerProducts && spec.narrow(); ++p) {
+  for (int p = 0; p < kLayerProducts; ++p) {
     const auto product = static_cast<LayerProduct>(p);
+    if (!spec.narrow(product)) continue;
     parameters.narrow[p] = {
         {{data(narrow_weight(product)), DType::kE4M3}, w[narrow_weight(product)].size(0)},
         static_cast<const float*>(data(narrow_scale(product))),

@@ -113,6 +113,7 @@ struct NarrowLayer {
 };
 
 NarrowLayer narrow_at(const NarrowProduct& product, int64_t layer, int64_t n, int64_t k) {
+  if (product.weight.first.data == nullptr) return {};
   layer %= product.weight.layers;
   if (std::find(product.floats->begin(), product.floats->end(), layer) != product.floats->end())
     return {};
