@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py                                   # SST-2 and SQuAD, fp32
     python benchmarks/accuracy.py --task sst2 --data-type fp32 bf16 fp16
     python benchmarks/accuracy.py --task squad --limit 500 --device cuda
-    python benchmarks/accuracy.py --device cuda --data-type fp16 --neighbours
+    python benchmarks/accuracy.py --device cuda --data-type fp16 fp8 --neighbours
 
 --neighbours runs every sequence alone and among 63 others, drawn at random: the largest difference
 of a logit, and how many labels or answers change.
@@ -11,8 +11,8 @@ of a logit, and how many labels or answers change.
 Reads the sets and transformers' scores from $FT_HANDLER_SHARED (default ../shared). SQuAD is
 decoded as the adapter's card says: over all windows of 384 tokens that share 128, the span of at
 most 30 context tokens with the largest start + end logit, the first one on a tie. Exits with 1
-when a full run is further from transformers' fp32 scores than 0.1 point (fp32), 0.3 (bf16, fp16) or
-0.5 (int8).
+when a full run is further from transformers' fp32 scores than 0.1 point (fp32), 0.3 (bf16, fp16,
+fp8) or 0.5 (int8), or when FP8 keeps less than 99.9 % of their F1, which is MLPerf's line.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ EXAMPLES = {
     "sst2": ("sequence_classification", "sequence_classification"),
     "squad": ("question_answering", "question_answering"),
 }
-ALLOWED = {"fp32": 0.1, "bf16": 0.3, "fp16": 0.3, "int8": 0.5}
+ALLOWED = {"fp32": 0.1, "bf16": 0.3, "fp16": 0.3, "int8": 0.5, "fp8": 0.3}
+LEAST_F1_OF_FP8 = 0.999
 WINDOW, OVERLAP, LONGEST_ANSWER = 384, 128, 30
 TOKENS_A_BATCH = 8192
 
@@ -285,6 +286,14 @@ def recorded_scores(shared: Path) -> dict[str, dict[str, float]]:
     }
 
 
+def too_far(data_type: str, row: dict[str, Any], theirs: dict[str, float]) -> bool:
+    """Whether a full run's scores are further from transformers' than the data type may be."""
+    apart = any(abs(row[name] - score) > ALLOWED[data_type] for name, score in theirs.items())
+    return apart or (
+        data_type == "fp8" and "f1" in theirs and row["f1"] < LEAST_F1_OF_FP8 * theirs["f1"]
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -330,7 +339,7 @@ def main() -> int:
             rows.append(row)
             apart = {name: row[name] - value for name, value in wanted[task].items()}
             judged = arguments.limit is None
-            bad = judged and any(abs(d) > ALLOWED[data_type] for d in apart.values())
+            bad = judged and too_far(data_type, row, wanted[task])
             failed |= bad
             shown = ", ".join(f"{n} {row[n]:.3f} ({d:+.3f})" for n, d in apart.items())
             unlike = next(v for k, v in row.items() if "_unlike_" in k)

@@ -4,6 +4,7 @@
     python benchmarks/encoder.py --model minilm base --batch 1 16 --lengths sst2 squad
     python benchmarks/encoder.py --device cuda            # the GPU workloads
     python benchmarks/encoder.py --device cuda --rows "base ragged" --skip hf_compile
+    python benchmarks/encoder.py --device cuda --rows squad --columns ours packed gemms
 
 All systems of a row run interleaved, round by round, so that a disturbance or a clock change hits
 all of them; figures are medians. A system that is not installed is left out and named. Weights are
@@ -21,6 +22,10 @@ CPU columns       hf, compile, onnxruntime, openvino, ctranslate2 (all padded to
 CUDA columns      hf_sdpa, hf_compile, hf_sdpa_graph, bt_nested, packed_fa2, packed_fa2_graph,
                   packed_compile_graph, gemms_graph, ours (in a CUDA graph), ours_eager
                   hf_* and ours include the embeddings, the others get hidden states.
+                  In FP8, all in a CUDA graph: ours_fp8; gemms_fp8, the products alone through
+                  cuBLASLt; and plain torch, compiled, packed_fp8_row (weights with a scale an
+                  output, inputs with one a token) and packed_fp8_tensor (one fixed scale each).
+                  Rows named squad have the set's lengths and say sequences a second
 """
 
 from __future__ import annotations
@@ -72,7 +77,10 @@ PRECISIONS = ("fp32", "bf16", "int8")
 TURN, REST = 0.05, 0.03
 
 # GPU -> TFLOP/s in half precision and GB/s from memory that plain kernels were seen to reach.
-CEILINGS = {"NVIDIA H200": (790, 4300)}
+CEILINGS = {"NVIDIA H200": (790, 4300), "NVIDIA H100 80GB HBM3": (798, 3000)}
+
+# The largest number of e4m3, and what 1 is worth in an input that has one fixed scale.
+LARGEST_FP8, FIXED_SCALE = 448, 0.02
 
 # The order matters: lengths are drawn row by row from one generator.
 CUDA_ROWS = [
@@ -91,13 +99,17 @@ CUDA_ROWS = [
     ("base", "ragged", 256, 384),
     ("large", "fixed", 1, 128),
     ("large", "ragged", 64, 384),
+    ("large", "squad", 64, 384),
+    ("large", "squad", 256, 384),
 ]
 
 
 def draw_lengths(kind: str, batch: int, longest: int, rng: np.random.Generator) -> np.ndarray:
-    """`[batch]` lengths: all `longest`, or uniform in [0.2, 1] x `longest`, one at it."""
+    """`[batch]` lengths: all `longest`, uniform in [0.2, 1] x `longest`, one at it, or a set's."""
     if kind == "fixed":
         return np.full(batch, longest)
+    if kind != "ragged":
+        return lengths_like(kind, batch)
     lengths = rng.integers(int(0.2 * longest), longest + 1, size=batch)
     lengths[0] = longest
     return lengths
@@ -661,6 +673,68 @@ class PackedStack(torch.nn.Module):
         return x
 
 
+class LinearFp8(torch.nn.Module):
+    """A linear layer in e4m3 as plain torch has it; its input is quantised by whatever compiles it.
+
+    scales  "row": one an output of the weight and one a token of the input, as they come;
+            "tensor": one for all of each, known beforehand
+    """
+
+    def __init__(self, source: torch.nn.Linear, scales: str) -> None:
+        super().__init__()
+        self.row = scales == "row"
+        weight = source.weight.detach().float()
+        largest = weight.abs().amax(1, keepdim=True) if self.row else weight.abs().amax()
+        self.register_buffer("weight", (weight / largest * LARGEST_FP8).to(torch.float8_e4m3fn))
+        scale = largest / LARGEST_FP8
+        self.register_buffer("scale", scale.reshape(1, -1) if self.row else scale)
+        self.register_buffer("input_scale", torch.tensor(FIXED_SCALE, device=weight.device))
+        self.register_buffer("bias", source.bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = self.input_scale
+        if self.row:
+            given = (x.abs().amax(1, keepdim=True).float() / LARGEST_FP8).clamp(min=1e-8)
+        narrow = (x.float() / given).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)
+        # With scales by row torch computes in bfloat16 alone, and adds no bias.
+        out = torch._scaled_mm(
+            narrow, self.weight.T, scale_a=given, scale_b=self.scale, out_dtype=x.dtype,
+            bias=None if self.row else self.bias, use_fast_accum=True,
+        )  # fmt: skip
+        return out + self.bias if self.row else out
+
+
+def stack_fp8(stack: PackedStack, scales: str) -> torch.nn.Module:
+    """The same layers in bfloat16 with their linear layers in e4m3."""
+    made = copy_of(stack, torch.bfloat16)
+    for layer in made.layers:
+        for name in ("qkv", "out", "up", "down"):
+            setattr(layer, name, LinearFp8(getattr(layer, name), scales))
+    return made
+
+
+def gemms_fp8(shape: Shape, total: int) -> Run:
+    """The matrix products alone in e4m3 through cuBLASLt, scales of 1, weights of their own."""
+    layers, hidden, inner, _ = shape
+    sizes = [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
+
+    def narrow(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, device="cuda").to(torch.float8_e4m3fn)
+
+    weights = [narrow(n, k).T for _ in range(layers) for n, k in sizes]
+    inputs = {k: narrow(total, k) for k in {hidden, inner}}
+    one = torch.ones((), device="cuda")
+
+    def run() -> None:
+        for weight in weights:
+            torch._scaled_mm(
+                inputs[weight.shape[0]], weight, scale_a=one, scale_b=one,
+                out_dtype=torch.float16, use_fast_accum=True,
+            )  # fmt: skip
+
+    return run
+
+
 def graphed(run: Run) -> Run:
     """`run` captured in a CUDA graph."""
     side = torch.cuda.Stream()
@@ -742,6 +816,16 @@ def cuda_row(
     ours()
     workspace = (torch.cuda.max_memory_allocated() - before) / 2**20
     add("ours", lambda: graphed(ours))
+    narrow: dict[str, Any] = {}
+
+    def ours_fp8() -> Run:
+        run = our_encoder(model, "fp8")(batch)
+        narrow["max_difference_from_hf_fp8"] = difference(run(), hf(), batch)
+        if arguments.kernels:
+            narrow["kernels_fp8"] = kernel_profile(run)
+        return graphed(run)
+
+    add("ours_fp8", ours_fp8)
     add("ours_eager", lambda: ours)
     add("hf_sdpa", lambda: hf)
     add("hf_compile", lambda: hf_run(torch.compile(model), batch))
@@ -763,12 +847,15 @@ def cuda_row(
     add("packed_fa2", lambda: lambda: packed(x, batch.cu_seqlens, batch.longest))
     add("packed_fa2_graph", lambda: graphed(lambda: packed(x, batch.cu_seqlens, batch.longest)))
 
-    def compiled() -> Run:
-        fast = torch.compile(packed)
+    def compiled(stack: torch.nn.Module, x: torch.Tensor) -> Run:
+        fast = torch.compile(stack)
         return graphed(lambda: fast(x, batch.cu_seqlens, batch.longest))
 
-    add("packed_compile_graph", compiled)
+    add("packed_compile_graph", lambda: compiled(packed, x))
+    for scales in ("row", "tensor"):
+        add(f"packed_fp8_{scales}", lambda s=scales: compiled(stack_fp8(packed, s), x.bfloat16()))
     add("gemms_graph", lambda: graphed(gemms(shape, batch.total, dtype, "cuda")))
+    add("gemms_fp8", lambda: graphed(gemms_fp8(shape, batch.total)))
     times = cuda_times(systems, arguments.rounds, arguments.iterations)
     ms = {column: statistics.median(t) for column, t in times.items()}
     row: dict[str, Any] = {
@@ -778,7 +865,9 @@ def cuda_row(
         "gflop": batch.gflop(*shape[:3]),
         "weight_mib": layers * (4 * hidden * hidden + 2 * hidden * inner) * 2 / 2**20,
         "ms": ms,
+        "sequences_per_s": {column: batch.batch / t * 1e3 for column, t in ms.items()},
         "max_difference_from_hf": error,
+        **narrow,
         "workspace_mib": workspace,
         "missing": missing,
     }
@@ -818,14 +907,23 @@ def print_cuda(row: dict[str, Any]) -> None:
     ms = row["ms"]
     cells = " ".join(f"{column} {value:.3f}" for column, value in ms.items())
     line = f"{row['workload']} T={row['tokens']} | {cells}"
+    others = {c: v for c, v in ms.items() if not c.startswith(("ours", "gemms"))}
+    wide = [v for c, v in others.items() if "fp8" not in c]
     if "ours" in ms:
-        others = [v for c, v in ms.items() if not c.startswith(("ours", "gemms"))]
-        if others:
-            line += f" | best other x{ms['ours'] / min(others):.3f}"
+        if wide:
+            line += f" | best other x{ms['ours'] / min(wide):.3f}"
         if "gemms_graph" in ms:
             line += f" | GEMMs x{ms['ours'] / ms['gemms_graph']:.3f}"
         line += f" | {row['tflops']:.0f} TFLOP/s {row['gb_per_s']:.0f} GB/s"
     print(line + f" | diff {row['max_difference_from_hf']:.1e}", flush=True)
+    if "ours_fp8" in ms:
+        beside = {"gemms_fp8", "ours", *(c for c in others if c.startswith("packed"))}
+        ratios = [f"{c} x{ms['ours_fp8'] / v:.3f}" for c, v in ms.items() if c in beside]
+        error = row["max_difference_from_hf_fp8"]
+        print(f"  ours_fp8: {' '.join(ratios)} | diff {error:.1e}", flush=True)
+    if "squad" in row["workload"]:
+        rates = [f"{c} {v:.0f}" for c, v in row["sequences_per_s"].items()]
+        print(f"  sequences/s: {' '.join(rates)}", flush=True)
     for column, why in row["missing"].items():
         print(f"  left out: {column}: {why}", flush=True)
 
@@ -930,7 +1028,7 @@ def arguments_of(given: list[str] | None) -> argparse.Namespace:
     )
     gpu.add_argument("--iterations", type=int, default=20, help="a round")
     gpu.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16")
-    gpu.add_argument("--kernels", action="store_true", help="profile ours kernel by kernel")
+    gpu.add_argument("--kernels", action="store_true", help="profile ours by kernel, FP8 too")
     return parser.parse_args(given)
 
 

@@ -3,6 +3,8 @@
     python benchmarks/serving.py                                   # MiniLM-sized, this processor
     python benchmarks/serving.py --device cuda --model base --precision fp16 --batch-size 64 \\
         --connections 1 16 64 256 --workers 1 2
+    python benchmarks/serving.py --device cuda --model base --precision fp16 fp8 --batch-size 64 \\
+        --connections 64 256 --workers 2 --gpus 1 2 --systems ours constant
     python benchmarks/serving.py --precision fp32 bf16 int8        # ours in each of them
 
 One TorchServe, the same settings for all: `ours` (ft_handler, the traced padding-free model),
@@ -10,6 +12,7 @@ One TorchServe, the same settings for all: `ours` (ft_handler, the traced paddin
 `constant` (answers at once: TorchServe's ceiling). Weights are random; bodies are random words, one
 token each, with the lengths of SST-2 and SQuAD (lengths.json). Systems are interleaved round by
 round and medians are reported. The load comes from wrk when it is installed, else from load.py.
+TorchServe hands its workers the GPUs in turn; for every number of --gpus it is started anew.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from typing import Any
 
 import torch
 
-from ft_handler import build_info, load_library
+from ft_handler import build_info, load_library, precisions
 from ft_handler.servers.torchserve.process import Server
 from ft_handler.servers.torchserve.properties import ServeOptions
 
@@ -143,7 +146,8 @@ def trace_ours(mix: str, checkpoint: Path, precision: str, output: Path) -> None
         sys.executable, "-m", "ft_handler", "trace", "--mode", MIXES[mix][0],
         "--model_name_or_path", str(checkpoint), "--data_type", precision, "--output", str(output),
     ]  # fmt: skip
-    if precision == "int8":  # random weights have no outliers that would have to be looked for
+    # Random weights have no outliers that would have to be looked for.
+    if precisions.get(precision).quantized is not None:
         command += ["--keep_products", "none"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
@@ -244,7 +248,7 @@ def own_metrics(server: Server) -> dict[str, float]:
 def precisions_of(system: str, arguments: argparse.Namespace) -> list[str]:
     """What a system is measured in; one that computes nothing has none."""
     if system == "published":
-        return [arguments.published_precision or arguments.precision[0]]
+        return [arguments.published_precision]
     return list(arguments.precision) if system == "ours" else [""]
 
 
@@ -332,11 +336,13 @@ def measure(
     server: Server,
     systems: dict[str, dict[str, Any]],
     arguments: argparse.Namespace,
+    gpus: int,
     save: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
     """Every batch size, worker count, mix and concurrency; systems interleaved within each.
 
-    Saved after every concurrency, so that a stop loses nothing.
+    gpus  how many the server has; fewer workers than that are left out
+    save  called after every concurrency, so that a stop loses nothing
     """
     use_wrk = arguments.generator == "wrk" or (
         arguments.generator == "auto" and shutil.which("wrk") is not None
@@ -350,15 +356,16 @@ def measure(
         )
         server.request(f"{server.management}/models?{query}", b"", "POST")
     for batch_size in arguments.batch_size:
-        for workers, mix in itertools.product(arguments.workers, arguments.mixes):
+        counts = [workers for workers in arguments.workers if workers >= gpus]
+        for workers, mix in itertools.product(counts, arguments.mixes):
             names = [
                 name
                 for name, system in systems.items()
                 if (system["mix"], system["batch_size"]) == (mix, batch_size)
             ]
             with ThreadPoolExecutor() as pool:  # beside each other: nothing is measured yet
-                counts = itertools.repeat(workers)
-                seconds = pool.map(scale, itertools.repeat(server), names, counts)
+                wanted = itertools.repeat(workers)
+                seconds = pool.map(scale, itertools.repeat(server), names, wanted)
                 loads = dict(zip(names, seconds, strict=True))
             for connections in arguments.connections:
                 found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -386,6 +393,7 @@ def measure(
                         "system": systems[name]["system"],
                         "precision": systems[name]["precision"],
                         "mix": mix,
+                        "gpus": gpus,
                         "workers": workers,
                         "batch_size": batch_size,
                         "connections": connections,
@@ -404,7 +412,9 @@ def measure(
                     rows.append(row)
                     print(
                         f"{row['system']:9} {row['precision']:4} {mix:6} "
-                        f"batch {batch_size:3} workers {workers} connections {connections:4} "
+                        f"batch {batch_size:3} "
+                        + (f"GPUs {gpus} " if gpus else "")
+                        + f"workers {workers} connections {connections:4} "
                         f"{row['requests_per_s']:9.0f} req/s  p50 {row['p50_ms']:8.1f} ms  "
                         f"p99 {row['p99_ms']:8.1f} ms  errors {row['errors']}"
                         + "".join(f"  {k} {v:.2f}" for k, v in row["batch_ms"].items())
@@ -454,17 +464,22 @@ def drain(server: Server, name: str, system: dict[str, Any]) -> None:
 
 
 def print_ratios(rows: list[dict[str, Any]]) -> None:
-    """Ours over published, figure by figure."""
-    keys = ("mix", "batch_size", "workers", "connections")
-    published = {tuple(r[k] for k in keys): r for r in rows if r["system"] == "published"}
+    """Ours over the others, figure by figure."""
+    keys = ("mix", "batch_size", "gpus", "workers", "connections")
+    others = {(r["system"], *(r[k] for k in keys)): r for r in rows if r["system"] != "ours"}
     for row in rows:
-        other = published.get(tuple(row[k] for k in keys))
-        if row["system"] == "ours" and other and other["requests_per_s"]:
+        beside = [
+            f"{row['requests_per_s'] / other['requests_per_s']:.2f} x the {system} req/s, "
+            f"p99 {row['p99_ms'] / other['p99_ms']:.2f} x"
+            for system in ("published", "constant")
+            if (other := others.get((system, *(row[k] for k in keys)))) and other["requests_per_s"]
+        ]
+        if row["system"] == "ours" and beside:
             print(
                 f"{row['precision']:4} {row['mix']:6} batch {row['batch_size']:3} "
-                f"workers {row['workers']} connections {row['connections']:4}: "
-                f"{row['requests_per_s'] / other['requests_per_s']:.2f} x the published req/s, "
-                f"p99 {row['p99_ms'] / other['p99_ms']:.2f} x"
+                + (f"GPUs {row['gpus']} " if row["gpus"] else "")
+                + f"workers {row['workers']} connections {row['connections']:4}: "
+                + "; ".join(beside)
             )
 
 
@@ -475,17 +490,18 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", choices=tuple(MODELS), default="minilm")
     parser.add_argument(
-        "--precision", nargs="+", choices=(*DTYPES, "int8"), default=[],
+        "--precision", nargs="+", choices=precisions.names(), default=[],
         help="of ours; default: fp32, on a GPU fp16",
     )  # fmt: skip
     parser.add_argument(
-        "--published-precision", choices=tuple(DTYPES), help="default: the first --precision"
+        "--published-precision", choices=tuple(DTYPES), help="default: the first --precision it has"
     )
     parser.add_argument("--systems", nargs="*", default=["ours", "published", "constant"],
                         choices=("ours", "published", "constant"))  # fmt: skip
     parser.add_argument("--mixes", nargs="*", default=["sst2", "squad"], choices=tuple(MIXES))
     parser.add_argument("--connections", nargs="*", type=int, default=[1, 16, 64])
     parser.add_argument("--workers", nargs="*", type=int, default=[1])
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="that TorchServe uses")
     parser.add_argument("--batch-size", nargs="+", type=int, default=[32])
     parser.add_argument("--max-batch-delay", type=int, default=5, help="milliseconds")
     parser.add_argument("--rounds", type=int, default=3)
@@ -500,7 +516,13 @@ def main(given: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results/)")
     arguments = parser.parse_args(given)
-    arguments.precision = arguments.precision or ["fp16" if arguments.device == "cuda" else "fp32"]
+    on_gpu = arguments.device == "cuda"
+    own = ["fp16" if on_gpu else "fp32"]
+    arguments.precision = arguments.precision or own
+    if not arguments.published_precision:
+        arguments.published_precision = next(p for p in arguments.precision + own if p in DTYPES)
+    if on_gpu and max(arguments.gpus) > torch.cuda.device_count():
+        parser.error(f"--gpus {max(arguments.gpus)}: there are {torch.cuda.device_count()}")
     load_library()
     record = provenance(
         library=build_info(), model=arguments.model, precision=arguments.precision[0]
@@ -511,28 +533,32 @@ def main(given: list[str] | None = None) -> None:
     )
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    def save(rows: list[dict[str, Any]]) -> None:
-        out.write_text(json.dumps({"provenance": record, "rows": rows}, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+
+    def save(more: list[dict[str, Any]]) -> None:
+        text = json.dumps({"provenance": record, "rows": rows + more}, indent=1)
+        out.write_text(text + "\n")
 
     with tempfile.TemporaryDirectory(prefix="ft_bench_") as scratch:
         folder = arguments.folder.resolve() if arguments.folder else Path(scratch)
         systems = prepare(arguments, folder)
-        port = free_ports(5)
-        options = ServeOptions(
-            model_store=folder / "store", models=("none",), token_auth=False, model_api=True,
-            port=port, grpc_port=port + 3,
-            overrides={"job_queue_size": "2000"},
-        )  # fmt: skip
-        with (folder / "server.log").open("w") as log:
-            server = Server(options, cwd=folder, output=log)
-            try:
-                with server:
-                    server.wait_ready(120)
-                    rows = measure(server, systems, arguments, save)
-            except BaseException:
-                log.flush()
-                print((folder / "server.log").read_text()[-3000:], file=sys.stderr)
-                raise
+        for gpus in arguments.gpus if on_gpu else [0]:
+            port = free_ports(5)
+            options = ServeOptions(
+                model_store=folder / "store", models=("none",), token_auth=False, model_api=True,
+                port=port, grpc_port=port + 3,
+                overrides={"job_queue_size": "2000", "number_of_gpu": str(gpus)},
+            )  # fmt: skip
+            with (folder / "server.log").open("w") as log:
+                server = Server(options, cwd=folder, output=log)
+                try:
+                    with server:
+                        server.wait_ready(120)
+                        rows += measure(server, systems, arguments, gpus, save)
+                except BaseException:
+                    log.flush()
+                    print((folder / "server.log").read_text()[-3000:], file=sys.stderr)
+                    raise
     print_ratios(rows)
     print(f"written: {out}")
 

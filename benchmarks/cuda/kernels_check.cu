@@ -3,10 +3,11 @@
 //
 //   nvcc -std=c++20 -O2 -DFT_WITH_SM90 -Icsrc ... -o kernels_check   (objects as for
 //   kernels_api.cu) compute-sanitizer --tool memcheck ./kernels_check [attention|bias|rows|pools|
-//   embedding|padding ...]
+//   embedding|padding|fp8 ...]
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,6 +18,11 @@
 #include <vector>
 
 #include "kernels/cuda/kernels.h"
+
+// Of fp8_gemm.cu.
+extern "C" int fp8_gemm(const void* x, const void* w, const float* scale, const void* bias,
+                        const void* residual, void* out, int rows, int n, int k, int gelu,
+                        const float* out_scale, int narrow, int variant, void* stream);
 
 using namespace ft::cuda;
 using ft::Activation;
@@ -59,14 +65,16 @@ class Device {
 float as_float(float x) { return x; }
 float as_float(__half x) { return __half2float(x); }
 float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+float as_float(__nv_fp8_e4m3 x) { return static_cast<float>(x); }
 template <typename T>
 constexpr DType kType = std::is_same_v<T, float>    ? DType::kFloat32
                         : std::is_same_v<T, __half> ? DType::kFloat16
                                                     : DType::kBFloat16;
 template <typename T>
-constexpr double kBound = std::is_same_v<T, float>    ? 1e-5
-                          : std::is_same_v<T, __half> ? 2e-3
-                                                      : 1.5e-2;
+constexpr double kBound = std::is_same_v<T, float>           ? 1e-5
+                          : std::is_same_v<T, __half>        ? 2e-3
+                          : std::is_same_v<T, __nv_bfloat16> ? 1.5e-2
+                                                             : 6e-2;
 
 std::mt19937 generator(7);
 
@@ -318,6 +326,53 @@ void check_embedding(int hidden) {
   compare("embedding", out.host(), exact);
 }
 
+// Every tile of the product of e4m3 operands, with a residual, with GELU, and into e4m3 again.
+void check_fp8(int rows, int n, int k) {
+  const auto x = normal<__nv_fp8_e4m3>(static_cast<size_t>(rows) * k),
+             w = normal<__nv_fp8_e4m3>(static_cast<size_t>(n) * k);
+  const auto residual = normal<__half>(static_cast<size_t>(rows) * n), bias = normal<__half>(n);
+  std::vector<float> scale(n);
+  for (int c = 0; c < n; ++c) scale[c] = 0.5f / std::sqrt(k) + 1e-3f * (c % 7);
+  const auto size = static_cast<size_t>(rows) * n;
+  std::vector<double> added(size), gelu(size), narrow(size);
+  const float step = 1 / 64.f;
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < n; ++c) {
+      const size_t at = static_cast<size_t>(r) * n + c;
+      double sum = 0;
+      for (int i = 0; i < k; ++i)
+        sum += as_float(x[static_cast<size_t>(r) * k + i]) *
+               as_float(w[static_cast<size_t>(c) * k + i]);
+      const double y = sum * scale[c] + as_float(bias[c]);
+      added[at] = y + as_float(residual[at]);
+      gelu[at] = y * 0.5 * (1 + std::erf(y / std::sqrt(2.0)));
+      // Within 16 columns, places 4 q + {0, 1, 2, 3} hold columns 2 q + {0, 1, 8, 9}.
+      const int q = c % 8 / 2, place = 4 * q + c % 2 + (c % 16 < 8 ? 0 : 2);
+      narrow[at - c % 16 + place] = gelu[at] / step;
+    }
+  }
+  Device<__nv_fp8_e4m3> dx(x), dw(w), bytes(size);
+  Device<__half> dr(residual), db(bias), out(size);
+  Device<float> ds(scale), dstep(std::vector<float>{step});
+  const auto run = [&](const __half* plus, void* to, bool active, bool small, int variant) {
+    const int status = fp8_gemm(dx.get(), dw.get(), ds.get(), db.get(), plus, to, rows, n, k,
+                                active, small ? dstep.get() : nullptr, small, variant, nullptr);
+    if (status == 0) return;
+    std::printf("FAIL fp8_gemm %d x %d x %d, tile %d: status %d\n", rows, n, k, variant, status);
+    ++failures;
+  };
+  for (int variant = 0; variant < 7; ++variant) {
+    char what[96];
+    std::snprintf(what, sizeof what, "fp8 product %d x %d x %d, tile %d", rows, n, k, variant);
+    run(dr.get(), out.get(), false, false, variant);
+    compare(what, out.host(), added);
+    run(nullptr, out.get(), true, false, variant);
+    compare(what, out.host(), gelu);
+    run(nullptr, bytes.get(), true, true, variant);
+    compare(what, bytes.host(), narrow);
+  }
+}
+
 template <typename T>
 void check_all(const auto& asked) {
   for (int dim : {6, 32, 48, 64, 96, 128}) {
@@ -354,6 +409,11 @@ int main(int count, char** words) {
   if (asked("padding")) {
     check_padding<int32_t>(5, 70);
     check_padding<int64_t>(1100, 3);
+  }
+  if (asked("fp8")) {
+    check_fp8(1, 256, 256);
+    check_fp8(113, 512, 384);
+    check_fp8(300, 256, 128);
   }
   must(cudaDeviceSynchronize(), "synchronize");
   std::printf("%d failures\n", failures);
