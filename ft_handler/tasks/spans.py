@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ft_handler.native import host
@@ -35,10 +34,8 @@ def best_spans(
     """
     if not host.available():
         return spans_of_arrays(logits, cls, begins, counts, max_answer_len, wanted)
-    places = (torch.from_numpy(each) for each in (cls, begins, counts))
-    whole = torch.from_numpy(np.ascontiguousarray(logits))
-    null, scores, firsts, lasts = host.best_spans(whole, *places, max_answer_len, wanted)
-    return null.numpy(), scores.numpy(), firsts.numpy(), lasts.numpy()
+    whole = np.ascontiguousarray(logits)
+    return host.best_spans(whole, cls, begins, counts, max_answer_len, wanted)
 
 
 def spans_of_arrays(

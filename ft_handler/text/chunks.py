@@ -7,11 +7,10 @@ tokens. Remembering them takes a 25-token sentence from about 50 microseconds to
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain, compress
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -36,16 +35,8 @@ _GROUP = 64
 #: What stands before the first of several chunks that are tokenized together.
 _BEFORE = "a"
 _NONE = np.zeros(0, np.int64)
-
-
-def _tensor(raw: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(bytearray(raw), np.uint8))
-
-
-def _ends(sizes: Sequence[int], apart: int) -> NDArray[np.int64]:
-    """Where parts of some sizes end that lie `apart` bytes from each other."""
-    ends: NDArray[np.int64] = np.cumsum(np.array(sizes, np.int64) + apart) - apart
-    return ends
+#: Bytes of a chunk that is kept, with what stands before it.
+_LONGEST = 1 + host.LONGEST_CHUNK
 
 
 class RememberedChunks:
@@ -69,25 +60,23 @@ class RememberedChunks:
         if not host.available():
             raise ValueError("the library is older than this")
         self._tokenizer, self._chunking = tokenizer, chunking
+        self._cuts = host.Cuts(chunking.before, chunking.behind, chunking.apart, chunking.lower)
         self._lock = threading.Lock()
         self._texts = WholeTexts(tokenizer)
         vocab = tokenizer.get_vocab()
         # In the vocabulary's order, which is by frequency: what is used often lies together.
         in_order = sorted(vocab, key=vocab.__getitem__)
         words = [_BLANK + word.encode() for word in chunking.words(in_order)]
-        words = [word for word in words if len(word) <= 1 + host.LONGEST_CHUNK][:_MOST_WORDS]
+        words = [word for word in words if len(word) <= _LONGEST][:_MOST_WORDS]
         self._capacity = capacity
-        # At most half of the slots are taken, so that nearly every chunk finds room.
-        self._slots = 1 << (2 * (capacity + len(words)) - 1).bit_length()
         self._table, self._used = np.zeros((0, 5), np.int32), 0
         self._words = self._tokenized(words)
         self._word_tokens = self._table[: self._used]
         self._forget()
 
     def _forget(self) -> None:
-        # Memory of which the system gives what is written to.
-        self._memory = torch.from_numpy(np.zeros((self._slots, host.SLOT_WORDS), np.int64))
-        self._remember([*self._words], self._words)
+        self._memory = host.ChunkMemory(self._capacity + len(self._words))
+        self._memory.add([*self._words], [*self._words.values()])
         self._kept = 0  # beside the words
         # Rows that stay, and rows that are taken at all.
         self._table, self._lasting = self._word_tokens, len(self._word_tokens)
@@ -124,41 +113,25 @@ class RememberedChunks:
         if not texts:
             return [], []
         found = self._found(texts, located)
-        ends = found.token_ends.numpy()
-        ids = split_rows(found.ids.numpy(), ends)
-        origins = split_rows(found.origins.numpy(), ends) if located else []
-        if len(found.whole):
-            self._read_whole(texts, found.whole.tolist(), ids, origins)
+        ids = split_rows(found.ids, found.token_ends)
+        origins = split_rows(found.origins, found.token_ends) if located else []
+        if found.whole:
+            self._read_whole(texts, found.whole, ids, origins)
         return ids, origins
 
     def _found(self, texts: Sequence[str], located: bool) -> host.ReadChunks:
         """The texts' tokens, every chunk of theirs known by then."""
         joined = " ".join(texts)
-        raw = joined.encode()
+        text = joined.encode()
         sizes = [*map(len, texts)]
-        if len(raw) != len(joined):
-            sizes = [len(text.encode()) for text in texts]
-        text, ends, given = _tensor(raw), torch.from_numpy(_ends(sizes, 1)), _NONE
-        cuts = self._chunking
+        if len(text) != len(joined):
+            sizes = [len(one.encode()) for one in texts]
+        ends, given = host.ends_of(sizes, 1), _NONE
         while True:
-            found = host.read_chunks(
-                self._memory,
-                torch.from_numpy(self._table),
-                text,
-                ends,
-                torch.from_numpy(given),
-                before=cuts.before,
-                behind=cuts.behind,
-                apart=cuts.apart,
-                lower=cuts.lower,
-                located=located,
-            )
-            if len(found.ends) == len(given):
+            found = self._memory.read(self._table, text, ends, given, self._cuts, located)
+            if len(found.unknown) == len(given):
                 return found
-            stops = found.ends.tolist()
-            unknown = found.unknown.numpy().tobytes()
-            chunks = [unknown[a:b] for a, b in zip([0, *stops], stops, strict=False)]
-            given = self._learn(chunks)
+            given = self._learn(found.unknown)
 
     def _read_whole(
         self, texts: Sequence[str], which: Sequence[int], ids: list[Ids], origins: list[Origins]
@@ -187,27 +160,14 @@ class RememberedChunks:
             return _NONE
         self._used = self._lasting  # over what an earlier call did not keep
         # Long chunks are rarely words, and would let a client fill the memory.
-        short = [chunk for chunk in new if len(chunk) <= 1 + host.LONGEST_CHUNK]
+        short = [chunk for chunk in new if len(chunk) <= _LONGEST]
         places = self._tokenized(short)
-        kept = self._remember(short, places)
+        room = self._memory.add(short, [places[chunk] for chunk in short])
+        kept = set(compress(short, room.tolist()))
         self._kept += len(kept)
         self._lasting = self._used
-        places.update(
-            self._tokenized([chunk for chunk in new if len(chunk) > 1 + host.LONGEST_CHUNK])
-        )
+        places.update(self._tokenized([chunk for chunk in new if len(chunk) > _LONGEST]))
         return np.array([places[chunk] for chunk in chunks if chunk not in kept], np.int64)
-
-    def _remember(self, chunks: Sequence[bytes], places: Mapping[bytes, int]) -> set[bytes]:
-        """Take chunks in; those that found room."""
-        if not chunks:
-            return set()
-        room = host.remember_chunks(
-            self._memory,
-            _tensor(b"".join(chunks)),
-            torch.from_numpy(_ends([*map(len, chunks)], 0)),
-            torch.tensor([places[chunk] for chunk in chunks]),
-        )
-        return set(compress(chunks, room.tolist()))
 
     def _tokenized(self, chunks: Sequence[bytes]) -> dict[bytes, int]:
         """Tokenize chunks into the table, many in one text: a call costs more than a word."""

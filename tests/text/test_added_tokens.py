@@ -129,7 +129,7 @@ def test_tokens_that_take_in_blanks_leave_the_texts_beside_them_remembered(
     assert read == [[batch[0], batch[2]]]
 
 
-@pytest.mark.parametrize("where", ["remember_chunks", "read_chunks"])
+@pytest.mark.parametrize("where", ["add", "read"])
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_a_request_that_fails_on_the_way_leaves_nothing_wrong_behind(
     tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, where: str, calls: int
@@ -137,16 +137,16 @@ def test_a_request_that_fails_on_the_way_leaves_nothing_wrong_behind(
     tokenizer = load_tokenizer(tiny_tokenizer)
     reader = RememberedChunks(tokenizer)
     reader.ids(["unbuilt bridges"])
-    real, left = getattr(host, where), [calls]
+    real, left = getattr(host.ChunkMemory, where), [calls]
 
-    def fragile(*arguments: object, **named: object) -> object:
+    def fragile(*arguments: object) -> object:
         left[0] -= 1
         if not left[0]:
             raise MemoryError
-        return real(*arguments, **named)
+        return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(host, where, fragile)
+        patch.setattr(host.ChunkMemory, where, fragile)
         for text in ("filming unwarm " + "q" * 60, "unsad rivers", "unold days"):
             try:
                 reader.ids([text])

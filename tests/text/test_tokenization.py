@@ -6,8 +6,8 @@ import json
 import shutil
 from itertools import pairwise
 
+import numpy as np
 import pytest
-import torch
 from fakes import items_of, runner_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -298,16 +298,14 @@ def test_null_characters_change_nothing_but_the_offsets(tokenizer, words):
 
 def test_chunks_that_find_no_room_are_read_right(tokenizer, monkeypatch):
     """Every other chunk is kept; the rest are tokenized each time, and take no more memory."""
-    real = host.remember_chunks
+    real = host.ChunkMemory.add
 
-    def crowded(memory, text, ends, places):
-        kept = torch.arange(len(ends)) % 2 == 0
-        for at in range(0, len(ends), 2):
-            begin = int(ends[at - 1]) if at else 0
-            real(memory, text[begin : ends[at]], ends[at : at + 1] - begin, places[at : at + 1])
+    def crowded(memory, chunks, places):
+        kept = np.zeros(len(chunks), np.bool_)
+        kept[::2] = real(memory, chunks[::2], places[::2])
         return kept
 
-    monkeypatch.setattr(host, "remember_chunks", crowded)
+    monkeypatch.setattr(host.ChunkMemory, "add", crowded)
     memory = RememberedChunks(tokenizer)
     texts = ["the film was good.", "unbuilt, the Bridge", "é a\0 a", " ".join(WORDS), "q" * 60]
     for _ in range(3):
