@@ -39,5 +39,15 @@ STABLE_TORCH_LIBRARY(fastertransformer, m) {
       "Tensor emb_beta, Tensor qkv_weight, Tensor qkv_bias, Tensor out_weight, Tensor out_bias, "
       "Tensor ln1_gamma, Tensor ln1_beta, Tensor up_weight, Tensor up_bias, Tensor down_weight, "
       "Tensor down_bias, Tensor ln2_gamma, Tensor ln2_beta, int num_heads, float eps) -> Tensor");
+  // The host's own work beside the encoder; no traced file calls these.
+  m.def(
+      "read_chunks(Tensor memory, Tensor table, Tensor text, Tensor ends, Tensor given, "
+      "bool before, bool behind, bool apart, bool lower, bool located) -> (Tensor ids, "
+      "Tensor origins, Tensor token_ends, Tensor whole, Tensor unknown, Tensor unknown_ends)");
+  m.def(
+      "remember_chunks(Tensor(a!) memory, Tensor text, Tensor ends, Tensor places) -> Tensor");
+  m.def(
+      "best_spans(Tensor logits, Tensor cls, Tensor begins, Tensor counts, int max_answer_len, "
+      "int wanted) -> (Tensor null, Tensor scores, Tensor firsts, Tensor lasts)");
   m.def("build_info() -> str");
 }

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ft_handler.native import host
 from ft_handler.types import Floats
+
+#: Null scores, scores, first and last tokens.
+Spans = tuple[Floats, Floats, NDArray[np.int64], NDArray[np.int64]]
 
 
 def best_spans(
@@ -15,7 +19,7 @@ def best_spans(
     counts: NDArray[np.int64],
     max_answer_len: int,
     wanted: int,
-) -> tuple[Floats, Floats, NDArray[np.int64], NDArray[np.int64]]:
+) -> Spans:
     """The best spans of every window, without an S x S table.
 
     logits           [2, total] start and end
@@ -27,6 +31,24 @@ def best_spans(
     Returns the null scores `[windows]`, and as `[windows, found]` the scores, first and last
     context tokens (counted from the window's first) of the best spans, best first. Where a window
     has fewer, what is left scores below zero.
+    """
+    if not host.available():
+        return spans_of_arrays(logits, cls, begins, counts, max_answer_len, wanted)
+    whole = np.ascontiguousarray(logits)
+    return host.best_spans(whole, cls, begins, counts, max_answer_len, wanted)
+
+
+def spans_of_arrays(
+    logits: Floats,
+    cls: NDArray[np.int64],
+    begins: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    max_answer_len: int,
+    wanted: int,
+) -> Spans:
+    """The same where the library is older than its op.
+
+    A window's scores may differ in the last digits by what else there is.
     """
     windows, longest = len(cls), int(counts.max())
     width = min(max_answer_len, longest)

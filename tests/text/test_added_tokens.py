@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from readings import check
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from ft_handler.text import chunks
+from ft_handler.native import host
 from ft_handler.text.chunks import RememberedChunks, reader_of
 from ft_handler.text.readers import Reader, WholeTexts, encode_with
 from ft_handler.text.tokenizer import load_tokenizer
@@ -129,7 +129,7 @@ def test_tokens_that_take_in_blanks_leave_the_texts_beside_them_remembered(
     assert read == [[batch[0], batch[2]]]
 
 
-@pytest.mark.parametrize("where", ["add", "find"])
+@pytest.mark.parametrize("where", ["add", "read"])
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_a_request_that_fails_on_the_way_leaves_nothing_wrong_behind(
     tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, where: str, calls: int
@@ -137,7 +137,7 @@ def test_a_request_that_fails_on_the_way_leaves_nothing_wrong_behind(
     tokenizer = load_tokenizer(tiny_tokenizer)
     reader = RememberedChunks(tokenizer)
     reader.ids(["unbuilt bridges"])
-    real, left = getattr(chunks._ShortChunks, where), [calls]
+    real, left = getattr(host.ChunkMemory, where), [calls]
 
     def fragile(*arguments: object) -> object:
         left[0] -= 1
@@ -146,7 +146,7 @@ def test_a_request_that_fails_on_the_way_leaves_nothing_wrong_behind(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(chunks._ShortChunks, where, fragile)
+        patch.setattr(host.ChunkMemory, where, fragile)
         for text in ("filming unwarm " + "q" * 60, "unsad rivers", "unold days"):
             try:
                 reader.ids([text])

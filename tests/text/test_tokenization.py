@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
 from ft_handler.errors import ConfigError, UnusableRequest
+from ft_handler.native import host
 from ft_handler.tasks import question_answering as qa
 from ft_handler.tasks import sequence_classification as classification
 from ft_handler.tasks.question_answering import QuestionInput
@@ -271,7 +272,7 @@ def test_remembered_chunks_read_as_the_library_reads(tokenizer, texts, capacity)
     for n in (1, 2, 5, 5):
         assert rows(memory.ids(texts[:n])) == rows(whole.ids(texts[:n]))
         most = max(capacity, len({*" ".join(texts).split(" ")}))
-        assert len(memory._places) <= most + len(memory._words)
+        assert memory.chunks <= most
     for reader in (memory, whole):
         found, origins = reader.located(texts)
         assert rows(found) == rows(whole.ids(texts))
@@ -295,21 +296,36 @@ def test_null_characters_change_nothing_but_the_offsets(tokenizer, words):
             assert text[begin:end].replace("\0", "") == without[first:last]
 
 
-def test_chunks_without_room_in_their_bucket_are_read_right(tokenizer, monkeypatch):
-    """One bucket for all: two chunks find room, the others are looked up elsewhere."""
-    monkeypatch.setattr(
-        "ft_handler.text.chunks._ShortChunks._buckets",
-        staticmethod(lambda keys: np.zeros(keys.shape[1], np.int64)),
-    )
+def test_chunks_that_find_no_room_are_read_right(tokenizer, monkeypatch):
+    """Every other chunk is kept; the rest are tokenized each time, and take no more memory."""
+    real = host.ChunkMemory.add
+
+    def crowded(memory, chunks, places):
+        kept = np.zeros(len(chunks), np.bool_)
+        kept[::2] = real(memory, chunks[::2], places[::2])
+        return kept
+
+    monkeypatch.setattr(host.ChunkMemory, "add", crowded)
     memory = RememberedChunks(tokenizer)
-    texts = ["the film was good.", "unbuilt, the Bridge", "é a\0 a", " ".join(WORDS)]
-    for _ in range(2):
+    texts = ["the film was good.", "unbuilt, the Bridge", "é a\0 a", " ".join(WORDS), "q" * 60]
+    for _ in range(3):
         assert rows(memory.ids(texts)) == rows(WholeTexts(tokenizer).ids(texts))
+
+
+def test_an_older_library_reads_every_text_afresh(tokenizer, monkeypatch):
+    monkeypatch.setattr(host, "available", lambda: False)
+    assert isinstance(reader_of(tokenizer), WholeTexts)
+    with pytest.raises(ValueError, match="older"):
+        RememberedChunks(tokenizer)
 
 
 def test_chunks_that_differ_only_behind_a_key_are_told_apart(tokenizer):
     memory = RememberedChunks(tokenizer)
-    texts = ["a" * n + tail for n in (13, 14, 15, 16) for tail in ("", "a", "b", "\0", "é")]
+    texts = [
+        "a" * n + tail
+        for n in (13, 14, 15, 16, 45, 46, 47, 48)
+        for tail in ("", "a", "b", "\0", "é")
+    ]
     for _ in range(2):
         assert rows(memory.ids(texts)) == rows(WholeTexts(tokenizer).ids(texts))
         assert rows(memory.ids([" ".join(texts)])) == rows(

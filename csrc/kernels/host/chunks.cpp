@@ -1,0 +1,166 @@
+#include "kernels/host/chunks.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+namespace ft::host {
+namespace {
+
+// A chunk's bytes, zeros behind them, and in the last byte its length and whether it is a first one:
+// equal only if the chunks are.
+constexpr int kKeyWords = 6;
+using Key = std::array<uint64_t, kKeyWords>;
+constexpr int64_t kKeyBytes = sizeof(Key);
+static_assert(ChunkMemory::kLongestChunk == kKeyBytes - 1);
+static_assert(ChunkMemory::kReadAhead >= kKeyBytes);
+
+// By a chunk's bytes: what of a key belongs to it.
+constexpr auto kMasks = [] {
+  std::array<Key, kKeyBytes> masks{};
+  for (int64_t bytes = 0; bytes < kKeyBytes; ++bytes) {
+    for (int64_t at = 0; at < bytes; ++at) masks[bytes][at / 8] |= uint64_t{0xff} << (at % 8 * 8);
+  }
+  return masks;
+}();
+
+Key key_of(const char* chunk, int64_t bytes, bool first) {
+  Key key;
+  std::memcpy(key.data(), chunk, kKeyBytes);
+  const Key& mask = kMasks[bytes];
+  for (int w = 0; w < kKeyWords; ++w) key[w] &= mask[w];
+  key[kKeyWords - 1] |= static_cast<uint64_t>(bytes + 1 + (first ? 0x80 : 0)) << 56;
+  return key;
+}
+
+uint64_t hash_of(const Key& key) {
+  // Odd factors of mixed bits; most keys have nothing in the words between.
+  uint64_t mixed = (key[0] ^ key[1] * 0x9E3779B97F4A7C15u ^ key[5]) * 0xD6E8FEB86659FD93u;
+  mixed ^= mixed >> 32;
+  mixed += key[2] * 0xA0761D6478BD642Fu + key[3] * 0xE7037ED1A0B428DBu;
+  mixed = (mixed ^ key[4]) * 0x8EBC6AF09C88C6E3u;
+  return mixed ^ mixed >> 29;
+}
+
+bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+
+// Whether the blank at `at` begins a chunk; the one in front of the text always does.
+bool opens(const char* text, int64_t bytes, int64_t at, const Cuts& cuts) {
+  if (!cuts.behind) return true;
+  // A blank that a text begins with is part of its first chunk.
+  if (at == 0) return false;
+  // One that it ends with is a chunk without anything in it.
+  if (at == bytes - 1) return !is_space(text[at - 1]);
+  return !is_space(text[at + 1]) && !(cuts.before && is_space(text[at - 1]));
+}
+
+bool continues_character(char byte) { return (byte & 0xc0) == 0x80; }
+
+}  // namespace
+
+Place ChunkMemory::find(const char* chunk, int64_t bytes, bool first) const {
+  if (bytes > kLongestChunk) return -1;
+  const Key key = key_of(chunk, bytes, first);
+  const uint64_t begin = hash_of(key);
+  for (uint64_t probe = 0; probe < kProbes; ++probe) {
+    const int64_t* slot = memory_ + ((begin + probe) & mask_) * kWords;
+    if (std::memcmp(slot, key.data(), kKeyBytes) == 0) return slot[kKeyWords];
+    if (slot[kKeyWords - 1] == 0) break;  // nothing was ever put behind an empty slot
+  }
+  return -1;
+}
+
+bool ChunkMemory::add(std::string_view chunk, bool first, Place place) {
+  if (static_cast<int64_t>(chunk.size()) > kLongestChunk) return false;
+  char padded[kReadAhead] = {};
+  chunk.copy(padded, chunk.size());
+  const Key key = key_of(padded, static_cast<int64_t>(chunk.size()), first);
+  const uint64_t begin = hash_of(key);
+  for (uint64_t probe = 0; probe < kProbes; ++probe) {
+    int64_t* slot = memory_ + ((begin + probe) & mask_) * kWords;
+    if (slot[kKeyWords - 1] != 0) continue;
+    std::memcpy(slot, key.data(), kKeyBytes);
+    slot[kKeyWords] = place;
+    return true;
+  }
+  return false;
+}
+
+ReadTexts::ReadTexts(std::string_view joined, const int64_t* ends, int64_t texts,
+                     const ChunkMemory& memory, const Cuts& cuts,
+                     const std::vector<Place>& given) {
+  chunks_.reserve(joined.size() / 4 + texts);
+  token_ends_.reserve(texts);
+  std::vector<char> text;
+  int64_t begin = 0, tokens = 0;
+  size_t counted = 0;
+  for (int64_t i = 0; i < texts; ++i) {
+    const int64_t bytes = ends[i] - begin;
+    text.assign(bytes + ChunkMemory::kReadAhead, 0);
+    std::copy_n(joined.data() + begin, bytes, text.begin());
+    if (cuts.lower && !std::memchr(text.data(), '[', bytes)) {
+      for (int64_t at = 0; at < bytes; ++at) {
+        const char c = text[at];
+        text[at] = static_cast<char>(c + (c >= 'A' && c <= 'Z' ? 'a' - 'A' : 0));
+      }
+    }
+    read(text.data(), bytes, memory, cuts, given);
+    bool whole = false;
+    for (; counted < chunks_.size(); ++counted) {
+      const Place place = chunks_[counted].place;
+      whole = whole || place == kWhole;
+      tokens += place & ((Place{1} << kPlaceShift) - 1);
+    }
+    if (whole) whole_.push_back(i);
+    token_ends_.push_back(tokens);
+    begin = ends[i] + 1;
+  }
+}
+
+void ReadTexts::read(const char* text, int64_t bytes, const ChunkMemory& memory, const Cuts& cuts,
+                     const std::vector<Place>& given) {
+  bool ascii = true;
+  for (int64_t at = 0; at < bytes; ++at) ascii = ascii && text[at] >= 0;
+  int64_t begin = 0;
+  int32_t characters = 0;
+  bool first = cuts.apart;
+  while (true) {
+    int64_t end = begin;
+    while (end < bytes && !(text[end] == ' ' && opens(text, bytes, end, cuts))) ++end;
+    Place place = memory.find(text + begin, end - begin, first);
+    if (place < 0) {
+      const size_t number = unknown_.size();
+      unknown_.emplace_back(1, first ? kFirst : ' ').append(text + begin, end - begin);
+      place = number < given.size() ? given[number] : 0;
+    }
+    chunks_.push_back({place, characters});
+    if (end == bytes) return;
+    const int64_t next = end + 1;
+    if (ascii) {
+      characters = static_cast<int32_t>(next);
+    } else {
+      for (; begin < next; ++begin) characters += !continues_character(text[begin]);
+    }
+    begin = next;
+    first = false;
+  }
+}
+
+bool ReadTexts::write(const int32_t* table, int64_t rows, int64_t* ids, int32_t* origins) const {
+  constexpr int64_t kColumns = 5;
+  for (const Chunk& chunk : chunks_) {
+    if (chunk.place == kWhole) continue;
+    const int64_t count = chunk.place & ((Place{1} << kPlaceShift) - 1);
+    const int64_t row = chunk.place >> kPlaceShift;
+    if (row < 0 || row + count > rows) return false;
+    const int32_t* token = table + row * kColumns;
+    for (int64_t i = 0; i < count; ++i, token += kColumns) {
+      *ids++ = token[0];
+      if (!origins) continue;
+      for (int c = 1; c < kColumns; ++c) *origins++ = token[c] + chunk.characters;
+    }
+  }
+  return true;
+}
+
+}  // namespace ft::host

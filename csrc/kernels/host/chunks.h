@@ -1,0 +1,94 @@
+// Texts cut into chunks between blanks, and a memory of the tokens that each chunk gives. No Torch.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace ft::host {
+
+// Where a text may be cut; ft_handler/text/chunking.py says it for every kind of tokenizer.
+struct Cuts {
+  bool before = false;  // a blank begins a chunk only where no more whitespace stands before it
+  bool behind = false;  // ... and where no more whitespace follows it
+  bool apart = false;   // a text's first chunk reads otherwise than the same bytes later on
+  bool lower = false;   // ASCII is lower-cased, in texts without a bracket
+};
+
+// What stands before a chunk: a blank, or this where it is its text's first and is read otherwise.
+// No byte of UTF-8.
+inline constexpr char kFirst = '\xff';
+
+// Rows of the table of tokens that a chunk has: its first row, shifted, and how many.
+using Place = int64_t;
+inline constexpr int kPlaceShift = 32;
+// The place of a chunk that what stands around it may change: its text has to be read whole.
+inline constexpr Place kWhole = Place{1} << 62;
+
+// A hash table over memory of the caller's, zeros at first: a key and a place in each slot. A chunk
+// is looked for in a few neighbouring slots, so that nobody who chooses chunks can make it slow; one
+// that finds no room there is not kept.
+class ChunkMemory {
+ public:
+  static constexpr int kWords = 8;          // of 64 bits in a slot, one cache line
+  static constexpr int kLongestChunk = 47;  // bytes
+
+  // memory  [slots, kWords], slots a power of two
+  ChunkMemory(int64_t* memory, int64_t slots) : memory_(memory), mask_(slots - 1) {}
+
+  // The place of a chunk, -1 where it is unknown. At least kReadAhead bytes lie behind `chunk`.
+  Place find(const char* chunk, int64_t bytes, bool first) const;
+  // Takes a chunk in that is unknown; false where it is too long or finds no room.
+  bool add(std::string_view chunk, bool first, Place place);
+
+  static constexpr int kReadAhead = 48;
+
+ private:
+  static constexpr int kProbes = 16;
+
+  int64_t* memory_;
+  uint64_t mask_;
+};
+
+// Texts as chunks with their places.
+class ReadTexts {
+ public:
+  // joined  the texts in UTF-8, one byte between two
+  // ends    [texts] where each ends
+  // given   the places of the chunks that the memory lacks, in their order
+  ReadTexts(std::string_view joined, const int64_t* ends, int64_t texts, const ChunkMemory& memory,
+            const Cuts& cuts, const std::vector<Place>& given);
+
+  // The chunks that the memory lacks, each with what stands before it. Where they are not as many
+  // as were given nothing else is known.
+  const std::vector<std::string>& unknown() const { return unknown_; }
+  // [texts] how many tokens there are up to the end of each.
+  const std::vector<int64_t>& token_ends() const { return token_ends_; }
+  // Texts that have to be read whole; their tokens here are not theirs.
+  const std::vector<int64_t>& whole() const { return whole_; }
+
+  // Writes ids [tokens] and, unless null, origins [tokens, 4]: characters of each token's text at
+  // which the token begins and ends, then its word.
+  //
+  // table  [rows, 5] the tokens of all chunks: id, and characters counted from the chunk's begin
+  //
+  // False where a place lies outside of the table.
+  bool write(const int32_t* table, int64_t rows, int64_t* ids, int32_t* origins) const;
+
+ private:
+  struct Chunk {
+    Place place;
+    int32_t characters;  // of its text before it
+  };
+
+  void read(const char* text, int64_t bytes, const ChunkMemory& memory, const Cuts& cuts,
+            const std::vector<Place>& given);
+
+  std::vector<Chunk> chunks_;
+  std::vector<std::string> unknown_;
+  std::vector<int64_t> token_ends_;
+  std::vector<int64_t> whole_;
+};
+
+}  // namespace ft::host

@@ -1,0 +1,157 @@
+// The ops of the host's own work beside the encoder: reading texts, choosing spans.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "kernels/host/chunks.h"
+#include "kernels/host/spans.h"
+#include "torch/checks.h"
+
+namespace ft {
+namespace {
+
+template <typename T>
+Tensor tensor_of(const std::vector<T>& values, ScalarType dtype) {
+  Tensor out = torch::stable::empty({static_cast<int64_t>(values.size())}, dtype);
+  std::copy(values.begin(), values.end(), static_cast<T*>(out.mutable_data_ptr()));
+  return out;
+}
+
+// A contiguous tensor on the CPU; sizes of -1 may be anything.
+template <typename T>
+const T* checked(const Tensor& tensor, const char* name, ScalarType dtype,
+                 const std::vector<int64_t>& sizes) {
+  FT_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  FT_CHECK(tensor.scalar_type() == dtype, name, " must have dtype ", dtype_name(dtype), ", has ",
+           dtype_name(tensor.scalar_type()));
+  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) {
+    same = sizes[i] < 0 || tensor.size(i) == sizes[i];
+  }
+  FT_CHECK(same, name, " has a shape that does not fit, ", shape_of(tensor));
+  FT_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// Where texts or chunks end among bytes: rising, `apart` bytes between two.
+const int64_t* checked_ends(const Tensor& ends, int64_t bytes, int64_t apart) {
+  const int64_t* at = checked<int64_t>(ends, "ends", ScalarType::Long, {-1});
+  int64_t begin = 0;
+  for (int64_t i = 0; i < ends.size(0); ++i) {
+    FT_CHECK(at[i] >= begin && at[i] <= bytes, "ends must rise up to the size of text");
+    begin = at[i] + apart;
+  }
+  return at;
+}
+
+host::ChunkMemory memory_of(const Tensor& memory) {
+  checked<int64_t>(memory, "memory", ScalarType::Long, {-1, host::ChunkMemory::kWords});
+  const int64_t slots = memory.size(0);
+  FT_CHECK(slots > 0 && (slots & (slots - 1)) == 0, "memory must have a power of two of slots, has ",
+           slots);
+  return {static_cast<int64_t*>(memory.mutable_data_ptr()), slots};
+}
+
+std::string_view view_of(const Tensor& text) {
+  return {checked<char>(text, "text", ScalarType::Byte, {-1}), static_cast<size_t>(text.size(0))};
+}
+
+Tensor remember_chunks(const Tensor& memory, const Tensor& text, const Tensor& ends,
+                       const Tensor& places) {
+  host::ChunkMemory slots = memory_of(memory);
+  const std::string_view bytes = view_of(text);
+  const int64_t* stops = checked_ends(ends, text.size(0), 0);
+  const int64_t count = ends.size(0);
+  const int64_t* place = checked<int64_t>(places, "places", ScalarType::Long, {count});
+  Tensor kept = torch::stable::empty({count}, ScalarType::Bool);
+  bool* out = static_cast<bool*>(kept.mutable_data_ptr());
+  int64_t begin = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    FT_CHECK(stops[i] > begin, "a chunk has a byte before it");
+    const std::string_view chunk = bytes.substr(begin + 1, stops[i] - begin - 1);
+    out[i] = slots.add(chunk, bytes[begin] == host::kFirst, place[i]);
+    begin = stops[i];
+  }
+  return kept;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> read_chunks(
+    const Tensor& memory, const Tensor& table, const Tensor& text, const Tensor& ends,
+    const Tensor& given, bool before, bool behind, bool apart, bool lower, bool located) {
+  const host::ChunkMemory slots = memory_of(memory);
+  const int32_t* rows = checked<int32_t>(table, "table", ScalarType::Int, {-1, 5});
+  const int64_t* places = checked<int64_t>(given, "given", ScalarType::Long, {-1});
+  const host::ReadTexts read(view_of(text), checked_ends(ends, text.size(0), 1), ends.size(0), slots,
+                             {before, behind, apart, lower},
+                             std::vector<int64_t>(places, places + given.size(0)));
+  std::string unknown;
+  std::vector<int64_t> unknown_ends;
+  for (const std::string& chunk : read.unknown()) {
+    unknown += chunk;
+    unknown_ends.push_back(static_cast<int64_t>(unknown.size()));
+  }
+  const bool complete = static_cast<int64_t>(unknown_ends.size()) == given.size(0);
+  const int64_t tokens = complete && ends.size(0) ? read.token_ends().back() : 0;
+  Tensor ids = torch::stable::empty({tokens}, ScalarType::Long);
+  Tensor origins = torch::stable::empty({located ? tokens : 0, 4}, ScalarType::Int);
+  if (complete) {
+    FT_CHECK(read.write(rows, table.size(0), static_cast<int64_t*>(ids.mutable_data_ptr()),
+                        located ? static_cast<int32_t*>(origins.mutable_data_ptr()) : nullptr),
+             "a place lies outside of table");
+  }
+  return {ids,
+          origins,
+          tensor_of(read.token_ends(), ScalarType::Long),
+          tensor_of(read.whole(), ScalarType::Long),
+          tensor_of(std::vector<uint8_t>(unknown.begin(), unknown.end()), ScalarType::Byte),
+          tensor_of(unknown_ends, ScalarType::Long)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> best_spans(const Tensor& logits, const Tensor& cls,
+                                                      const Tensor& begins, const Tensor& counts,
+                                                      int64_t max_answer_len, int64_t wanted) {
+  const float* values = checked<float>(logits, "logits", ScalarType::Float, {2, -1});
+  const int64_t total = logits.size(1), windows = counts.size(0);
+  const host::Windows asked = {
+      windows,
+      checked<int64_t>(cls, "cls", ScalarType::Long, {windows}),
+      checked<int64_t>(begins, "begins", ScalarType::Long, {windows}),
+      checked<int64_t>(counts, "counts", ScalarType::Long, {windows}),
+      max_answer_len,
+  };
+  FT_CHECK(max_answer_len > 0 && wanted > 0, "max_answer_len and wanted must be at least 1");
+  int64_t most = 0;
+  for (int64_t w = 0; w < windows; ++w) {
+    const int64_t count = asked.counts[w], begin = asked.begins[w], first = asked.cls[w];
+    FT_CHECK(first >= 0 && first < total && begin >= 0 && count > 0 && count <= total - begin,
+             "a window lies outside of logits");
+    most = std::max(most, count * std::min(max_answer_len, count));
+  }
+  const int64_t columns = std::min(wanted, most);
+  const std::vector<int64_t> shape = {windows, columns};
+  Tensor null = torch::stable::empty({windows}, ScalarType::Float);
+  Tensor scores = torch::stable::empty(shape, ScalarType::Float);
+  Tensor firsts = torch::stable::empty(shape, ScalarType::Long);
+  Tensor lasts = torch::stable::empty(shape, ScalarType::Long);
+  host::best_spans(values, total, asked, columns, static_cast<float*>(null.mutable_data_ptr()),
+                   static_cast<float*>(scores.mutable_data_ptr()),
+                   static_cast<int64_t*>(firsts.mutable_data_ptr()),
+                   static_cast<int64_t*>(lasts.mutable_data_ptr()));
+  return {null, scores, firsts, lasts};
+}
+
+}  // namespace
+}  // namespace ft
+
+STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CPU, m) {
+  m.impl("remember_chunks", TORCH_BOX(&ft::remember_chunks));
+  m.impl("read_chunks", TORCH_BOX(&ft::read_chunks));
+  m.impl("best_spans", TORCH_BOX(&ft::best_spans));
+}
