@@ -194,6 +194,6 @@ def listed_in(text: str) -> list[str]:
 
 def calibration_of(path: Path) -> list[Mapping[str, str]]:
     """The texts of a data file."""
-    from ft_handler.verify.data import Layout, read_examples
+    from ft_handler.verify.data import Layout, read_examples, sequences_of
 
-    return [example.texts for example in read_examples(path, Layout())]
+    return [texts for example in read_examples(path, Layout()) for texts in sequences_of(example)]

@@ -60,7 +60,8 @@ def verify_command(
         str | None,
         typer.Option(
             "--labels",
-            help="The model's labels in their order as the data names them, with commas.",
+            help="The model's labels in their order as the data names them, with commas; for "
+            "zero-shot classification the candidates. Default: the model's, or the data's.",
         ),
     ] = None,
     limit: Annotated[
@@ -161,6 +162,8 @@ def _show(report: Report) -> None:
         f"most, {report.mean_difference:.1e} on average",
         soft_wrap=True,
     )
+    for name, value in report.agreement.items():
+        console.print(f"{name.replace('_', ' ')}: {value:.6g}")
     for failure in report.failures:
         console.print(f"failed: {failure}", markup=False, soft_wrap=True)
     if not report.failures:

@@ -81,6 +81,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         spans: Spans | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        runner.bound(bounds.input)
         self._runner = runner
         self._engine = engine
         self._per_token = task.per_token

@@ -42,6 +42,11 @@ class Bounds:
     batch: int | None = None
     seconds: float | None = None
 
+    @property
+    def input(self) -> int | None:
+        """Tokens that one input can never have more than."""
+        return min((b for b in (self.request, self.batch) if b is not None), default=None)
+
     def after(self, done: BatchStats) -> Bounds:
         """What is left where a part of the batch is done."""
         batch = None if self.batch is None else max(0, self.batch - done.tokens)
@@ -101,14 +106,17 @@ class Work(Generic[EncodingT]):
 
     def slices(self, items: list[Item[InputT]]) -> Iterator[list[Item[InputT]]]:
         """The items in slices to read one after the other, without those of refused requests."""
+        unusable: set[int] = set()  # one input of them is, and nobody will see the others' answers
         for number, part in enumerate(_sliced(items)):
             if number and self._clock() > self._until:
                 for item in part:
                     self.refused.setdefault(item.request, Overloaded())
-            if self.refused:
-                part = [item for item in part if item.request not in self.refused]
+            if self.refused or unusable:
+                left = self.refused.keys() | unusable
+                part = [item for item in part if item.request not in left]
             if part:
                 yield part
+                unusable |= {i.request for i in part if isinstance(i.result, RequestError)}
 
     def admit(self, encodings: Sequence[EncodingT]) -> None:
         """Count what a slice asks for, and refuse what is too much."""

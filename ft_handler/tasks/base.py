@@ -96,11 +96,18 @@ class Runner(ABC, Generic[InputT, ParamsT, EncodingT]):
     defaults    the parameters of a request that gives none
     longest     most tokens that a sequence has with those
     most_texts  of a list in an input; None is as many as a request may have inputs
+    most_tokens  of one input's sequences, as far as they are known before they are made; None is no
+                 bound
     """
 
     defaults: ParamsT
     longest: int
     most_texts: int | None = None
+    most_tokens: int | None = None
+
+    def bound(self, most_tokens: int | None) -> None:
+        """Say how many tokens one input may ask for, before the first batch."""
+        self.most_tokens = most_tokens
 
     @abstractmethod
     def encode(self, items: Sequence[Item[InputT]]) -> list[EncodingT]:

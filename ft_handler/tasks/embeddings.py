@@ -325,6 +325,7 @@ class Embeddings(Task[TextInput, Parameters, Encoding[TextInput], EmbeddingSetti
         "embedding": Column("FP32", (), vector=True),
         "tokens": Column("INT64", 0),
     }
+    measured_as = "vectors"
     sample: ClassVar[Mapping[str, object]] = {"text": "How far is the harbour from the station?"}
 
     def __init__(self, pooling: Pooling = "mean", dense: Dense | None = None) -> None:

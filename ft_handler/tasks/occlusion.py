@@ -114,6 +114,11 @@ class OcclusionRunner(Runner[InputT, ParamsT, OccludedEncoding[InputT, EncodingT
         self._per_token = task.per_token
         self._fields = (*task.required, *task.optional)
 
+    def bound(self, most_tokens: int | None) -> None:
+        """The same for what is explained."""
+        super().bound(most_tokens)
+        self._runner.bound(most_tokens)
+
     def encode(self, items: Sequence[Item[InputT]]) -> list[OccludedEncoding[InputT, EncodingT]]:
         """Of an input with n words in one sequence n + 2 sequences; too many words are refused."""
         encodings = self._runner.encode(items)

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ft_handler.config import LARGEST_WHOLE, Flag, Settings, Whole, setting
-from ft_handler.errors import ConfigError, UnusableRequest
+from ft_handler.errors import ConfigError, RequestError, UnusableRequest
 from ft_handler.tasks.base import Alias, AnyTask, Column, Head, Loaded, Runner, Task
 from ft_handler.tasks.occlusion import (
     EXPLANATIONS,
@@ -31,7 +31,7 @@ from ft_handler.tasks.occlusion import (
     Reason,
 )
 from ft_handler.tasks.spans import best_spans
-from ft_handler.tasks.windows import window_spans
+from ft_handler.tasks.windows import hold_windows, window_spans
 from ft_handler.text.readers import Origins
 from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
 
@@ -173,7 +173,7 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
         for parts in zip(items, ids[:count], ids[count:], origins[count:], strict=True):
             try:
                 out.append(self._windows(*parts))
-            except UnusableRequest as error:
+            except RequestError as error:
                 parts[0].result = error
         return out
 
@@ -196,7 +196,10 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
         if len(context) <= room:
             spans = [(0, len(context))]
         else:
-            spans = window_spans(len(context), room, self._overlap(params, room))
+            overlap = self._overlap(params, room)
+            beside = head + len(template.after)
+            hold_windows(len(context), room, overlap, beside, self.most_tokens, "doc_stride")
+            spans = window_spans(len(context), room, overlap)
         sequences = [
             np.concatenate(
                 (template.before, question, template.between, context[begin:end], template.after)

@@ -226,6 +226,7 @@ class Reranking(Task[Candidates, Parameters, PairsEncoding, RerankingSettings]):
         "index": Column("INT64", -1),
         "score": Column("FP32", 0.0),
     }
+    measured_as = "orders"
     sample: ClassVar[Mapping[str, object]] = {
         "query": "When does the library open?",
         "texts": [

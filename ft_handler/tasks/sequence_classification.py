@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ft_handler.config import LARGEST_WHOLE, AnyCase, Flag, Settings, Whole, setting
-from ft_handler.errors import ConfigError, UnusableRequest
+from ft_handler.errors import ConfigError, RequestError, UnusableRequest
 from ft_handler.tasks.base import Alias, AnyTask, Column, Head, Loaded, Runner, Task
 from ft_handler.tasks.occlusion import (
     EXPLANATIONS,
@@ -24,7 +24,7 @@ from ft_handler.tasks.occlusion import (
 )
 from ft_handler.tasks.pairs import Truncation, kept
 from ft_handler.tasks.scores import sigmoid, softmax
-from ft_handler.tasks.windows import default_overlap, even_spans
+from ft_handler.tasks.windows import default_overlap, even_spans, hold_windows
 from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
 
 #: `top_k` of a request that asks for every label: more than any model has.
@@ -171,7 +171,7 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
                     out.append(self._single(item, first))
                 else:
                     out.append(self._pair(item, first, next(seconds)))
-            except UnusableRequest as error:
+            except RequestError as error:
                 item.result = error
         return out
 
@@ -179,7 +179,8 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
         room = self._room_alone() - self._less(item)
         over = len(ids) > room
         if over and item.input.params.long_texts != "truncate":
-            spans = self._windows(item, len(ids), room)
+            beside = self.longest - self._room_alone()
+            spans = self._windows(item, len(ids), room, beside)
             parts = [self._template.alone(ids[begin:end]) for begin, end in spans]
             return TextEncoding(item, parts, [*map(len, parts)], False, [(s,) for s in spans])
         if over:
@@ -205,8 +206,15 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
         whole = (0, len(first)), (0, len(second))
         return TextEncoding(item, [sequence], [split], over, [whole])
 
-    def _windows(self, item: Item[TextInput], tokens: int, room: int) -> list[tuple[int, int]]:
-        """Overlapping parts of `room` tokens of a text; raises UnusableRequest without a way."""
+    def _windows(
+        self, item: Item[TextInput], tokens: int, room: int, beside: int
+    ) -> list[tuple[int, int]]:
+        """Overlapping parts of `room` tokens of a text; raises UnusableRequest without a way.
+
+        beside  tokens that a sequence has beside its part
+
+        Raises RequestTooLarge where there are too many.
+        """
         if room < 1:
             raise UnusableRequest("'max_length' leaves no room for text")
         stride = item.input.params.stride
@@ -216,6 +224,7 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
                 f"neighbours share {stride}"
             )
         overlap = default_overlap(room) if stride is None else stride
+        hold_windows(tokens, room, overlap, beside, self.most_tokens, "stride")
         return even_spans(tokens, room, overlap)
 
     def _pair_windows(
@@ -229,9 +238,10 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
                 f"{max(room, 0) // 2}, half of one"
             )
         room -= shorter
+        beside = self._template.pair_specials + shorter
         if first > second:
-            return [(part, (0, second)) for part in self._windows(item, first, room)]
-        return [((0, first), part) for part in self._windows(item, second, room)]
+            return [(part, (0, second)) for part in self._windows(item, first, room, beside)]
+        return [((0, first), part) for part in self._windows(item, second, room, beside)]
 
     def _less(self, item: Item[TextInput]) -> int:
         """How many tokens fewer than the model's setting an input may have."""

@@ -19,10 +19,10 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ft_handler.config import LARGEST_WHOLE, AnyCase, Settings, Whole, setting
-from ft_handler.errors import ConfigError, UnusableRequest
+from ft_handler.errors import ConfigError, RequestError, UnusableRequest
 from ft_handler.tasks.base import Alias, Column, Head, Loaded, Runner, Task
 from ft_handler.tasks.scores import softmax
-from ft_handler.tasks.windows import default_overlap, even_spans
+from ft_handler.tasks.windows import default_overlap, even_spans, hold_windows
 from ft_handler.text.pieces import word_begins
 from ft_handler.text.readers import Origins
 from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
@@ -159,7 +159,7 @@ class TokenRunner(Runner[TokenInput, Parameters, TokenEncoding]):
         for parts in zip(items, ids, origins, strict=True):
             try:
                 out.append(self._windows(*parts))
-            except UnusableRequest as error:
+            except RequestError as error:
                 parts[0].result = error
         return out
 
@@ -169,7 +169,10 @@ class TokenRunner(Runner[TokenInput, Parameters, TokenEncoding]):
             sequence = self._template.alone(ids)
             places = np.arange(lead, lead + len(ids))
             return TokenEncoding(item, [sequence], [len(sequence)], False, ids, origins, places)
-        spans = even_spans(len(ids), self._room, self._overlap(item.input.params))
+        overlap = self._overlap(item.input.params)
+        beside = self.longest - self._room
+        hold_windows(len(ids), self._room, overlap, beside, self.most_tokens, "stride")
+        spans = even_spans(len(ids), self._room, overlap)
         sequences = [self._template.alone(ids[a:b]) for a, b in spans]
         firsts = [0, *hand_over(spans, word_begins(origins)), len(ids)]
         places = np.empty(len(ids), np.int64)

@@ -265,6 +265,7 @@ class ZeroShotClassification(
         "labels": Column("BYTES", "", vector=True),
         "scores": Column("FP32", 0.0, vector=True),
     }
+    measured_as = "candidates"
     sample: ClassVar[Mapping[str, object]] = {
         "text": "The town library opens at nine in the morning and closes at six.",
         "candidate_labels": ["opening hours", "sports"],

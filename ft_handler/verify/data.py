@@ -18,12 +18,12 @@ from ft_handler.errors import DataError
 class Example:
     """One input, and the right answer where the file has one.
 
-    texts  by the keys of a request
+    texts  by the keys of a request: a text each, or a list of them
     gold   as the file has it: a label, answers, `Tag`s; None without one
     place  where it stands in the file, for messages
     """
 
-    texts: Mapping[str, str]
+    texts: Mapping[str, str | list[str]]
     gold: object
     place: str
 
@@ -56,6 +56,7 @@ GOLD = "label"
 #: Usual names of columns and fields -> what they are.
 _NAMES: Mapping[str, str] = {
     **dict.fromkeys(("text", "text_a", "sentence", "sentence1", "question1", "premise"), "text"),
+    **dict.fromkeys(("passage", "document"), "text"),
     **dict.fromkeys(("text_pair", "text_b", "sentence2", "question2", "hypothesis"), "text_pair"),
     **dict.fromkeys(
         (GOLD, "labels", "gold_label", "score", "answer", "answers", "tags", "ner_tags"), GOLD
@@ -64,7 +65,13 @@ _NAMES: Mapping[str, str] = {
     "context": "context",
     "tokens": "tokens",
     "words": "tokens",
+    "query": "query",
+    **dict.fromkeys(("texts", "documents", "passages"), "texts"),
+    "positive": "positive",
+    "negative": "negative",
 }
+#: Of these, whose values are lists of texts; one text is a list of one.
+_LISTS = ("texts", "positive", "negative")
 _KNOWN = ", ".join(_NAMES)
 #: Of several columns with the answer, the one that is more of a label than the other.
 _PREFERRED = (GOLD, "labels", "gold_label", "answers", "answer")
@@ -95,6 +102,19 @@ def read_examples(path: Path, layout: Layout, limit: int | None = None) -> list[
     if not examples:
         raise DataError(f"{path}: holds no example")
     return examples
+
+
+def sequences_of(example: Example) -> Iterator[Mapping[str, str]]:
+    """What of an example a model reads together: a text, or a pair, by the keys of requests."""
+    alone = {key: text for key, text in example.texts.items() if isinstance(text, str)}
+    several = [
+        text for texts in example.texts.values() if isinstance(texts, list) for text in texts
+    ]
+    if "query" in alone:
+        several += [alone["text"]] if "text" in alone else []
+        yield from ({"text": alone["query"], "text_pair": text} for text in several)
+    elif alone:
+        yield alone
 
 
 # -- formats: a text and a layout to examples; ValueError says what is wrong ----------------------
@@ -141,7 +161,7 @@ def _columns(header: Sequence[str]) -> tuple[str, ...]:
 
 def _example(fields: Mapping[str, object], place: str) -> Example:
     """An example of named fields; those of no known name are left out."""
-    texts: dict[str, str] = {}
+    texts: dict[str, str | list[str]] = {}
     answers: dict[str, object] = {}
     tokens: list[str] | None = None
     for name, value in fields.items():
@@ -156,16 +176,35 @@ def _example(fields: Mapping[str, object], place: str) -> Example:
         elif key is not None and value is not None:
             if key in texts:
                 raise ValueError(f"{place}: two fields are '{key}'; --columns says which one is")
-            if not isinstance(value, str):
-                raise ValueError(f"{place}: '{name}' must be a text")
-            texts[key] = value
+            texts[key] = (
+                _listed(value, name, place) if key in _LISTS else _single(value, name, place)
+            )
     order = sorted(answers, key=lambda n: (n not in _PREFERRED, n))
     gold = answers[order[0]] if order else None
+    if "positive" in texts or "negative" in texts:
+        if gold is not None or "texts" in texts:
+            raise ValueError(f"{place}: has 'positive' or 'negative' beside other texts or labels")
+        kinds = [texts.pop(key, []) for key in ("positive", "negative")]
+        texts["texts"] = [text for kind in kinds for text in kind]
+        gold = [label for label, kind in zip((1, 0), kinds, strict=True) for _ in kind]
     if tokens is not None:
         return _tagged(tokens, gold, place)
     if not texts:
         raise ValueError(f"{place}: has none of the fields {_KNOWN}")
     return Example(texts, gold, place)
+
+
+def _single(value: object, name: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: '{name}' must be a text")
+    return value
+
+
+def _listed(value: object, name: str, place: str) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{place}: '{name}' must be a list of texts")
+    return texts
 
 
 def _tagged(words: Sequence[str], labels: object, place: str) -> Example:

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from ft_handler.errors import DataError
-from ft_handler.model.info import ModelInfo
 from ft_handler.types import Prediction
 from ft_handler.verify.data import Example, Tag
-from ft_handler.verify.measures import Counts, Measure, points
+from ft_handler.verify.measures import Counts, Measure, Subject, points
 
 OUTSIDE = "O"
 
@@ -22,7 +21,10 @@ class EntityMeasure(Measure):
 
     parameters: Mapping[str, object] = {}
 
-    def __init__(self, info: ModelInfo, labels: Sequence[str], examples: Sequence[Example]) -> None:
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        subject.outputs()
+        info = subject.info
         self._names = [info.labels[i] for i in range(len(info.labels))]
 
     def gold(self, example: Example) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -9,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ft_handler.errors import DataError
-from ft_handler.model.info import ModelInfo
 from ft_handler.types import Prediction
 from ft_handler.verify.data import Example
-from ft_handler.verify.measures import Counts, Measure, points
+from ft_handler.verify.measures import Counts, Measure, Subject, points
 
 #: Of a multi-label head, from which score on a label is given.
 THRESHOLD = 0.5
@@ -29,12 +29,14 @@ class LabelMeasure(Measure):
 
     parameters: Mapping[str, object] = {"top_k": None}
 
-    def __init__(self, info: ModelInfo, labels: Sequence[str], examples: Sequence[Example]) -> None:
-        self._labels = [name.lower() for name in labels]
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        info = subject.info
+        self._labels = [name.lower() for name in subject.outputs()]
         self._own = [info.labels[i] for i in range(len(info.labels))]
         self._one = len(self._own) == 1
-        self._several = info.problem_type == "multi_label_classification" or any(
-            isinstance(example.gold, list) for example in examples
+        self._several = info.problem_type == "multi_label_classification" or several_each(
+            subject.examples
         )
 
     def gold(self, example: Example) -> Any:
@@ -47,12 +49,7 @@ class LabelMeasure(Measure):
                 raise DataError(f"{example.place}: needs a list of labels")
             return frozenset(self._number(value, example.place) for value in gold)
         if self._one:
-            try:
-                return float(cast(Any, gold))
-            except (TypeError, ValueError):
-                raise DataError(
-                    f"{example.place}: the model gives one number, so the label must be one"
-                ) from None
+            return number(gold, f"{example.place}: the model gives one number, so the label")
         return self._number(gold, example.place)
 
     def _number(self, value: object, place: str) -> int:
@@ -67,6 +64,10 @@ class LabelMeasure(Measure):
             "them in the model's order as the file does"
         )
 
+    def ranked(self, prediction: Prediction) -> list[dict[str, Any]]:
+        """Labels with scores, the best first."""
+        return cast("list[dict[str, Any]]", prediction)
+
     def metrics(self, golds: Sequence[Any], predictions: Sequence[Prediction]) -> dict[str, float]:
         """By what the labels are: several, a number, or one of two and more."""
         answers = [self.answer(prediction) for prediction in predictions]
@@ -79,7 +80,7 @@ class LabelMeasure(Measure):
 
     def answer(self, prediction: Prediction) -> object:
         """The best label, every label that is given, or the score of the only one."""
-        ranked = cast("list[dict[str, Any]]", prediction)
+        ranked = self.ranked(prediction)
         if self._several:
             return frozenset(one["label"] for one in ranked if one["score"] >= THRESHOLD)
         return float(ranked[0]["score"]) if self._one else ranked[0]["label"]
@@ -91,6 +92,22 @@ class LabelMeasure(Measure):
             first, second = cast("tuple[float, float]", answers)
             return abs(first - second) <= CLOSE
         return answers[0] == answers[1]
+
+
+def several_each(examples: Sequence[Example]) -> bool:
+    """Whether a text may have several labels."""
+    return any(isinstance(example.gold, list) for example in examples)
+
+
+def number(gold: object, what: str) -> float:
+    """A right answer that is a finite number; raises DataError saying that `what` must be one."""
+    try:
+        found = float(cast(Any, gold))
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise DataError(f"{what} must be one") from None
+    return found
 
 
 def _of_one(golds: Sequence[int], given: Sequence[int], labels: int) -> dict[str, float]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ft_handler.errors import ModelError
+from ft_handler.errors import DataError, ModelError
 from ft_handler.model.info import ModelInfo
 from ft_handler.tasks.base import AnyTask
 from ft_handler.types import Prediction
@@ -18,23 +19,51 @@ _HOMES = {
     "labels": "ft_handler.verify.labels",
     "spans": "ft_handler.verify.spans",
     "entities": "ft_handler.verify.entities",
+    "candidates": "ft_handler.verify.candidates",
+    "orders": "ft_handler.verify.orders",
+    "vectors": "ft_handler.verify.vectors",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured.
+
+    info      of the traced file
+    examples  of the data file
+    labels    names that the user gave, in their order; None: none were given
+    defaults  the task's parameters of a request that gives none
+    """
+
+    info: ModelInfo
+    examples: Sequence[Example]
+    labels: Sequence[str] | None = None
+    defaults: Any = None
+
+    def outputs(self) -> Sequence[str]:
+        """What the file calls the model's outputs; raises DataError for another number of names."""
+        own = [self.info.labels[i] for i in range(len(self.info.labels))]
+        if self.labels is not None and len(self.labels) != len(own):
+            raise DataError(f"--labels names {len(self.labels)} labels, the model has {len(own)}")
+        return self.labels or own
 
 
 class Measure(ABC):
     """One way to measure answers; metrics are in points, 100 is perfect.
 
     parameters  of the requests, beside the input
+    examples    of the file, as they are asked
     """
 
     parameters: Mapping[str, object]
 
-    @abstractmethod
-    def __init__(self, info: ModelInfo, labels: Sequence[str], examples: Sequence[Example]) -> None:
-        """For a model and a data file.
+    def __init__(self, subject: Subject) -> None:
+        """For a model and a data file; raises DataError for a file that is of no use."""
+        self.examples = subject.examples
 
-        labels  names of the model's outputs as the file has them
-        """
+    def requests(self, example: Example) -> list[Mapping[str, object]]:
+        """What is asked about an example, one input each; several are answered by a list."""
+        return [{**example.texts, **self.parameters}]
 
     @abstractmethod
     def gold(self, example: Example) -> Any:
@@ -51,6 +80,12 @@ class Measure(ABC):
     def same(self, one: Prediction, other: Prediction) -> bool:
         """Whether two answers say the same."""
         return self.answer(one) == self.answer(other)
+
+    def agreement(
+        self, ours: Sequence[Prediction], theirs: Sequence[Prediction]
+    ) -> dict[str, float]:
+        """Name -> figure of how near the two sides' answers are, beside how many differ."""
+        return {}
 
 
 def measure_of(task: AnyTask) -> type[Measure]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -13,18 +14,19 @@ from ft_handler.config import RawSettings, model_yaml
 from ft_handler.errors import ConfigError, DataError, EngineError, ModelError, RequestError
 from ft_handler.model.info import ModelInfo
 from ft_handler.prepare.checkpoint import Checkpoint, load_checkpoint
+from ft_handler.prepare.compare import Reference
 from ft_handler.request.batching import flatten
 from ft_handler.request.documents import Decoder, Limits
 from ft_handler.runtime import Ready, open_model
 from ft_handler.servers import server_settings
 from ft_handler.types import Encoding, Floats, Incoming, Item, Outputs, Prediction
 from ft_handler.verify.data import Example, Layout, read_examples
-from ft_handler.verify.measures import Measure, measure_of
+from ft_handler.verify.measures import Measure, Subject, measure_of
 from ft_handler.verify.sides import Side, Traced, Transformers
 
 #: The largest packed batch; the engine's own memory is planned for the settings' number.
 MOST_TOKENS = 16384
-_ANY = Limits(1, 1 << 30)
+_MOST_CHARS = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,8 @@ class VerifyOptions:
     """What to verify, with what; the command line's options one for one.
 
     checkpoint      None takes what the traced file records
-    labels          names of the model's outputs as the file has them; None: the model's own
+    labels          names of the model's outputs as the file has them, or the candidates of a model
+                    that is asked about any; None: the model's own, or the file's
     tolerance       points that a metric may be below transformers'
     most_different  answers that may differ: a number, or with % a share of all
     """
@@ -67,6 +70,7 @@ class Report:
     examples   that both sides answered
     refused    that no server would answer, such as an empty text
     different  answers that are not the same
+    agreement  how near the answers are beside that, as the measure has it
     largest_difference, mean_difference  of the outputs, logits mostly
     failures   why the file is not good enough; empty where it is
     """
@@ -81,6 +85,7 @@ class Report:
     traced: Figures
     transformers: Figures
     different: int
+    agreement: dict[str, float]
     largest_difference: float
     mean_difference: float
     failures: list[str]
@@ -104,13 +109,10 @@ def verify(
     """
     allowed = _allowed(options.most_different)
     ready = open_settled(options)
-    examples = read_examples(options.data, options.layout, options.limit)
-    names = options.labels or [ready.info.labels[i] for i in range(len(ready.info.labels))]
-    if len(names) != len(ready.info.labels):
-        raise DataError(
-            f"--labels names {len(names)} labels, the model has {ready.info.num_labels}"
-        )
-    measure = measure_of(ready.task)(ready.info, names, examples)
+    found = read_examples(options.data, options.layout, options.limit)
+    subject = Subject(ready.info, found, options.labels, ready.runner.defaults)
+    measure = measure_of(ready.task)(subject)
+    examples = measure.examples
     labelled = [example.gold is not None for example in examples]
     if any(labelled) and not all(labelled):
         raise DataError(
@@ -126,23 +128,24 @@ def verify(
         cache_dir=options.cache_dir,
         adapter=options.adapter,
         labels=[ready.info.labels[i] for i in range(len(ready.info.labels))] or None,
+        wishes=ready.info.chosen,
     )
     for note in (*checkpoint.notes, *checkpoint.doubts):
         say(f"note: {note}")
     hold(checkpoint, ready.info)
     ours, theirs = sides(ready, checkpoint)
-    encodings, places = encoded(ready, measure, examples)
-    if not encodings:
+    groups = encoded(ready, measure, examples)
+    if not groups:
         raise DataError(f"{options.data}: no example can be answered")
     compared = Comparison(ready)
-    order = np.argsort([-max(map(len, e.sequences)) for e in encodings], kind="stable").tolist()
+    order = sorted(groups, key=lambda number: -longest(groups[number]))
     for at in range(0, len(order), options.batch_size):
         chosen = order[at : at + options.batch_size]
-        compared.add(chosen, [encodings[i] for i in chosen], ours, theirs)
+        compared.add({number: groups[number] for number in chosen}, ours, theirs)
         advance(at + len(chosen), len(order))
-    first, second = ([side[i] for i in range(len(order))] for side in compared.predictions)
+    first, second = ([side[number] for number in groups] for side in compared.predictions)
     same = [measure.same(a, b) for a, b in zip(first, second, strict=True)]
-    answered = None if golds is None else [golds[i] for i in places]
+    answered = None if golds is None else [golds[number] for number in groups]
     figures = [
         Figures(measure.metrics(answered, found) if answered else {}, side.tokens, side.seconds)
         for side, found in ((ours, first), (theirs, second))
@@ -150,14 +153,15 @@ def verify(
     return Report(
         file=str(options.source),
         checkpoint=name,
-        task=ready.info.mode,
+        task=ready.task.name,
         data_type=ready.info.data_type,
         device=str(ready.device),
-        examples=len(encodings),
-        refused=len(examples) - len(encodings),
+        examples=len(groups),
+        refused=len(examples) - len(groups),
         traced=figures[0],
         transformers=figures[1],
         different=same.count(False),
+        agreement=measure.agreement(first, second),
         largest_difference=compared.largest,
         mean_difference=compared.total / compared.count,
         failures=failures(figures[0], figures[1], same, options.tolerance, allowed),
@@ -213,36 +217,49 @@ def sides(ready: Ready, checkpoint: Checkpoint) -> tuple[Side, Side]:
     per_token = ready.task.per_token
     # Some models count positions by which ids are not the pad's.
     pad = checkpoint.architecture.pad(checkpoint.config) or 0
+    expected = checkpoint.architecture.head(checkpoint.tailored.task).expected
+    reference = Reference(checkpoint.model.to(ready.device), token_types > 0, expected).eval()
     return (
         Traced(ready.engine, per_token, ready.info.max_positions, MOST_TOKENS),
-        Transformers(checkpoint.model, token_types > 0, per_token, ready.device, pad),
+        Transformers(reference, per_token, ready.device, pad, MOST_TOKENS),
     )
 
 
 def encoded(
     ready: Ready, measure: Measure, examples: Sequence[Example]
-) -> tuple[list[Encoding[Any]], list[int]]:
-    """The sequences of all examples but those that are refused, and the number of each example.
+) -> dict[int, list[Encoding[Any]]]:
+    """The sequences of what is asked about each example, by its number, but of refused ones.
 
     Raises DataError where every example is refused, with the first reason.
     """
-    decoder = Decoder(ready.task, ready.runner.defaults, _ANY, {})
+    limits = Limits(1, _MOST_CHARS, ready.runner.most_texts)
+    decoder = Decoder(ready.task, ready.runner.defaults, limits, {})
     items: list[Item[Any]] = []
-    first: RequestError | None = None
+    refused: dict[int, RequestError] = {}
     for number, example in enumerate(examples):
         try:
-            body = {**example.texts, **measure.parameters}
-            items.append(Item(number, 0, decoder.decode(Incoming(body)).inputs[0]))
+            for position, body in enumerate(measure.requests(example)):
+                items.append(Item(number, position, decoder.decode(Incoming(body)).inputs[0]))
         except RequestError as error:
-            first = first or error
+            refused[number] = error
     encodings = [] if not items else ready.runner.encode(items)
     for item in items:
         if isinstance(item.result, RequestError):
-            first = first or item.result
-    kept = [encoding for encoding in encodings if encoding.item.result is None]
-    if not kept and first is not None:
-        raise DataError(f"no example can be answered by a {ready.task.name} model: {first}")
-    return kept, [encoding.item.request for encoding in kept]
+            refused.setdefault(item.request, item.result)
+    kept: dict[int, list[Encoding[Any]]] = {}
+    for encoding in encodings:
+        if encoding.item.request not in refused:
+            kept.setdefault(encoding.item.request, []).append(encoding)
+    if not kept and refused:
+        raise DataError(
+            f"no example can be answered by a {ready.task.name} model: {refused[min(refused)]}"
+        )
+    return kept
+
+
+def longest(encodings: Sequence[Encoding[Any]]) -> int:
+    """Tokens of the longest sequence."""
+    return max(len(ids) for encoding in encodings for ids in encoding.sequences)
 
 
 class Comparison:
@@ -258,10 +275,12 @@ class Comparison:
         self.count = 0
         self._runner = ready.runner
 
-    def add(
-        self, numbers: Sequence[int], encodings: Sequence[Encoding[Any]], ours: Side, theirs: Side
-    ) -> None:
-        """Compute one batch on both sides; raises EngineError for outputs that are no numbers."""
+    def add(self, groups: Mapping[int, Sequence[Encoding[Any]]], ours: Side, theirs: Side) -> None:
+        """Compute one batch on both sides, by the examples' numbers.
+
+        Raises EngineError for outputs that are no numbers.
+        """
+        encodings = [*chain.from_iterable(groups.values())]
         sequences = flatten(encodings)
         values: list[Floats] = []
         for side, predictions in zip((ours, theirs), self.predictions, strict=True):
@@ -269,12 +288,18 @@ class Comparison:
             if not np.isfinite(values[-1]).all():
                 whose = "the traced file's" if side is ours else "transformers'"
                 raise EngineError(f"{whose} outputs are not finite")
-            answers = self._runner.predict(encodings, Outputs(values[-1], sequences.lengths))
-            predictions.update(zip(numbers, answers, strict=True))
+            answers = iter(self._runner.predict(encodings, Outputs(values[-1], sequences.lengths)))
+            for number, group in groups.items():
+                predictions[number] = _joined([*islice(answers, len(group))])
         apart = np.abs(values[0] - values[1])
         self.largest = max(self.largest, float(apart.max()))
         self.total += float(apart.sum(dtype=np.float64))
         self.count += apart.size
+
+
+def _joined(predictions: list[Prediction]) -> Prediction:
+    """The answer to an example that is one request, or the list of those to several."""
+    return predictions[0] if len(predictions) == 1 else cast("Prediction", predictions)
 
 
 def failures(

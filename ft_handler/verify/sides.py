@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 from ft_handler.engine.base import Engine
 from ft_handler.prepare.compare import Reference
 from ft_handler.request.batching import Indices, Sequences, pack, plan_buckets, restore
-from ft_handler.types import Floats
+from ft_handler.types import Floats, PackedBatch
 
 
 class Side(Protocol):
@@ -46,31 +46,47 @@ class Traced:
 
 
 class Transformers:
-    """transformers' model in fp32, on a padded batch; `tokens` counts the pads too."""
+    """transformers' model in fp32, on padded batches; `tokens` counts the pads too."""
 
     def __init__(
-        self, model: Any, takes_token_types: bool, per_token: bool, device: torch.device, pad: int
+        self,
+        model: Reference,
+        per_token: bool,
+        device: torch.device,
+        pad: int,
+        most_tokens: int,
     ) -> None:
         self.tokens, self.seconds = 0, 0.0
-        self._model = Reference(model.to(device), takes_token_types).eval()
-        self._per_token, self._device, self._pad = per_token, device, pad
+        self._model, self._per_token, self._device = model, per_token, device
+        self._pad, self._most_tokens = pad, most_tokens
 
     def outputs(self, sequences: Sequences) -> Floats:
         """What the model gives, without what it gives for pads."""
         begun = time.perf_counter()
-        lengths = torch.from_numpy(sequences.lengths)
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        # One query may have a thousand candidates.
+        rows = max(1, self._most_tokens // int(sequences.lengths.max()))
+        count = len(sequences.lengths)
+        done: list[tuple[Indices, Floats]] = []
+        for at in range(0, count, rows):
+            members = np.arange(at, min(at + rows, count))
+            done.append((members, self._padded(pack(sequences, members))))
+        values = restore(done, sequences, self._per_token)
+        self.seconds += time.perf_counter() - begun
+        return values
+
+    def _padded(self, batch: PackedBatch) -> Floats:
+        lengths = torch.from_numpy(np.diff(batch.cu_seqlens))
+        mask = torch.arange(batch.max_seqlen) < lengths[:, None]
         ids = torch.full(mask.shape, self._pad)
         types = torch.zeros(mask.shape, dtype=torch.int64)
-        ids[mask] = torch.from_numpy(sequences.input_ids)
-        types[mask] = torch.from_numpy(sequences.token_type_ids)
+        ids[mask] = torch.from_numpy(batch.input_ids)
+        types[mask] = torch.from_numpy(batch.token_type_ids)
         with torch.inference_mode():
             parts = self._model(
                 ids.to(self._device), mask.long().to(self._device), types.to(self._device)
             )
         if self._per_token:  # [B,S] or [B,S,C] of every part
             parts = tuple(part[mask].reshape(int(mask.sum()), -1).T for part in parts)
-        values: Floats = np.concatenate([part.cpu().numpy() for part in parts])
-        self.seconds += time.perf_counter() - begun
         self.tokens += mask.numel()
+        values: Floats = np.concatenate([part.cpu().numpy() for part in parts])
         return values

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from ft_handler.errors import DataError
-from ft_handler.model.info import ModelInfo
 from ft_handler.types import Prediction
 from ft_handler.verify.data import Example
-from ft_handler.verify.measures import Counts, Measure, points
+from ft_handler.verify.measures import Counts, Measure, Subject, points
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -26,8 +25,10 @@ class SpanMeasure(Measure):
 
     parameters: Mapping[str, object]
 
-    def __init__(self, info: ModelInfo, labels: Sequence[str], examples: Sequence[Example]) -> None:
-        unanswerable = any(example.gold == [] for example in examples)
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        subject.outputs()
+        unanswerable = any(example.gold == [] for example in subject.examples)
         self.parameters = {"top_k": 1, "handle_impossible_answer": unanswerable}
 
     def gold(self, example: Example) -> Any:

@@ -289,23 +289,26 @@ def test_documented_data_is_what_is_read() -> None:
         assert suffixes == [s for s, kind in data._SUFFIXES.items() if kind == name]
     named = text.split("known by these names:")[1].split("Others are")[0]
     assert re.findall(r"`(\w+)`", named.replace("and for the answer", "")) == [
-        name for key in ("text", "text_pair", "question", "context", "tokens", "label")
+        name
+        for key in (
+            "text", "text_pair", "question", "context", "tokens", "query", "texts", "positive",
+            "negative", "label",
+        )
         for name, known in data._NAMES.items() if known == key
     ]  # fmt: skip
 
 
 def test_documented_metrics_are_reported() -> None:
-    from ft_handler.verify import entities, labels, spans
+    from ft_handler.verify import entities, labels, orders, spans, vectors
 
     text = page("docs/verify.md").split("## What is reported")[1].split("## The verdict")[0]
-    named = set(re.findall(r"`(\w+)`", text)) - {"handle_impossible_answer"}
-    sources = "".join(Path(m.__file__ or "").read_text() for m in (entities, labels, spans))
-    counts = {"precision", "recall", "f1"}
-    assert (
-        named
-        == set(re.findall(r'"(accuracy|\w*f1\w*|matthews|exact_match|pearson|spearman)"', sources))
-        | counts
-    )
+    named = set(re.findall(r"`([\w@]+)`", text)) - {"handle_impossible_answer"}
+    modules = (entities, labels, orders, spans, vectors)
+    sources = "".join(Path(m.__file__ or "").read_text() for m in modules)
+    assert orders.DEPTH == 10
+    known = r"accuracy|\w*f1\w*|matthews|exact_match|pearson|spearman|map|score_difference"
+    found = set(re.findall(rf'"({known}|order_changes|\w+_cosine)"', sources))
+    assert named == found | {"precision", "recall", "f1", "ndcg@10", "mrr@10"}
 
 
 def test_documented_errors_are_the_errors() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ft_handler.errors import DataError
-from ft_handler.verify.data import Example, Layout, Tag, read_examples
+from ft_handler.verify.data import Example, Layout, Tag, read_examples, sequences_of
 
 SQUAD = {
     "version": "v2.0",
@@ -161,3 +161,51 @@ def test_what_is_wrong_is_said(tmp_path: Path, name: str, content: str | bytes, 
         read(tmp_path, name, content)
     with pytest.raises(DataError, match="No such file"):
         read_examples(tmp_path / "nothing.tsv", Layout())
+
+
+# -- a query with its texts ----------------------------------------------------------------------
+
+
+def test_queries_have_lists_of_texts(tmp_path: Path) -> None:
+    text = (
+        '{"query": "who", "documents": ["a", "b"], "labels": [0, 2]}\n'
+        '{"query": "who", "positive": "a", "negative": ["b", "c"]}\n'
+        '{"query": "who", "negative": ["b"]}\n'
+    )
+    assert read(tmp_path, "dev.jsonl", text) == [
+        Example({"query": "who", "texts": ["a", "b"]}, [0, 2], "line 1"),
+        Example({"query": "who", "texts": ["a", "b", "c"]}, [1, 0, 0], "line 2"),
+        Example({"query": "who", "texts": ["b"]}, [0], "line 3"),
+    ]
+    (row,) = read(tmp_path, "dev.tsv", "query\tpassage\tlabel\nwho\ta\t1\n")
+    assert row == Example({"query": "who", "text": "a"}, "1", "line 2")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"query": "who", "texts": "a", "positive": ["b"]}, "beside other texts or labels"),
+        ({"query": "who", "positive": ["b"], "labels": [1]}, "beside other texts or labels"),
+        ({"query": "who", "texts": ["a", 1]}, "'texts' must be a list of texts"),
+        ({"query": ["who"], "texts": ["a"]}, "'query' must be a text"),
+        ({"query": "who", "texts": ["a"], "passages": ["b"]}, "two fields are 'texts'"),
+    ],
+)
+def test_queries_that_are_none(tmp_path: Path, line: object, words: str) -> None:
+    with pytest.raises(DataError, match=f"line 1: .*{words}"):
+        read(tmp_path, "dev.jsonl", json.dumps(line))
+
+
+def test_what_is_read_together() -> None:
+    """Texts that stand in for a model's inputs: each candidate with its query."""
+    examples = [
+        Example({"query": "who", "texts": ["a", "b"]}, None, "line 1"),
+        Example({"query": "who", "text": "c"}, "1", "line 2"),
+        Example({"text": "d", "text_pair": "e"}, "1", "line 3"),
+    ]
+    assert [dict(texts) for example in examples for texts in sequences_of(example)] == [
+        {"text": "who", "text_pair": "a"},
+        {"text": "who", "text_pair": "b"},
+        {"text": "who", "text_pair": "c"},
+        {"text": "d", "text_pair": "e"},
+    ]

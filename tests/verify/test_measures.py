@@ -16,16 +16,14 @@ from ft_handler.errors import DataError, ModelError
 from ft_handler.verify.data import Example, Tag
 from ft_handler.verify.entities import entities, labels_of
 from ft_handler.verify.labels import correlations, ranks
-from ft_handler.verify.measures import Measure, measure_of
+from ft_handler.verify.measures import Measure, Subject, measure_of
 from ft_handler.verify.spans import normalized, word_f1
 
 CLASSIFICATION, QA = "sequence_classification", "question_answering"
 
 
 def measure(mode: str, examples: list[Example] | None = None, **info: Any) -> Measure:
-    described = model_info(mode, **info)
-    names = [described.labels[i] for i in range(len(described.labels))]
-    return measure_of(tasks.get(mode))(described, names, examples or [])
+    return measure_of(tasks.get(mode))(Subject(model_info(mode, **info), examples or []))
 
 
 def example(gold: object) -> Example:
@@ -248,3 +246,73 @@ def test_f1_is_that_of_sets() -> None:
         for kind, begin, end in spans:
             assert all(labels[i] == f"I-{kind}" for i in range(begin + 1, end))
             assert labels[begin].endswith(kind)
+
+
+# -- orders and vectors --------------------------------------------------------------------------
+
+
+def order(*scores: float) -> Any:
+    """An answer of texts with these scores."""
+    best = sorted(range(len(scores)), key=lambda i: -scores[i])
+    return [{"index": i, "score": scores[i]} for i in best]
+
+
+def queries(*labels: object) -> list[Example]:
+    return [
+        Example({"query": str(i), "texts": ["a"] * len(of)}, of, f"line {i}")  # type: ignore[arg-type]
+        for i, of in enumerate(labels)
+    ]
+
+
+def test_orders_by_hand() -> None:
+    """Values from the definitions: gains over log2(rank + 1), 1 / rank, precision at each hit."""
+    examples = queries([0, 2, 1], [0, 0, 1], [0, 0])
+    orders = measure("reranking", examples, labels={0: "x"}, num_labels=1)
+    golds = [orders.gold(one) for one in examples]
+    found = orders.metrics(golds, [order(0.9, 0.5, 0.1), order(0.1, 0.2, 0.3), order(0.2, 0.1)])
+    ndcg = (2 / np.log2(3) + 1 / 2) / (2 + 1 / np.log2(3))
+    assert found["ndcg@10"] == pytest.approx(100 * (ndcg + 1) / 2)
+    assert found["mrr@10"] == pytest.approx(75)
+    assert found["map"] == pytest.approx(100 * ((1 / 2 + 2 / 3) / 2 + 1) / 2)
+    assert orders.metrics(golds[2:], [order(0.2, 0.1)]) == {"ndcg@10": 0, "mrr@10": 0, "map": 0}
+    # The first relevant text at rank 11.
+    deep = orders.metrics([np.array([0.0] * 10 + [1.0])], [order(*np.arange(11, 0, -1))])
+    assert deep == pytest.approx({"ndcg@10": 0, "mrr@10": 0, "map": 100 / 11})
+
+
+def test_orders_differ_where_scores_do() -> None:
+    orders = measure("reranking", labels={0: "x"}, num_labels=1)
+    one = order(0.9, 0.5, 0.495)
+    assert orders.same(one, order(0.8, 0.495, 0.5))  # too close to say
+    assert not orders.same(one, order(0.4, 0.5, 0.495))
+    near = orders.agreement([one, one], [order(0.8, 0.495, 0.5), one])
+    assert near == {"score_difference": pytest.approx(0.1), "order_changes": 1}
+
+
+@pytest.mark.parametrize("gold", [None, 1, [1], [1, "good"], [1, -1], [1, float("nan")]])
+def test_labels_that_are_no_relevance(gold: object) -> None:
+    one = Example({"query": "who", "texts": ["a", "b"]}, gold, "line 4")
+    with pytest.raises(DataError, match="line 4"):
+        measure("reranking", labels={0: "x"}, num_labels=1).gold(one)
+
+
+def test_rows_of_a_query_have_labels_or_none() -> None:
+    rows = [Example({"query": "who", "text": t}, g, "line 4") for t, g in (("a", 1), ("b", None))]
+    with pytest.raises(DataError, match="line 4: some texts of this query have a label"):
+        measure("reranking", rows, labels={0: "x"}, num_labels=1)
+
+
+def test_vectors_are_the_same_where_they_are_parallel() -> None:
+    vectors = measure("embeddings", labels={}, num_labels=2)
+
+    def answer(*values: float) -> Any:
+        return {"embedding": np.array(values, np.float32), "tokens": 3}
+
+    assert vectors.same(answer(1, 0), answer(5, 0.1))
+    assert not vectors.same(answer(1, 0), answer(1, 0.1))
+    assert not vectors.same(answer(0, 0), answer(1, 0))
+    pairs: Any = [[answer(1, 0), answer(x, 1)] for x in (0.0, 1.0, 9.0)]
+    assert vectors.metrics([0.0, 1.0, 2.0], pairs)["spearman"] == pytest.approx(100)
+    found = vectors.agreement(pairs, [[answer(1, 0), answer(1, 0)] for _ in range(3)])
+    assert found["least_cosine"] == pytest.approx(0, abs=1e-7)
+    assert found["mean_cosine"] == pytest.approx((3 + 0.5**0.5 + 9 / 82**0.5) / 6)
