@@ -312,16 +312,25 @@ class Simulation:
         """Outputs of a file whose products are quantised but for these."""
         return self._outputs(batch, self._weights(self._stored, kept, self._kept))
 
+    @property
+    def differs_on_cpus(self) -> bool:
+        """Whether a CPU computes such products otherwise: of 8-bit floats as plain floats."""
+        return bool(self._input_scales)
+
+    def on_a_cpu(self, batch: Packed, kept: Collection[str]) -> Tensor:
+        """Outputs of such a file on a CPU."""
+        return self._outputs(batch, self._weights(self._stored, kept, self._kept, on_a_cpu=True))
+
     def padded(
         self, kept: Collection[str] | None
     ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-        """The same behind a traced file's call: ids, mask and types `[B,S]` -> the head's tuple.
+        """The same on a CPU behind a traced file's call: ids, mask and types -> the head's tuple.
 
         kept  None: in fp32, nothing is quantised
         """
         weights: Sequence[twins.Weight] = [self._exact[name] for name in self._order]
         if kept is not None:
-            weights = self._weights(self._stored, kept, self._kept)
+            weights = self._weights(self._stored, kept, self._kept, on_a_cpu=True)
 
         def answer(ids: Tensor, mask: Tensor, types: Tensor) -> tuple[Tensor, ...]:
             tokens, kinds, positions, places, bounds, longest = twins.remove_padding(
@@ -335,19 +344,23 @@ class Simulation:
         return answer
 
     def _weights(
-        self, rest: Mapping[str, Tensor], kept: Collection[str], type_: torch.dtype
+        self,
+        rest: Mapping[str, Tensor],
+        kept: Collection[str],
+        type_: torch.dtype,
+        on_a_cpu: bool = False,
     ) -> list[twins.Weight]:
         """All weights in order; products are quantised, but those kept are in `type_`."""
         return [
-            self._layers(product, kept, type_)
+            self._layers(product, kept, type_, on_a_cpu)
             if (product := name.removesuffix(".weight")) in self._rounded
             else rest[name]
             for name in self._order
         ]
 
     def _layers(
-        self, product: str, kept: Collection[str], type_: torch.dtype
-    ) -> twins.PreparedLayers:
+        self, product: str, kept: Collection[str], type_: torch.dtype, on_a_cpu: bool
+    ) -> twins.Weight:
         weight, scale = self._rounded[product]
         stack = _layered(self._exact[f"{product}.weight"])
         floats = kept_layers(kept, product, len(stack))
@@ -355,6 +368,10 @@ class Simulation:
         rest, rounded, scale = stack[floats].to(type_), picked(weight, others), scale[others]
         if product in self._input_scales:
             inputs = self._input_scales[product]
+            if on_a_cpu:
+                whole = (weight.float() * self._rounded[product][1].unsqueeze(-1)).half().float()
+                whole[floats] = rest.float()
+                return whole
             return twins.narrow_layers(rounded, scale, inputs, rest, floats)
         return twins.prepare_layers(rounded, scale, rest, floats, self._levels)
 
@@ -401,6 +418,10 @@ class Measured:
     def quantized(self, kept: Collection[str]) -> float:
         """With all products quantised but these."""
         return self._error(lambda batch: self._simulation.quantized(batch, kept), None)
+
+    def on_a_cpu(self, kept: Collection[str]) -> float:
+        """With all products quantised but these, on a CPU."""
+        return self._error(lambda batch: self._simulation.on_a_cpu(batch, kept), None)
 
     def alone(self, product: str) -> float:
         """With one product quantised, over the first batch."""

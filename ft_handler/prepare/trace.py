@@ -139,7 +139,11 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
             quantized = choose_products(options, simulation, measured, half, say)
             info = replace(info, quantized=quantized)
             simulated = simulation.padded(quantized.kept)
-            typical = quantized.error * measured.outputs
+            # The file is checked here, on a CPU.
+            error = quantized.error
+            if simulation.differs_on_cpus:
+                error = measured.on_a_cpu(quantized.kept)
+            typical = error * measured.outputs
         module = fuse(
             task,
             head,
