@@ -18,7 +18,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class Shape:
     best_library: float
 
     @property
-    def kind(self) -> str:
+    def name(self) -> str:
         return f"{self.rows} x {self.n} x {self.k}"
 
 
@@ -92,7 +92,7 @@ def read_card(gpu: str, path: Path) -> Card:
         shapes = [_shape(row) for row in data.get("rows", [])]
         given = {row: dict(costs) for row, costs in data.get("costs", {}).items()}
         card = data["provenance"]["gpu"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"error: {path.name} holds no GEMM plans: {error!r}") from None
     if not card.startswith(gpu):
         raise SystemExit(f"error: {path.name} was measured on {card}, not on {gpu}")
@@ -166,16 +166,22 @@ def costs_of(card: Card) -> Costs:
     return {**costs, **card.given}
 
 
-def loss(shapes: list[Shape], costs: Costs) -> list[tuple[float, str, str, str]]:
-    """What the estimate's choice among our plans costs more than the best, a shape each.
+class Loss(NamedTuple):
+    """What the estimate's choice among our plans costs more than the best, as a share of it."""
 
-    As (share, shape, chosen, best).
-    """
+    share: float
+    shape: str
+    chosen: str
+    best: str
+
+
+def loss(shapes: list[Shape], costs: Costs) -> list[Loss]:
+    """The loss at each shape."""
     losses = []
     for shape in shapes:
         best = min(shape.ours, key=lambda p: p.us)
         chosen = min(shape.ours, key=lambda p: p.estimate(costs))
-        losses.append((chosen.us / best.us - 1, shape.kind, chosen.name, best.name))
+        losses.append(Loss(chosen.us / best.us - 1, shape.name, chosen.name, best.name))
     return losses
 
 
@@ -243,13 +249,13 @@ def report(cards: list[Card]) -> str:
         for other in cards:
             if not card.shapes:
                 continue
-            losses = loss(card.shapes, costs_of(cards[0]) | costs_of(other))
-            share, shape, chosen, best = max(losses)
-            mean = sum(x[0] for x in losses) / len(losses)
+            losses = loss(card.shapes, costs_of(other))
+            worst = max(losses)
+            mean = sum(x.share for x in losses) / len(losses)
             lines.append(
                 f"{card.gpu}, {len(losses)} shapes, costs of {other.gpu}: the choice costs "
-                f"{mean:.1%} more than the best plan, at most {share:.1%} ({shape}: {chosen}, "
-                f"best {best})"
+                f"{mean:.1%} more than the best plan, at most {worst.share:.1%} ({worst.shape}: "
+                f"{worst.chosen}, best {worst.best})"
             )
     return "\n".join(lines)
 

@@ -84,9 +84,19 @@ def load_entry(device: int, entry: Entry) -> None:
 
 
 def write_table(path: Path, gpu: str, entries: Iterable[Entry]) -> None:
-    """Write a table, or replace one; entries of other shapes in an existing table stay."""
+    """Write a table, or replace one; entries of other shapes in an existing table stay.
+
+    Raises EnvironmentProblem when the existing file is no table, or one of another GPU.
+    """
     kept: dict[tuple[object, ...], dict[str, object]] = {}
-    old = read_table(path)["entries"] if path.exists() else []
+    old = []
+    if path.exists():
+        table = read_table(path)
+        if table["gpu"] != gpu:
+            raise EnvironmentProblem(
+                f"{path}: measured on {table['gpu']}, and this is {gpu}; name another file"
+            )
+        old = table["entries"]
     for entry in [*old, *(asdict(e) for e in entries)]:
         kept[tuple(entry[name] for name in ("dtype", "rows", "n", "k", "gelu", "norm"))] = entry
     path.parent.mkdir(parents=True, exist_ok=True)

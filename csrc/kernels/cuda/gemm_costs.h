@@ -44,27 +44,27 @@ struct GemmCosts {
 inline constexpr std::array<GemmCosts, 2> kGemmCosts{{
   {"NVIDIA H100",
    {{  // fixed, round, tokens, block, heavy, gelu
-     {1.5f, 2.83f, 0.0f, 0.321f, 0.0534f, 0.0f},  // norm ping-pong 128x128
-     {2.13f, 3.42f, 0.0f, 0.468f, 0.0672f, 0.0f},  // norm ping-pong 128x192
-     {2.4f, 0.954f, 0.0f, 0.198f, 0.0914f, 0.0f},  // norm ping-pong 64x128
-     {1.58f, 1.64f, 0.0f, 0.276f, 0.112f, 0.0f},  // norm ping-pong 64x192
-     {1.6f, 1.58f, 0.0f, 0.402f, 0.0863f, 0.0f},  // norm ping-pong 64x256
-     {2.58f, 0.234f, 0.0f, 0.386f, 0.049f, 0.631f},  // ping-pong 128x128
-     {2.89f, 0.394f, 0.0f, 0.541f, 0.0331f, 1.03f},  // ping-pong 128x192
-     {2.88f, 0.115f, 0.0f, 0.556f, 0.042f, 0.989f},  // ping-pong 128x192 alone
-     {2.2f, 0.159f, 0.0f, 0.258f, 0.163f, 0.382f},  // ping-pong 64x128
-     {2.59f, 0.257f, 0.304f, 0.768f, 0.0792f, 0.522f},  // tall
-     {1.64f, 0.0f, 2.78f, 0.645f, 0.106f, 0.0f},  // tall norm
-     {1.79f, 0.924f, 0.0f, 0.362f, 0.0981f, 0.613f},  // together 128x128
-     {0.0f, 3.84f, 0.0f, 0.383f, 0.39f, 0.271f},  // together 128x128 / 2
-     {0.0f, 4.18f, 0.0f, 0.355f, 3.59f, 0.102f},  // together 128x128 / 4
+     {1.36f, 2.99f, 0.0f, 0.322f, 0.0575f, 0.0f},  // norm ping-pong 128x128
+     {2.39f, 3.16f, 0.0f, 0.476f, 0.0738f, 0.0f},  // norm ping-pong 128x192
+     {2.18f, 1.0f, 0.0f, 0.2f, 0.0887f, 0.0f},  // norm ping-pong 64x128
+     {1.52f, 1.66f, 0.0f, 0.279f, 0.11f, 0.0f},  // norm ping-pong 64x192
+     {1.54f, 1.52f, 0.0f, 0.412f, 0.0822f, 0.0f},  // norm ping-pong 64x256
+     {2.43f, 0.299f, 0.0f, 0.39f, 0.0537f, 0.58f},  // ping-pong 128x128
+     {2.87f, 0.336f, 0.0f, 0.551f, 0.0396f, 1.03f},  // ping-pong 128x192
+     {2.98f, 0.000495f, 0.0f, 0.562f, 0.0574f, 0.877f},  // ping-pong 128x192 alone
+     {2.02f, 0.185f, 0.0f, 0.262f, 0.147f, 0.376f},  // ping-pong 64x128
+     {2.47f, 0.314f, 0.312f, 0.771f, 0.094f, 0.497f},  // tall
+     {1.59f, 0.0f, 2.88f, 0.644f, 0.122f, 0.0f},  // tall norm
+     {1.66f, 1.01f, 0.0f, 0.363f, 0.097f, 0.621f},  // together 128x128
+     {0.0f, 3.85f, 0.0f, 0.385f, 0.261f, 0.251f},  // together 128x128 / 2
+     {0.0f, 4.15f, 0.0f, 0.358f, 2.98f, 0.123f},  // together 128x128 / 4
    }},
-   {1.06f, 1.2f, 1.62f, 1.54f, 0.709f, 1.8f},  // tile, split, tall, element, more, partial
+   {1.17f, 1.19f, 1.66f, 1.51f, 0.725f, 1.84f},  // tile, split, tall, element, more, partial
    {{  // fixed, gflop, more, element
-     {5.15f, 1.34f, 0.674f, 1.33f},  // cublaslt + activation
-     {3.98f, 1.38f, 0.27f, 0.499f},  // cublaslt
-     {6.02f, 1.72f, 0.42f, 1.91f},  // cublaslt + norm
-     {9.33f, 1.52f, 0.421f, 0.0f},  // cublaslt + norm, large K
+     {5.13f, 1.38f, 0.702f, 1.3f},  // cublaslt + activation
+     {3.98f, 1.41f, 0.35f, 0.468f},  // cublaslt
+     {6.01f, 1.76f, 0.492f, 1.88f},  // cublaslt + norm
+     {9.28f, 1.54f, 0.459f, 0.0f},  // cublaslt + norm, large K
    }}},
   {"NVIDIA H200",
    {{  // fixed, round, tokens, block, heavy, gelu
