@@ -39,6 +39,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "FT_HANDLER_BATCH_INVARIANT": "1 does what the setting `batch_invariant` does, for a whole "
     "process (read by the library itself).",
     "FT_HANDLER_CUBLASLT": "A libcublasLt to try before torch's (read by the library itself).",
+    "FT_HANDLER_MAX_RESPONSE_SIZE": "Set by `ft-handler serve` for its workers: the server's "
+    "`max_response_size`.",
     "FT_HANDLER_SHARED": "Folder of optional development data for tests and benchmarks.",
     "TS_DECODE_INPUT_REQUEST": "TorchServe's: false hands JSON and text over as bytes.",
     "LOCAL_RANK": "TorchServe's: the rank of a worker process; only rank 0 answers.",
@@ -229,7 +231,10 @@ class CoreSettings(Settings):
         1,
     )
     max_inputs_per_request: Whole = setting(
-        128, "Most inputs in one request's list; more answers 413.", 1
+        2048,
+        "Most inputs in one request's list; more answers 413. What they cost is bounded by "
+        "`max_request_tokens`.",
+        1,
     )
     max_request_tokens: Whole | None = setting(
         None,

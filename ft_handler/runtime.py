@@ -102,6 +102,7 @@ def open_model(
     max_sequences: int = 128,
     model_file: str | None = None,
     answer_within: float | None = None,
+    most_bytes: int | None = None,
     explains: bool = False,
     tracer: Any = None,
 ) -> Ready:
@@ -111,6 +112,7 @@ def open_model(
     gpu                         the GPU that this process was given, None is a CPU worker
     max_sequences               sequences that a captured batch may have
     answer_within               seconds after which whoever asks gives a batch up; None is never
+    most_bytes                  of one reply's body; None is no bound
     explains                    explain answers, where that can be done, without a setting that asks
                                 for it
     tracer                      OpenTelemetry's, as `spans.tracer` gives it; None writes no spans
@@ -118,6 +120,7 @@ def open_model(
     Raises FtHandlerError naming what is missing, unknown or contradictory, and EngineError for a
     model that cannot answer its own sample.
     """
+    start = time.perf_counter()
     settled = settle(source, raw, groups, model_file)
     path, info, task, core = settled.path, settled.info, settled.task, settled.core
     folder = None if source.is_file() else source
@@ -165,6 +168,7 @@ def open_model(
             max_positions=info.max_positions,
             model=names,
             bounds=bounds,
+            most_bytes=most_bytes,
             spans=None if tracer is None else Spans(tracer, operation, names),
         )
 
@@ -176,6 +180,16 @@ def open_model(
         for _ in range(3):
             replies, _ = pipeline.run([Incoming(dict(task.sample))] * 4)
             _hold_sample(replies)
+    logger.info(
+        "%s ready in %.1f s: %s, %s, %d layers of %d, on %s",
+        name,
+        time.perf_counter() - start,
+        task.name,
+        info.data_type,
+        info.num_layers,
+        info.hidden_size,
+        device,
+    )
     return Ready(pipeline, explainer, runner, engine, info, task, device)
 
 

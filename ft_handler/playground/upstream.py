@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from ft_handler.errors import ConfigError, FtHandlerError
+from ft_handler.servers.torchserve.api import read_key
 from ft_handler.servers.torchserve.properties import (
     ADDRESSES,
     ServeOptions,
@@ -180,20 +181,3 @@ def _ask(
         raise Unreachable(f"no answer from {base}: {error or type(error).__name__}") from None
     finally:
         connection.close()
-
-
-def read_key(path: Path, purpose: str) -> str | None:
-    """The key for `inference` or `management` in TorchServe's key file; None where there is none.
-
-    A file with a word of text and nothing else is a key for everything, as a proxy may ask for.
-    """
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return None
-    if re.fullmatch(r"[!-z|~]+", text):  # printable, and no brace of JSON
-        return text
-    try:
-        return str(json.loads(text)[purpose]["key"])
-    except (ValueError, KeyError, TypeError):
-        return None

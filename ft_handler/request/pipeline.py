@@ -64,6 +64,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
     max_positions positions of the model
     model         its name and version, for Open Inference answers
     bounds        how much a request, and what comes together, may ask for
+    most_bytes    of one reply's body; None is no bound
     spans         where requests' spans are written, if anywhere
     clock         seconds, for the figures and the bounds
     """
@@ -78,6 +79,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         max_positions: int,
         model: Mapping[str, str],
         bounds: Bounds = NO_BOUNDS,
+        most_bytes: int | None = None,
         spans: Spans | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -85,7 +87,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         self._runner = runner
         self._engine = engine
         self._per_token = task.per_token
-        self._clock, self._bounds = clock, bounds
+        self._clock, self._bounds, self._most_bytes = clock, bounds, most_bytes
         self._spans, self._timing = spans, settings.server_timing
         self._max_batch_tokens = settings.max_batch_tokens
         edges = settings.length_buckets
@@ -115,7 +117,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         watch.lap("decode")
         bounds = self._bounds if done is None else self._bounds.after(done)
         self._answer(requests, items, stats, watch, bounds, journal)
-        replies = assemble(requests, items, journal.headers)
+        replies = assemble(requests, items, journal.headers, self._most_bytes)
         for reply in replies:
             if reply.error:
                 stats.errors[reply.error] += 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from ft_handler.errors import InternalError, RequestError
+from ft_handler.errors import InternalError, RequestError, RequestTooLarge
 from ft_handler.request.failures import log_failure
 from ft_handler.types import Form, Item, Prediction, Reply
 
@@ -59,21 +59,32 @@ def assemble(
     requests: Sequence[Form | RequestError],
     items: Sequence[Item[Any]],
     headers: Mapping[str, str] = NO_HEADERS,
+    most_bytes: int | None = None,
 ) -> list[Reply]:
     """One reply a request, in order.
 
-    requests  each one's form, or the error that refused it
-    items     of all requests, in the order of their places
-    headers   what every reply gets as its headers: this very mapping, not a copy
+    requests    each one's form, or the error that refused it
+    items       of all requests, in the order of their places
+    headers     what every reply gets as its headers: this very mapping, not a copy
+    most_bytes  of an answer; a longer one is refused, None is no bound
     """
     counts = [0] * len(requests)
     for item in items:
         counts[item.request] += 1
     replies, at = [], 0
     for request, count in zip(requests, counts, strict=True):
-        replies.append(_reply(request, items[at : at + count], headers))
+        reply = _reply(request, items[at : at + count], headers)
+        if most_bytes is not None and len(reply.body) > most_bytes:
+            reply = encode_error(_too_long(len(reply.body), most_bytes), headers)
+        replies.append(reply)
         at += count
     return replies
+
+
+def _too_long(size: int, most: int) -> RequestTooLarge:
+    return RequestTooLarge(
+        f"the answer has {size} bytes, the limit is {most}: send fewer or shorter texts"
+    )
 
 
 def _reply(

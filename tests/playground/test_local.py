@@ -18,7 +18,7 @@ from stub_server import Stub
 
 from ft_handler.errors import ConfigError, EnvironmentProblem
 from ft_handler.playground.local import PAGE, Playground
-from ft_handler.playground.upstream import Unreachable, Upstream, configured, named, read_key
+from ft_handler.playground.upstream import Unreachable, Upstream, configured, named
 
 
 class Model:
@@ -191,16 +191,6 @@ def test_the_key_is_sent_and_never_shown(ask: Any, stub: Stub, tmp_path: Path) -
     assert ask("GET", "/models")[0] == 200
     for path in ("/", "/script.js", "/models", "/models/qa", "/counters/qa"):
         assert b"-key" not in ask("GET", path)[2]
-
-
-def test_key_files(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    assert read_key(path, "inference") is None
-    path.write_text("abc-123\n")
-    assert (read_key(path, "inference"), read_key(path, "management")) == ("abc-123", "abc-123")
-    for text in ("", "{}", "two words", '{"inference": 3}', "\xff"):
-        path.write_bytes(text.encode("latin-1"))
-        assert read_key(path, "inference") is None
 
 
 def test_a_server_that_is_not_there_is_said(tmp_path: Path) -> None:

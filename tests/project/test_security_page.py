@@ -71,6 +71,7 @@ def test_the_defaults_keep_to_this_machine() -> None:
 def test_the_limits_are_those_of_the_settings() -> None:
     properties = read_properties(ROOT / "config.properties")
     for name, shown in (("max_request_size", "6,553,500"), ("job_queue_size", "1000"),
+                        ("max_response_size", "33,554,432"),
                         ("default_response_timeout", "120")):  # fmt: skip
         assert properties[name] == shown.replace(",", "")
         assert re.search(rf"^\|[^|]*\| {shown}\b[^|]*\|[^|]*`{name}`", PAGE, re.M), name

@@ -66,6 +66,12 @@ def test_every_body_has_its_answer(predictor: Predictor, running: Running) -> No
     embedding = answer.json()["outputs"][0]
     assert (embedding["shape"], embedding["datatype"]) == ([2, 64], "FP32")
     assert embedding["data"][:64] == vector
+    # As many as OpenAI takes at once.
+    many = {"input": ["a film"] * 2048, "model": "any", "encoding_format": "base64"}
+    data = running.predict_json("embeddings", many).json()["data"]
+    assert (len(data), data[-1]["index"]) == (2048, 2047)
+    assert len({entry["embedding"] for entry in data}) == 1
+    assert running.predict_json("embeddings", ["a film"] * 2049).status_code == 413
     refused = running.predict_json("embeddings", {"input": [101, 7592], "model": "any"})
     assert (refused.status_code, refused.json()["message"]) == (
         422, "token ids are not accepted: send texts",

@@ -75,3 +75,14 @@ def test_the_hubs_client_reads_entities(served: Any, traced: Mapping[str, Path])
         (a["entity_group"], a["word"], a["start"], a["end"]) for a in wanted
     ]
     assert client.token_classification("\u200b") == []
+
+
+def test_an_answer_that_torchserve_cannot_take_is_refused_alone(served: Any) -> None:
+    """Its front ends a worker, and all that it holds, for more than `max_response_size`."""
+    pids = served.pids("tok")
+    # Some 90 bytes for each of 70,000 tokens, where 6,553,500 are taken.
+    refused = served.predict_json("tok", {"text": "a film " * 35_000})
+    assert (refused.status_code, refused.json()["type"]) == (413, "RequestTooLarge")
+    assert "the limit is 6553500" in refused.json()["message"]
+    assert served.predict("tok", TEXT).status_code == 200
+    assert served.pids("tok") == pids

@@ -16,6 +16,7 @@ from ft_handler.servers.torchserve import handler as handler_module
 from ft_handler.servers.torchserve import metrics
 from ft_handler.servers.torchserve.handler import load
 from ft_handler.servers.torchserve.metrics import METRICS
+from ft_handler.servers.torchserve.settings import RESPONSE_VARIABLE, TorchServeSettings
 from ft_handler.stats import STAGES
 
 
@@ -386,3 +387,28 @@ def test_entry_offers_torchserve_a_function_and_no_class():
         entry, lambda m: inspect.isclass(m) and m.__module__ == entry.__name__
     )
     assert classes == []
+
+
+def test_an_answer_that_is_too_long_for_the_front_is_refused(archive, timer, monkeypatch):
+    handler, context = ready(archive, {"max_response_size": 200})
+    bodies = ["a film", ["a film"] * 20, "a plot"]
+    answers = handler.handle([{"body": body} for body in bodies], context)
+    assert context.statuses == {1: 413}
+    assert "the limit is 200" in json.loads(answers[1])["message"]
+    assert json.loads(answers[0])["label"]
+    # Where nobody says it, the server's own word counts, else TorchServe's default.
+    settings = TorchServeSettings()
+    monkeypatch.delenv(RESPONSE_VARIABLE, raising=False)
+    assert settings.most_bytes() == 6_553_500
+    monkeypatch.setenv(RESPONSE_VARIABLE, "300")
+    assert settings.most_bytes() == 300
+    assert TorchServeSettings(max_response_size=200).most_bytes() == 200
+
+
+def test_what_is_ready_is_said_once(archive, caplog):
+    caplog.set_level("INFO")
+    ready(archive)
+    said = [r.getMessage() for r in caplog.records if " ready in " in r.getMessage()]
+    (line,) = said
+    assert line.startswith("fake ready in ")
+    assert line.endswith(": sequence_classification, fp32, 2 layers of 64, on cpu")

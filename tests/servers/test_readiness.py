@@ -21,7 +21,7 @@ from ports import free_port
 from ft_handler import tasks
 from ft_handler.errors import EnvironmentProblem
 from ft_handler.servers.torchserve import busy
-from ft_handler.servers.torchserve.api import Api
+from ft_handler.servers.torchserve.api import Api, read_key
 from ft_handler.servers.torchserve.draining import announce, announced, wait_until_idle
 from ft_handler.servers.torchserve.health import Health
 from ft_handler.servers.torchserve.properties import ServeOptions, effective_properties
@@ -145,6 +145,8 @@ def test_a_server_that_drains_is_not_ready() -> None:
 def test_predictions_through_a_unix_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Answers(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            # Closed before it is read, it would be a broken pipe to whoever sends it.
+            self.rfile.read(int(self.headers["Content-Length"]))
             body = json.dumps([self.path, self.headers["Authorization"]]).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -303,3 +305,16 @@ def test_a_taken_health_port_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(EnvironmentProblem, match=rf"{port} \(--health-port\)"):
             Health("127.0.0.1", port, lambda _: None, lambda: True)
+
+
+# keys
+
+
+def test_key_files(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    assert read_key(path, "inference") is None
+    path.write_text("abc-123\n")
+    assert (read_key(path, "inference"), read_key(path, "management")) == ("abc-123", "abc-123")
+    for text in ("", "{}", "two words", '{"inference": 3}', "\xff"):
+        path.write_bytes(text.encode("latin-1"))
+        assert read_key(path, "inference") is None

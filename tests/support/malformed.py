@@ -18,7 +18,7 @@ from ft_handler.types import Incoming
 MODES = ("sequence_classification", "question_answering", "token_classification")
 
 #: Limits the corpus relies on; both are the defaults.
-MAX_INPUTS = 128
+MAX_INPUTS = 2048
 MAX_CHARS = 250_000
 
 

@@ -22,6 +22,7 @@ from ft_handler.request.tracing import new_request_id, trace_of
 from ft_handler.runtime import Ready, keep_out_of_collections, open_model
 from ft_handler.servers import server_settings
 from ft_handler.servers.batching import Batcher, BatchLimits
+from ft_handler.servers.folder import response_timeout
 from ft_handler.servers.inputs import not_explained
 from ft_handler.servers.kserve import metrics
 from ft_handler.servers.kserve.payloads import incoming_of, refuse, response_of
@@ -48,7 +49,6 @@ class EncoderModel(kserve.Model):  # type: ignore[misc]
 
     def load(self) -> bool:
         """Open the model and warm it up; raises FtHandlerError naming what is wrong."""
-        start = time.perf_counter()
         settings = model_yaml(self._source)
         raw = RawSettings.of_model_dir(self._source, settings)
         limits = BatchLimits.of(settings, raw.read(CoreSettings))
@@ -60,6 +60,7 @@ class EncoderModel(kserve.Model):  # type: ignore[misc]
             name=self.name,
             # Windows make more sequences than requests.
             max_sequences=2 * max(64, limits.requests),
+            answer_within=response_timeout(settings),
             tracer=spans.tracer(),
         )
         self._signature = signature(ready)
@@ -83,17 +84,6 @@ class EncoderModel(kserve.Model):  # type: ignore[misc]
             # They are long: predictions get their turn between two of them.
             self._explanations = batcher(ready.explainer.run, replace(limits, requests=1))
         metrics.watch_queue(self.name, lambda: predictions.waiting)
-        info = ready.info
-        logger.info(
-            "%s ready in %.1f s: %s, %s, %d layers of %d, on %s",
-            self.name,
-            time.perf_counter() - start,
-            info.mode,
-            info.data_type,
-            info.num_layers,
-            info.hidden_size,
-            ready.device,
-        )
         self.ready = True
         return True
 

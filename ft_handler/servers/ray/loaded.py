@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,8 +17,6 @@ from ft_handler.servers.ray.asked import Asked
 from ft_handler.servers.ray.options import ModelOptions
 from ft_handler.servers.signature import signature
 from ft_handler.types import Incoming, Reply
-
-logger = logging.getLogger(__name__)
 
 
 class Loaded:
@@ -42,7 +38,6 @@ class Loaded:
         yaml  the folder's model-config.yaml
         gpu   the GPU that this process was given
         """
-        start = time.perf_counter()
         folder = Path(options.model)
         given = dict(options.settings)
         if options.device is not None:
@@ -66,8 +61,6 @@ class Loaded:
         self.sample = Incoming(dict(ready.task.sample))
         self.signature = signature(ready)
         keep_out_of_collections()
-        seconds = time.perf_counter() - start
-        logger.info("%s ready in %.1f s on %s", options.name, seconds, ready.device)
 
     def replies(self, asked: Sequence[Asked]) -> list[Reply]:
         """One reply a request, in order; raises EngineLost."""

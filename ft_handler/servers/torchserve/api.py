@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.client
 import json
+import re
 import socket
 import urllib.error
 import urllib.request
@@ -16,6 +17,23 @@ from ft_handler.servers.torchserve.properties import address
 
 #: What TorchServe writes its keys to, in the folder it was started in.
 KEY_FILE = "key_file.json"
+
+
+def read_key(path: Path, purpose: str) -> str | None:
+    """The key for `inference`, `management` or `API` in TorchServe's key file; None without one.
+
+    A file with a word of text and nothing else is a key for everything, as a proxy may ask for.
+    """
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    if re.fullmatch(r"[!-z|~]+", text):  # printable, and no brace of JSON
+        return text
+    try:
+        return str(json.loads(text)[purpose]["key"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class Api:
@@ -60,11 +78,7 @@ class Api:
         """The key for `inference`, `management` or `API`; None when none is needed (yet)."""
         if not self.token_auth:
             return None
-        try:
-            keys = json.loads(self.key_file.read_text(encoding="utf-8"))
-            return str(keys[purpose]["key"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return read_key(self.key_file, purpose)
 
     def request(
         self, url: str, data: bytes | None = None, method: str | None = None, timeout: float = 60

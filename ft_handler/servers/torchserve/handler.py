@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +110,6 @@ def load(ctx: Any) -> Worker:
 
 
 def _load(ctx: Any) -> Worker:
-    start = time.perf_counter()
     envelope.refuse(envelope.of_this_load())
     properties = ctx.system_properties
     folder = Path(properties["model_dir"])
@@ -133,20 +131,10 @@ def _load(ctx: Any) -> Worker:
         max_sequences=2 * max(64, properties.get("batch_size") or 1),
         model_file=model.get("serializedFile"),
         answer_within=response_timeout(ctx.model_yaml_config),
+        most_bytes=settings.most_bytes(),
         tracer=spans.tracer(),
     )
     keep_out_of_collections()
-    info = ready.info
-    logger.info(
-        "%s ready in %.1f s: %s, %s, %d layers of %d, on %s",
-        ctx.model_name,
-        time.perf_counter() - start,
-        info.mode,
-        info.data_type,
-        info.num_layers,
-        info.hidden_size,
-        ready.device,
-    )
     reporter = None
     if settings.metrics and ctx.metrics is not None:
         limits = {

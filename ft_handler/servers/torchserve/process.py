@@ -39,6 +39,7 @@ from ft_handler.servers.torchserve.properties import (
     port_number,
     wanted_models,
 )
+from ft_handler.servers.torchserve.settings import RESPONSE_SIZE, RESPONSE_VARIABLE
 
 #: Lines every start prints on a machine without a GPU or on a newer Java; they mean nothing.
 NOISE = ("WARNING: sun.reflect.Reflection.getCallerClass", "nvidia-smi not available")
@@ -143,6 +144,9 @@ class Server(Api):
         environment["TMPDIR"] = str(self._scratch)
         environment.setdefault("LOG_LOCATION", str(self._scratch / "logs"))
         environment.setdefault("METRICS_LOCATION", str(self._scratch / "logs"))
+        environment[RESPONSE_VARIABLE] = self.properties.get(
+            "max_response_size", str(RESPONSE_SIZE)
+        )
         if self.token_auth:
             self.key_file.unlink(missing_ok=True)  # never mistake an older server's keys for ours
         self._started = time.monotonic()
