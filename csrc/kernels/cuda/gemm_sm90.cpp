@@ -43,8 +43,8 @@ namespace {
 
 constexpr int kBlockK = 64;
 
-// The place of a tile's costs among a card's.
-consteval int costs_of(std::string_view tile) {
+// The place of a tile's costs among a card's; a tile without them does not compile.
+constexpr int costs_of(std::string_view tile) {
   const auto found = std::find(kCostedTiles.begin(), kCostedTiles.end(), tile);
   if (found == kCostedTiles.end()) throw "scripts/gemm_costs.py wrote no costs of this tile";
   return static_cast<int>(found - kCostedTiles.begin());
@@ -74,7 +74,7 @@ struct Variant {
 };
 
 template <typename Config>
-consteval Variant variant(const char* name, const void* (*kernel)(int, bool), int index) {
+constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), int index) {
   return {name,
           kernel,
           Config::kNorm || Config::kSplits > 1 ? nullptr : sm90::but_gelu_kernel,
