@@ -69,7 +69,6 @@ class Shape:
     k: int
     ours: list[Plan]
     library: Plan
-    best_library: float
 
     @property
     def name(self) -> str:
@@ -119,7 +118,7 @@ def _shape(row: dict[str, Any]) -> Shape:
     ]
     us, kind, product = row["library"]
     library = Plan("cublaslt", us, _amounts(kind, product))
-    return Shape(row["rows"], row["n"], row["k"], ours, library, row["best_library"])
+    return Shape(row["rows"], row["n"], row["k"], ours, library)
 
 
 def fitted(plans: list[Plan], weights: list[float]) -> Costs:

@@ -58,7 +58,7 @@ def shape(tiles: dict[str, tuple[float, ...]], rounds: float, blocks: float) -> 
         for tile, costs in tiles.items()
     ]
     library = Plan("cublaslt", 10 * rounds, {("cublaslt", "gflop"): rounds})
-    return Shape(int(64 * rounds), 768, int(64 * blocks), ours, library, 10 * rounds)
+    return Shape(int(64 * rounds), 768, int(64 * blocks), ours, library)
 
 
 def test_a_fit_finds_the_costs_that_made_the_times() -> None:

@@ -45,8 +45,8 @@ namespace {
 // Elements of K in a block of 128 bytes.
 int block_k(const Gemm& gemm) { return gemm.narrow() ? 128 : 64; }
 
-// The place of a tile's costs among a card's.
-consteval int costs_of(std::string_view tile) {
+// The place of a tile's costs among a card's; a tile without them does not compile.
+constexpr int costs_of(std::string_view tile) {
   const auto found = std::find(kCostedTiles.begin(), kCostedTiles.end(), tile);
   if (found == kCostedTiles.end()) throw "scripts/gemm_costs.py wrote no costs of this tile";
   return static_cast<int>(found - kCostedTiles.begin());
@@ -87,7 +87,7 @@ constexpr int narrow_bytes() {
 }
 
 template <typename Config>
-consteval Variant variant(const char* name, const void* (*kernel)(int, bool), int index) {
+constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), int index) {
   return {name,
           kernel,
           Config::kNorm || Config::kSplits > 1 ? nullptr : sm90::but_gelu_kernel,
