@@ -143,7 +143,7 @@ struct ProductBlock {
             a[0] = *reinterpret_cast<const uint32_t*>(from);
             a[2] = *reinterpret_cast<const uint32_t*>(from + 16);
           }
-          multiply<T>(sum, a, b[2 * half], b[2 * half + 1]);
+          mma<T>(sum, a, b[2 * half], b[2 * half + 1]);
         }
       }
       if (lane < 8) {
