@@ -75,8 +75,8 @@ __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], f
         load_matrices(keys + swizzled(block + pair * 16 + lane % 8 + lane / 16 * 8,
                                       unit0 + k * 2 + lane / 8 % 2),
                       b[0], b[1], b[2], b[3]);
-        multiply<T>(score[2 * pair], q[k], b[0], b[1]);
-        multiply<T>(score[2 * pair + 1], q[k], b[2], b[3]);
+        mma<T>(score[2 * pair], q[k], b[0], b[1]);
+        mma<T>(score[2 * pair + 1], q[k], b[2], b[3]);
       }
     }
     if (masked(block)) {
@@ -138,8 +138,8 @@ __device__ __forceinline__ void attend_keys(float (&context)[kHeadDim / 8][4], f
             if (key + 1 < low || key + 1 >= high) b[i] &= 0x0000ffffu;
           }
         }
-        multiply<T>(context[2 * d], p, b[0], b[1]);
-        multiply<T>(context[2 * d + 1], p, b[2], b[3]);
+        mma<T>(context[2 * d], p, b[0], b[1]);
+        mma<T>(context[2 * d + 1], p, b[2], b[3]);
       }
     }
   }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/ptx_sm90.cuh"
@@ -36,53 +35,6 @@ __device__ __forceinline__ void copy16(uint32_t to, const void* from, bool valid
                "r"(valid ? 16 : 0)
                : "memory");
 }
-template <typename T>
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
-
-#define FT_ACC4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define FT_WGMMA_32(type)                                                       \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type      \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, " \
-               "%14, %15}, %16, %17, 1, 1, 1, 0, 0;"                            \
-               : FT_ACC4(0), FT_ACC4(1), FT_ACC4(2), FT_ACC4(3)                 \
-               : "l"(a), "l"(b))
-#define FT_WGMMA_48(type)                                                                 \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n48k16.f32." type "." type                \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-               "%16, %17, %18, %19, %20, %21, %22, %23}, %24, %25, 1, 1, 1, 0, 0;"        \
-               : FT_ACC4(0), FT_ACC4(1), FT_ACC4(2), FT_ACC4(3), FT_ACC4(4), FT_ACC4(5)   \
-               : "l"(a), "l"(b))
-
-// d += A [64,16] B [kColumns,16]^T by a warpgroup, asynchronously.
-template <typename T, int kColumns>
-__device__ __forceinline__ void multiply_tile(float (*d)[4], uint64_t a, uint64_t b) {
-  static_assert(kColumns == 32 || kColumns == 48);
-  if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kColumns == 32) FT_WGMMA_32("f16");
-    if constexpr (kColumns == 48) FT_WGMMA_48("f16");
-  } else {
-    if constexpr (kColumns == 32) FT_WGMMA_32("bf16");
-    if constexpr (kColumns == 48) FT_WGMMA_48("bf16");
-  }
-}
-#undef FT_ACC4
-#undef FT_WGMMA_32
-#undef FT_WGMMA_48
 
 // Relaxed: what blocks send each other is ordered by counted barriers, and a release would wait for
 // every outstanding load.

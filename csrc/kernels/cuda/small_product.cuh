@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/activation.cuh"
+#include "kernels/cuda/gemm_wgmma.cuh"
 #include "kernels/cuda/small_attention.cuh"
 #include "kernels/cuda/small_kernels.h"
 
@@ -143,7 +144,7 @@ struct ProductBlock {
             a[0] = *reinterpret_cast<const uint32_t*>(from);
             a[2] = *reinterpret_cast<const uint32_t*>(from + 16);
           }
-          multiply<T>(sum, a, b[2 * half], b[2 * half + 1]);
+          mma<T>(sum, a, b[2 * half], b[2 * half + 1]);
         }
       }
       if (lane < 8) {
@@ -228,7 +229,8 @@ struct ProductBlock {
     }
   }
 
-  using Sums = float[kGroupColumns / 8][4];
+  // A matrix instruction's accumulators behind each other: four each eight columns.
+  using Sums = float[kGroupColumns / kStep][kStep / 2];
 
   // Adds this block's share of K, chunk by chunk as the input arrives.
   __device__ __forceinline__ void multiply_chunks(Sums& product) const {
@@ -242,8 +244,7 @@ struct ProductBlock {
       for (int k = 0; k < kChunk / 16; ++k) {
 #pragma unroll
         for (int j = 0; j < kGroupColumns / kStep; ++j) {
-          multiply_tile<T, kStep>(product + j * (kStep / 8), a + k * 2,
-                                  b + k * 2 + j * kStep * kChunkBytes / 16);
+          Wgmma<kStep, T>::run(product[j], a + k * 2, b + k * 2 + j * kStep * kChunkBytes / 16, 1);
         }
       }
       wgmma_commit();
@@ -284,7 +285,8 @@ struct ProductBlock {
       if (warp_row + half * 8 + lane / 4 < rows) {
 #pragma unroll
         for (int j = 0; j < kGroupColumns / 8; ++j) {
-          store_shared_pair(sums_of[half] + j * 32, product[j][2 * half], product[j][2 * half + 1]);
+          const float* const four = &product[j * 8 / kStep][j * 8 % kStep / 2];
+          store_shared_pair(sums_of[half] + j * 32, four[2 * half], four[2 * half + 1]);
         }
       }
     }
