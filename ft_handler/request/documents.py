@@ -94,6 +94,9 @@ class Decoder(Generic[InputT, ParamsT]):
             for key in task.required
         }
         self._keys = frozenset((*self._texts, *task.ignored))
+        # An object of these alone, all of them plain texts, is one input to every task.
+        plain = not set(task.required) & set(task.lists)
+        self._usual = frozenset(task.required) if plain else frozenset(("",))
         self._wanted = " and ".join(f"'{key}'" for key in task.required)
         self._known = ", ".join(
             (
@@ -146,6 +149,12 @@ class Decoder(Generic[InputT, ParamsT]):
             return Request(self._inputs(document, params, "inputs"), LISTED)
         if not isinstance(document, dict):
             raise UnusableRequest("the body must be text, an object or a list of inputs")
+        if document.keys() == self._usual:
+            for text in document.values():
+                if not is_plain(text, self._most_chars):
+                    break
+            else:
+                return Request((self._task.read(document, params),), SINGLE)
         if (foreign := self._task.foreign(document)) is not None:
             params = self._read(foreign.parameters, params, "") if foreign.parameters else params
             name = "inputs" if foreign.form.many else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from itertools import chain
 from operator import itemgetter
 from typing import Annotated, Any, ClassVar
 
@@ -160,6 +161,7 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
             handle_impossible_answer=settings.handle_impossible_answer,
             align_to_words=settings.align_to_words,
         )
+        self._default_room = self._question_room(self.defaults)
 
     def encode(self, items: Sequence[Item[QuestionInput]]) -> list[QuestionEncoding]:
         """The windows of every question; one whose parameters leave no room is refused."""
@@ -181,9 +183,12 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
         self, item: Item[QuestionInput], question: Ids, context: Ids, origins: Origins
     ) -> QuestionEncoding:
         params, template = item.input.params, self._template
-        longest = self._question_room(params)
+        longest = self._default_room
+        if params is not self.defaults:
+            longest = self._question_room(params)
         cut = len(question) > longest
-        question = question[:longest]
+        if cut:
+            question = question[:longest]
         head = len(template.before) + len(question) + len(template.between)
         room = params.max_seq_len - head - len(template.after)
         if not len(context):
@@ -194,12 +199,16 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
                 "'max_seq_len' or lower 'max_question_len'"
             )
         if len(context) <= room:
+            sequence = np.concatenate(
+                (template.before, question, template.between, context, template.after)
+            )
+            split = template.split(len(question), len(sequence))
             spans = [(0, len(context))]
-        else:
-            overlap = self._overlap(params, room)
-            beside = head + len(template.after)
-            hold_windows(len(context), room, overlap, beside, self.most_tokens, "doc_stride")
-            spans = window_spans(len(context), room, overlap)
+            return QuestionEncoding(item, [sequence], [split], cut, origins, head, spans)
+        overlap = self._overlap(params, room)
+        beside = head + len(template.after)
+        hold_windows(len(context), room, overlap, beside, self.most_tokens, "doc_stride")
+        spans = window_spans(len(context), room, overlap)
         sequences = [
             np.concatenate(
                 (template.before, question, template.between, context[begin:end], template.after)
@@ -239,17 +248,20 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
 
     def predict(self, encodings: Sequence[QuestionEncoding], outputs: Outputs) -> list[Prediction]:
         """`{"score", "start", "end", "answer"}`, or a list of them with `top_k` of 2 and more."""
+        begins = np.cumsum(outputs.lengths) - outputs.lengths
+        first = encodings[0].item.input.params
+        if all(e.item.input.params is first for e in encodings):
+            return self._group(first, encodings, begins, outputs.values)
         groups: dict[Parameters, list[int]] = {}
         for i, encoding in enumerate(encodings):
             groups.setdefault(encoding.item.input.params, []).append(i)
-        begins = np.cumsum(outputs.lengths) - outputs.lengths
         owners = np.repeat(np.arange(len(encodings)), [len(e.sequences) for e in encodings])
         predictions: list[Prediction] = [{}] * len(encodings)
         for params, members in groups.items():
             answers = self._group(
                 params,
                 [encodings[i] for i in members],
-                begins if len(groups) == 1 else begins[np.isin(owners, members)],
+                begins[np.isin(owners, members)],
                 outputs.values,
             )
             for i, answer in zip(members, answers, strict=True):
@@ -280,18 +292,28 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
         # The row of `origins` that each window's first token has.
         rows = (np.repeat(np.cumsum(tokens) - tokens, windows) + spans[:, 0])[:, None]
         begin, end = (2, 3) if params.align_to_words else (0, 1)
-        # What reaches past its window scores below zero and is never read.
         begins = origins[:, begin].take(rows + firsts, mode="clip")
         ends = origins[:, end].take(rows + lasts, mode="clip")
-        floors = scores[:, 0] * (_LEAST_SHARE if params.top_k == 1 else 0)
-        found = list(
-            zip(floors.tolist(), scores.tolist(), begins.tolist(), ends.tolist(), strict=True)
-        )
+        # How many of a window's spans count; what reaches past its end scores below zero.
+        floors = scores[:, :1] * (_LEAST_SHARE if params.top_k == 1 else 0)
+        counted = np.add.reduce(scores >= floors, axis=1).tolist()
+        found = [
+            (p[:n], b[:n], e[:n])
+            for n, p, b, e in zip(
+                counted, scores.tolist(), begins.tolist(), ends.tolist(), strict=True
+            )
+        ]
         predictions: list[Prediction] = []
         window = 0
         for question, count in zip(questions, windows, strict=True):
             until = window + count
-            answers = _answers(question.item.input.context, found[window:until])
+            if count == 1:
+                spans_found = found[window]
+            else:
+                spans_found = tuple(
+                    [*chain(*each)] for each in zip(*found[window:until], strict=True)
+                )
+            answers = _answers(question.item.input.context, *spans_found, params.top_k)
             if params.handle_impossible_answer:
                 answers.append((float(null[window:until].min()), 0, 0, ""))
             window = until
@@ -369,26 +391,29 @@ _score = itemgetter(0)
 
 
 def _answers(
-    text: str, windows: Sequence[tuple[float, list[float], list[int], list[int]]]
+    text: str, scores: list[float], begins: list[int], stops: list[int], most: int
 ) -> list[_Answer]:
-    """Spans as text, texts that are equal but for case merged, in the order they were found.
+    """The best `most` answers, best first: spans' texts, those that are equal but for case merged.
 
-    windows  of each the least score of a span that counts (none is negative), and the scores,
-             begins and ends of its spans, best first
+    scores, begins, stops  of all spans of a question that count, of each window the best first
     """
-    answers: dict[str, _Answer] = {}
-    for floor, scores, begins, stops in windows:
-        for score, begin, stop in zip(scores, begins, stops, strict=True):
-            if score < floor:
-                break
-            answer = text[begin:stop]
-            key = answer.lower()
-            known = answers.get(key)
-            if known is None:
-                answers[key] = (score, begin, stop, answer)
-            else:
-                answers[key] = (known[0] + score, *known[1:])
-    return list(answers.values())
+    if text.isascii():
+        lowered = text.lower()
+        keys = [lowered[a:b] for a, b in zip(begins, stops, strict=True)]
+    else:  # what a character becomes may depend on the characters beside it
+        keys = [text[a:b].lower() for a, b in zip(begins, stops, strict=True)]
+    totals: dict[str, float] = {}
+    for key, score in zip(keys, scores, strict=True):
+        totals[key] = totals.get(key, 0.0) + score
+    if most == 1:
+        best = [max(totals, key=totals.__getitem__)]
+    else:
+        best = sorted(totals, key=totals.__getitem__, reverse=True)[:most]
+    places = [keys.index(key) for key in best]
+    return [
+        (totals[key], begins[at], stops[at], text[begins[at] : stops[at]])
+        for key, at in zip(best, places, strict=True)
+    ]
 
 
 def _answer(found: _Answer) -> dict[str, object]:

@@ -119,8 +119,9 @@ ReadTexts::ReadTexts(std::string_view joined, const int64_t* ends, int64_t texts
 
 void ReadTexts::read(const char* text, int64_t bytes, const ChunkMemory& memory, const Cuts& cuts,
                      const std::vector<Place>& given) {
-  bool ascii = true;
-  for (int64_t at = 0; at < bytes; ++at) ascii = ascii && text[at] >= 0;
+  char bits = 0;
+  for (int64_t at = 0; at < bytes; ++at) bits |= text[at];
+  const bool ascii = bits >= 0;
   int64_t begin = 0;
   int32_t characters = 0;
   bool first = cuts.apart;
