@@ -52,7 +52,10 @@ def prepare_narrow(weight: Tensor) -> Tensor:
 
 
 def serves_narrow(like: Tensor) -> bool:
-    """Whether the device of a tensor multiplies 8-bit floats in `encode`; no CPU does."""
+    """Whether `encode` multiplies 8-bit floats for such a float weight `[L,N,K]`; no CPU does.
+
+    Asked with a tensor of the weight's device, type and shape, whatever it holds.
+    """
     return cast(bool, _ops.serves_narrow(like))
 
 

@@ -8,13 +8,19 @@ from typing import Any
 import pytest
 import torch
 from encoder_support import random_weights
-from quantized_support import apart, exact_weights, quantized_encoder, simulated_weights
+from quantized_support import (
+    apart,
+    exact_weights,
+    float_weights,
+    quantized_encoder,
+    simulated_weights,
+)  # fmt: skip
 from torch import Tensor
 
 import ft_handler
 from ft_handler import precisions
 from ft_handler.errors import ModelError
-from ft_handler.model.encoder import Encoder, RoundedProduct
+from ft_handler.model.encoder import Encoder
 from ft_handler.model.spec import EncoderSpec
 from ft_handler.native import twins
 from ft_handler.prepare import quantize
@@ -66,19 +72,6 @@ def reloaded(module: Any) -> Any:
     torch.jit.save(module, file)
     file.seek(0)
     return torch.jit.load(file)
-
-
-def float_weights(encoder: Encoder) -> list[Tensor]:
-    """The weights in the op's order, products as floats."""
-    tensors, modules = dict(encoder.named_buffers()), dict(encoder.named_modules())
-    names = dict(word.split("=", 1) for word in encoder.spec.split())["weights"].split(",")
-
-    def weight(name: str) -> Tensor:
-        module = modules[name.rpartition(".")[0]]
-        rounded = isinstance(module, RoundedProduct) and name.endswith(".weight")
-        return module.dequantized() if rounded else tensors[name]  # type: ignore[operator]
-
-    return [weight(name) for name in names]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -62,6 +62,19 @@ def simulated_weights(encoder: Encoder) -> list[twins.Weight]:
     return [weight(name) for name in names.split(",")]
 
 
+def float_weights(encoder: Encoder) -> list[Tensor]:
+    """The weights in the op's order, products as the floats that they round."""
+    tensors, modules = dict(encoder.named_buffers()), dict(encoder.named_modules())
+
+    def weight(name: str) -> Tensor:
+        module = modules[name.rpartition(".")[0]]
+        rounded = isinstance(module, RoundedProduct) and name.endswith(".weight")
+        return module.dequantized() if rounded else tensors[name]
+
+    names = dict(word.split("=", 1) for word in encoder.spec.split())["weights"]
+    return [weight(name) for name in names.split(",")]
+
+
 def simulation_of(model: Any, task: AnyTask, data_type: str = "int8") -> Simulation:
     """The float simulation of a transformers model's file."""
     architecture = architectures.get(model.config.model_type)
