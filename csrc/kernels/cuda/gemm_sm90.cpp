@@ -26,6 +26,7 @@ const void* but_gelu_kernel(int variant, bool bfloat16);   // all activations bu
 const void* norm_kernel(int variant, bool bfloat16);       // gemm_norm_sm90.cu
 const void* split_kernel(int variant, bool bfloat16);      // gemm_split_sm90.cu
 const void* fp8_kernel(int variant, bool narrow_output);   // gemm_fp8_sm90.cu
+const void* fp8_norm_kernel(int variant);                  // gemm_fp8_norm_sm90.cu
 const void* tall_half_kernel(int cluster, int index);      // gemm_tall_half_sm90.cu
 const void* tall_bfloat16_kernel(int cluster, int index);  // gemm_tall_bfloat16_sm90.cu
 
@@ -79,7 +80,7 @@ struct Variant {
 // Clusters that split K among them have no kernel of e4m3 operands.
 template <typename Config>
 constexpr int narrow_bytes() {
-  if constexpr (Config::kSplits > 1 || Config::kNorm) {
+  if constexpr (Config::kSplits > 1) {
     return 0;
   } else {
     return sm90::ScaledConfig<Config>::kSharedBytes;
@@ -270,7 +271,8 @@ const void* kernel_of(const Variant& variant, Flavour flavour) {
     case kBFloat16ButGelu:
       return variant.but_gelu(variant.index, flavour == kBFloat16ButGelu);
     default:
-      return sm90::fp8_kernel(variant.index, flavour == kNarrowOutput);
+      return variant.norm ? sm90::fp8_norm_kernel(variant.index)
+                          : sm90::fp8_kernel(variant.index, flavour == kNarrowOutput);
   }
 }
 
@@ -491,6 +493,11 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
   }
   p.scale = gemm.weight.scale;
   p.out_scale = gemm.output_step;
+  if (variant.norm) {
+    p.narrow = norm->narrow.rows;
+    p.out_scale = norm->narrow.step;
+    p.rows = gemm.rows;
+  }
   void* arguments[] = {&input, &weight, &residual, &output, &p};
   return launch_variant(variant, ready.kernel, shared_bytes_of(variant, gemm), clusters, launch,
                         arguments);
