@@ -12,7 +12,8 @@
 #            needs none of it.
 #   RESULTS  where STEP.json, logs.tar.gz and steps.txt go; a step that fails says so there, and the
 #            others go on
-#   STEP     build     the library here, with CUDA
+#   STEP     unpack    nothing but what came with this call
+#            build     the library here, with CUDA
 #            tests     tests/gpu; TESTS has other files or options of pytest
 #            sanitize  compute-sanitizer's four tools over the kernels; TOOLS has fewer
 #            encoder   ours in fp16 and FP8 beside packed compiled torch and the products alone
@@ -24,7 +25,8 @@
 #            default: tests encoder accuracy serving
 #
 # LIMIT bounds a step's seconds (570). PRECISIONS (fp16 fp8), ROWS, ROUNDS, WORKERS, CONNECTIONS,
-# TURN (seconds of one measurement) and DEVICE (cuda) replace what the steps take.
+# TURN (seconds of one measurement), MODEL, LIMIT_EXAMPLES and DEVICE (cuda) replace what the steps
+# take.
 # FT_HANDLER_COMMIT is the commit that the results name, where the tree has no history.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -131,7 +133,7 @@ profile() {
 
 accuracy() {
     python3 benchmarks/accuracy.py --device "$device" --data-type "${precisions[@]}" \
-        --json "$results/accuracy.json"
+        ${LIMIT_EXAMPLES:+--limit "$LIMIT_EXAMPLES"} --json "$results/accuracy.json"
     local status=$? task data traced
     for task in sequence_classification question_answering; do
         data=$FT_HANDLER_SHARED/data/sst2/dev.tsv
@@ -180,8 +182,9 @@ unpack
 status=0
 for step in "$@"; do
     case $step in
+    unpack) echo "unpack: done" | tee -a "$results/unpack.log" && continue ;;
     build | tests | sanitize | encoder | fp8 | profile | accuracy | serving | two-gpus) ;;
-    *) echo "$step: no such step" | tee -a "$results/steps.txt" && status=1 && continue ;;
+    *) echo "$step: no such step" | tee -a "$results/steps.txt" "$results/$step.log" && status=1 && continue ;;
     esac
     SECONDS=0
     echo "== $step"

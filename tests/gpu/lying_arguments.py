@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from stacks import VOCABULARY, random_stack, specification
+from stacks import VOCABULARY, narrow_stack, random_stack, specification
 from torch import Tensor
 
 from ft_handler import load_library
 
 STALE = 123.0
+# Hidden, heads, intermediate.
+SIZES = ((768, 12, 3072), (256, 4, 1024), (192, 6, 320))
 load_library()
 ops = torch.ops.fastertransformer
 
@@ -76,6 +78,20 @@ def relative_bias(heads: int, distance: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(heads, 2 * distance + 1, device="cuda", dtype=dtype)
 
 
+def paddings() -> None:
+    """Indices outside of the padded rows are left out; what is not placed is filled."""
+    for dtype in (torch.float16, torch.float32):
+        for width in (1, 6, 768):
+            rows = torch.randn(9, width, device="cuda", dtype=dtype)
+            right = torch.tensor([0, 3, 7, 11], device="cuda")
+            wild = torch.tensor([-1, 12, 2**31, 2**62, -(2**63)], device="cuda")
+            leave_stale_memory()
+            out = ops.restore_padding(rows, torch.cat([wild, right]), 3, 4, -1.0)
+            wanted = torch.full((12, width), -1.0, device="cuda", dtype=dtype)
+            wanted[right] = rows[len(wild) :]
+            assert torch.equal(out.view(12, width), wanted), f"{dtype} {width}"
+
+
 def pools() -> None:
     """Means and maxima of rows, at widths that are read in pieces and one by one."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -117,11 +133,24 @@ def attention() -> None:
                     assert not tail.any(), what
 
 
+def encoder(what: str, stack: list[Tensor], spec: str, tokens: int, most: int, how: str) -> None:
+    """One encoder over one batch."""
+    ids = torch.randint(0, VOCABULARY, (tokens,), device="cuda")
+
+    def call(cu: Tensor, longest: int) -> Tensor:
+        out: Tensor = ops.encode(ids, ids % 2, None, cu, longest, stack, spec, how)
+        return out
+
+    what = f"encode {what} {tokens} {how}"
+    spoilt(what, call, tokens, most)
+    stray(what, call, tokens, most)
+
+
 def encoders() -> None:
     """The whole encoder, by the chain for few tokens and by the large kernels."""
     for dtype in (torch.float16, torch.bfloat16):
-        for size in ((768, 12, 3072), (256, 4, 1024), (192, 6, 320)):
-            stack = random_stack(size, dtype, positions=1024)
+        for size in SIZES:
+            stack, spec = random_stack(size, dtype, positions=1024), specification(size)
             for tokens, longest, options in (
                 (24, 20, ""),
                 (64, 60, ""),
@@ -129,19 +158,21 @@ def encoders() -> None:
                 (700, 500, ""),
                 (64, 60, "batch_invariant"),
             ):
-                ids = torch.randint(0, VOCABULARY, (tokens,), device="cuda")
+                encoder(f"{dtype} {size}", stack, spec, tokens, longest, options)
 
-                def call(
-                    cu: Tensor, most: int, given: tuple[Any, ...] = (ids, stack, size, options)
-                ) -> Tensor:
-                    ids, stack, size, options = given
-                    spec = specification(size)
-                    out: Tensor = ops.encode(ids, ids % 2, None, cu, most, stack, spec, options)
-                    return out
 
-                what = f"encode {dtype} {size} {tokens} {options}"
-                spoilt(what, call, tokens, longest)
-                stray(what, call, tokens, longest)
+def narrow_encoders() -> None:
+    """The whole encoder with e4m3 weights, at counts of tokens that do without them and do not."""
+    for size in SIZES:
+        for floats in ("", "qkv:1;down:0,2"):
+            stack, spec = narrow_stack(size, floats, positions=3000)
+            for tokens, longest, options in (
+                (24, 20, ""),
+                (700, 500, ""),
+                (5000, 2600, ""),
+                (5000, 2600, "batch_invariant"),
+            ):
+                encoder(f"fp8 {size} {floats}", stack, spec, tokens, longest, options)
 
 
 def embeddings() -> None:
@@ -211,6 +242,18 @@ def misaligned() -> None:
                 cu = bounds([0, *range(30, tokens + 1, 30), *([tokens] if tokens % 30 else [])])
                 spec = specification(size)
                 same(ops.encode, ids, ids % 2, None, cu, 30, stack, spec, "")
+            if size[0] == 768:
+                same(ops.encode, ids, ids % 2, ids.int() % 90, cu, 30, stack, spec, "")
+    for size in SIZES:
+        stack, spec = narrow_stack(size)
+        for tokens in (30, 400, 5010):
+            ids = torch.randint(0, VOCABULARY, (tokens,), device="cuda")
+            cu = bounds([0, *range(30, tokens + 1, 30), *([tokens] if tokens % 30 else [])])
+            same(ops.encode, ids, ids % 2, None, cu, 30, stack, spec, "")
+    # torch compares no 8-bit floats.
+    weight = torch.randn(2, 24, 48, device="cuda").to(torch.float8_e4m3fn)
+    prepared = [ops.prepare_narrow(w).view(torch.int8) for w in (weight, off(weight))]
+    assert torch.equal(*prepared)
 
 
 CASES = {
@@ -218,6 +261,8 @@ CASES = {
     "encoders": encoders,
     "embeddings": embeddings,
     "misaligned": misaligned,
+    "narrow_encoders": narrow_encoders,
+    "paddings": paddings,
     "pools": pools,
 }
 

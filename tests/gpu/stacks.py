@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ft_handler.model.encoder import weight_names
+from ft_handler.model.encoder import PRODUCTS, weight_names
 from ft_handler.model.spec import EncoderSpec
 
 LAYERS = 3
@@ -53,3 +53,29 @@ def random_stack(
         *(*linear(wide, hidden), *linear(hidden, wide), *norm(LAYERS, hidden)),
         *([normal(heads, 2 * distance + 1, scale=2.0)] if distance else []),
     ]
+
+
+def narrow_stack(
+    size: tuple[int, int, int], floats: str = "", positions: int = 96
+) -> tuple[list[torch.Tensor], str]:
+    """A stack in fp16 whose products have e4m3 weights too, and its specification.
+
+    floats  the layers in which a product does without them, such as "qkv:1;up:0,2"
+    """
+    stack, spec = random_stack(size, torch.float16, positions), specification(size)
+    names = dict(word.split("=", 1) for word in spec.split())["weights"].split(",")
+    more: dict[str, torch.Tensor] = {}
+    for product in (name for name in PRODUCTS if f"{name}.weight" in names):
+        at = names.index(f"{product}.weight")
+        scale = stack[at].float().abs().amax(-1) / 448
+        narrow = (stack[at].float() / scale[..., None]).to(torch.float8_e4m3fn)
+        stack[at] = (narrow.float() * scale[..., None]).half()
+        # Inputs of up to 22, which is more than any of these products gets.
+        inputs = torch.full((LAYERS,), 0.05, device="cuda")
+        more |= {
+            f"{product}.narrow": torch.ops.fastertransformer.prepare_narrow(narrow),
+            f"{product}.narrow_scale": scale * inputs[:, None],
+            f"{product}.input_scale": inputs,
+        }
+    spec = spec.replace(",".join(names), ",".join([*names, *more]))
+    return [*stack, *more.values()], f"{spec} floats={floats}" if floats else spec

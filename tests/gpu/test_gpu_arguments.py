@@ -6,17 +6,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from op_arguments import NAMES, OLD_NAMES, UNTRACEABLE, arguments
+from stacks import LAYERS, VOCABULARY, narrow_stack
 
 import ft_handler.native.ops  # noqa: F401 - loads the library, and what its ops make of fake tensors
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("case", ["attention", "encoders", "embeddings", "misaligned", "pools"])
+@pytest.mark.parametrize(
+    "case",
+    ["attention", "encoders", "embeddings", "misaligned", "narrow_encoders", "paddings", "pools"],
+)
 def test_arguments_that_lie(case: str) -> None:
     script = Path(__file__).with_name("lying_arguments.py")
     places = [str(script.parents[2]), *sys.path]
@@ -38,6 +43,77 @@ def test_opcheck(name: str) -> None:
     if name not in UNTRACEABLE:
         checks += ["test_faketensor", "test_aot_dispatch_dynamic"]
     torch.library.opcheck(op, arguments(name, prepare, "cuda"), test_utils=checks)
+
+
+def narrow_call(tokens: int = 40) -> list[Any]:
+    """One call of `encode` whose products have e4m3 weights too, on sequences of 20 tokens."""
+    ids = torch.randint(0, VOCABULARY, (tokens,), device="cuda")
+    cu = torch.arange(0, tokens + 1, 20, dtype=torch.int32, device="cuda")
+    return [ids, ids % 2, None, cu, 20, *narrow_stack((256, 4, 1024)), ""]
+
+
+@pytest.mark.parametrize("tokens", [40, 5000])
+def test_opcheck_of_the_encoder_in_fp8(tokens: int) -> None:
+    # torch's checker of schemas compares tensors, which it cannot do for 8-bit floats.
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    op = torch.ops.fastertransformer.encode.default
+    torch.library.opcheck(op, tuple(narrow_call(tokens)), test_utils=checks)
+
+
+def test_opcheck_of_what_serves_fp8() -> None:
+    ops = torch.ops.fastertransformer
+    weight = torch.randn(2, 24, 48, device="cuda").to(torch.float8_e4m3fn)
+    checks = ("test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.prepare_narrow.default, (weight,), test_utils=checks)
+    checks = ("test_autograd_registration", "test_schema")
+    torch.library.opcheck(ops.serves_narrow.default, (weight.half(),), test_utils=checks)
+    capability = torch.cuda.get_device_capability()
+    for dtype in (torch.float16, torch.float32, torch.float8_e4m3fn):
+        assert ops.serves_narrow(weight.to(dtype)) == (capability == (9, 0))
+
+
+def test_weights_in_fp8_that_do_not_fit_are_refused() -> None:
+    encode = torch.ops.fastertransformer.encode
+    good = narrow_call()
+    stack, spec = good[5], good[6]
+    before = encode(*good)
+    names = dict(word.split("=", 1) for word in spec.split())["weights"].split(",")
+
+    def refused(match: str, stack: list[torch.Tensor], spec: str) -> None:
+        with pytest.raises(RuntimeError, match=match):
+            encode(*good[:5], stack, spec, "")
+
+    for at, name in enumerate(names):
+        if not name.endswith(("narrow", "narrow_scale", "input_scale")):
+            continue
+        tensor = stack[at]
+        for wrong in (
+            tensor.to(torch.bfloat16),
+            tensor[..., :-1].contiguous(),
+            torch.cat([tensor.view(torch.uint8)] * 2).view(tensor.dtype),
+            tensor[None],
+            tensor.flatten()[:0],
+            tensor.cpu(),
+        ):
+            refused(name.replace(".", r"\."), [*stack[:at], wrong, *stack[at + 1 :]], spec)
+        # A product has all of its three tensors or none.
+        rest = ",".join(other for other in names if other != name)
+        without = spec.replace(",".join(names), rest)
+        refused("e4m3", [*stack[:at], *stack[at + 1 :]], without)
+    for floats in ("up:x", "up:-1", f"up:{LAYERS}", "norm1:0", "up:0:1", "up:99999999999"):
+        refused("floats", stack, f"{spec} floats={floats}")
+    assert torch.equal(encode(*good), before)
+
+
+def test_order_of_columns_in_fp8_is_refused_where_there_is_none() -> None:
+    prepare = torch.ops.fastertransformer.prepare_narrow
+    weight = torch.zeros(2, 24, 48, device="cuda")
+    for wrong in (weight, weight.half(), weight.to(torch.int8)):
+        with pytest.raises(RuntimeError, match="float8_e4m3fn"):
+            prepare(wrong)
+    for columns in (1, 8, 40):
+        with pytest.raises(RuntimeError, match="multiple of 16"):
+            prepare(weight[..., :columns].contiguous().to(torch.float8_e4m3fn))
 
 
 def test_a_prepared_weight_is_no_part_of_the_raw_one() -> None:
@@ -82,6 +158,37 @@ def test_what_the_host_can_check_is_refused_in_words() -> None:
     wide = torch.zeros(1, dtype=torch.int64, device="cuda").expand(2**16, 2**15)
     with pytest.raises(RuntimeError, match=r"fewer than 2\^31 tokens"):
         ops.remove_padding(wide, wide, wide)
+
+
+def test_products_that_do_not_fit_are_refused() -> None:
+    ops = torch.ops.fastertransformer
+
+    def there(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda").to(dtype)
+
+    x, weight, row, rest = there(5, 64), there(128, 64), there(128), there(5, 128)
+    fits = (x, weight, row, rest, row, row)
+    before = ops.linear_layer_norm(*fits, 1e-12)
+    for at, good in enumerate(fits):
+        for wrong in (good.cpu(), good.double(), good[..., :-1].contiguous(), good[None, None]):
+            given = [*fits[:at], wrong, *fits[at + 1 :]]
+            with pytest.raises(RuntimeError, match=r" must | is on another device"):
+                ops.linear_layer_norm(*given, 1e-12)
+            if at < 4:
+                with pytest.raises(RuntimeError, match=r" must | is on another device"):
+                    ops.linear(*given[:4], "gelu")
+    assert torch.equal(ops.linear_layer_norm(*fits, 1e-12), before)
+    for rows in (-1, 2**31):
+        with pytest.raises(RuntimeError, match="rows is out of range"):
+            ops.gemm_candidates(weight, rows, False, False, False)
+        with pytest.raises(RuntimeError, match="rows is out of range"):
+            ops.gemm_row_class(rows)
+    with pytest.raises(RuntimeError, match="weight must"):
+        ops.gemm_candidates(weight.int(), 5, False, False, False)
+    with pytest.raises(RuntimeError, match="unknown dtype"):
+        ops.load_gemm_plan(0, "float8", 5, 128, 64, False, False, False, "cublaslt")
+    with pytest.raises(RuntimeError, match="device is out of range"):
+        ops.load_gemm_plan(-1, "float16", 5, 128, 64, False, False, False, "cublaslt")
 
 
 def test_row_classes_end() -> None:
