@@ -1,13 +1,16 @@
 """Time of each stage of the request path, with the real encoder or with one that costs nothing.
 
-    python benchmarks/stages.py --model DIR [--batch 32] [--engine real|replay|device]
-        [--form text|json] [--bodies FILE]
+    python benchmarks/stages.py --model DIR [--batch 32] [--engine real|replay|device|instant]
+        [--form text|json|parsed] [--bodies FILE]
 
 DIR is what `ft-handler trace` wrote. The texts are the SST-2 sentences or SQuAD questions of
 FT_HANDLER_SHARED, else random words of typical lengths; `--bodies` takes a file of them, one a
 line, as `serving.make_bodies` writes it. `device` replays logits, but only when a device that
-works beside the host would have them; "compute" is then the time spent waiting for it. Prints
-microseconds a request and the share of the batch's time; `--output` writes JSON.
+works beside the host would have them; "compute" is then the time spent waiting for it. `instant`
+gives random logits at once, to batches in parts as on a GPU, whatever the model computes: it shows
+the host's work alone, on any machine, with a model of any size. `parsed` hands JSON over as a
+server's worker does that has parsed it. Prints microseconds a request, wall time by stage and the
+processor's time of the whole, and the share of the batch's time; `--output` writes JSON.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from ft_handler import load_model
+from ft_handler import load_model, tasks
 from ft_handler.config import RawSettings
-from ft_handler.engine.base import Engine
+from ft_handler.engine.base import Done, Engine
 from ft_handler.engine.cpu import CpuEngine
 from ft_handler.request.pipeline import Pipeline
 from ft_handler.runtime import loaded_of, settle
@@ -38,6 +42,7 @@ from ft_handler.types import Floats, PackedBatch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from provenance import provenance
 
+ENGINES = ("real", "replay", "device", "instant")
 SHARED = Path(os.environ.get("FT_HANDLER_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 
 
@@ -98,6 +103,25 @@ class DeviceBatch:
         return self._logits
 
 
+class InstantEngine:
+    """Answers at once with random logits."""
+
+    overlaps = True
+
+    def __init__(self, columns: int, per_token: bool) -> None:
+        self._columns, self._per_token = columns, per_token
+        rng = np.random.default_rng(0)
+        self._logits = rng.normal(0, 4, columns << 18).astype(np.float32)
+
+    def launch(self, batch: PackedBatch) -> Done:
+        rows = batch.total if self._per_token else batch.batch
+        shape = (self._columns, rows) if self._per_token else (rows, self._columns)
+        return Done(self._logits[: self._columns * rows].reshape(shape))
+
+    def warm_up(self) -> dict[str, float]:
+        return {}
+
+
 def inputs_of(mode: str, count: int) -> list[Any]:
     """Real texts where they are, random words elsewhere."""
     rng = random.Random(0)
@@ -142,11 +166,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=27)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--engine", choices=("real", "replay", "device"), default="real")
+    parser.add_argument("--engine", choices=ENGINES, default="real")
     parser.add_argument("--device-us", type=float, default=220, help="of `device`, a launch")
     parser.add_argument("--device-ns", type=float, default=325, help="of `device`, a token")
     parser.add_argument("--bodies", type=Path, help="texts, or JSON objects, one a line")
-    parser.add_argument("--form", choices=("text", "json"), default="text")
+    parser.add_argument("--form", choices=("text", "json", "parsed"), default="text")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -154,7 +178,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     model = load_model(args.model / "traced_model.pt")
     engine: Engine = CpuEngine(model)
-    if args.engine != "real":
+    if args.engine == "instant":
+        per_token = tasks.get(model.info.mode).per_token
+        engine = InstantEngine(model.info.num_labels, per_token)
+    elif args.engine != "real":
         engine = replay = ReplayEngine(engine)
     if args.engine == "device":
         engine = DeviceEngine(replay, args.device_us * 1e-6, args.device_ns * 1e-9)
@@ -172,7 +199,8 @@ def main() -> None:
             raw.append({"body": item})
         else:
             document = {"text": item} if isinstance(item, str) else item
-            raw.append({"body": bytearray(json.dumps(document).encode())})
+            encoded = bytearray(json.dumps(document).encode())
+            raw.append({"body": document if args.form == "parsed" else encoded})
     batches = [raw[i : i + args.batch] for i in range(0, len(raw), args.batch)]
     settled = settle(args.model, RawSettings({}))
 
@@ -196,13 +224,16 @@ def main() -> None:
         cold.append(host_only)
         seen.clear()
     first_pass = statistics.mean(map(min, zip(*cold, strict=True)))
-    walls = []
+    walls, processor = [], []
     for _ in range(args.rounds):
         for batch in batches:
-            start = clock()
+            start, spent = clock(), time.thread_time()
             stats = pipeline.run([incoming(item) for item in batch])[1]
             walls.append(clock() - start)
+            processor.append(time.thread_time() - spent)
             seen.append(stats)
+    if failed := sum(batch.failed for batch in seen):
+        raise SystemExit(f"error: {failed} requests failed")
     # Of every batch the best round, which a busy machine disturbs least; then the mean.
     count = len(batches)
     typical = {
@@ -227,6 +258,13 @@ def main() -> None:
         "run_us_per_request": round(
             statistics.mean(min(walls[at::count]) for at in range(count)) / args.batch * 1e6, 2
         ),
+        "processor_us_per_request": {
+            "least": round(
+                statistics.mean(min(processor[i::count]) for i in range(count)) / args.batch * 1e6,
+                2,
+            ),
+            "median": round(statistics.median(processor) / args.batch * 1e6, 2),
+        },
         "host_us_per_request": round(host / args.batch * 1e6, 2),
         "host_us_per_request_first_pass": round(first_pass / args.batch * 1e6, 2),
         "host_share": round(host / total, 4),
@@ -236,6 +274,8 @@ def main() -> None:
         print(f"{stage:<12}{seconds / args.batch * 1e6:>12.2f}{seconds / total:>9.1%}")
     print(f"{'host':<12}{host / args.batch * 1e6:>12.2f}{host / total:>9.1%}")
     print(f"{'wall':<12}{result['run_us_per_request']:>12.2f}")
+    spent = result["processor_us_per_request"]
+    print(f"{'processor':<12}{spent['least']:>12.2f}, median {spent['median']:.2f}")
     print(f"host, texts met for the first time: {result['host_us_per_request_first_pass']:.2f}")
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -297,23 +297,17 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
         # How many of a window's spans count; what reaches past its end scores below zero.
         floors = scores[:, :1] * (_LEAST_SHARE if params.top_k == 1 else 0)
         counted = np.add.reduce(scores >= floors, axis=1).tolist()
-        found = [
-            (p[:n], b[:n], e[:n])
-            for n, p, b, e in zip(
-                counted, scores.tolist(), begins.tolist(), ends.tolist(), strict=True
-            )
-        ]
+        kept = zip(counted, scores.tolist(), begins.tolist(), ends.tolist(), strict=True)
+        found = [(p[:n], b[:n], e[:n]) for n, p, b, e in kept]
         predictions: list[Prediction] = []
         window = 0
         for question, count in zip(questions, windows, strict=True):
             until = window + count
-            if count == 1:
-                spans_found = found[window]
-            else:
-                spans_found = tuple(
-                    [*chain(*each)] for each in zip(*found[window:until], strict=True)
-                )
-            answers = _answers(question.item.input.context, *spans_found, params.top_k)
+            own = found[window]
+            if count > 1:
+                p, b, e = zip(*found[window:until], strict=True)
+                own = [*chain(*p)], [*chain(*b)], [*chain(*e)]
+            answers = _answers(question.item.input.context, *own, params.top_k)
             if params.handle_impossible_answer:
                 answers.append((float(null[window:until].min()), 0, 0, ""))
             window = until
