@@ -14,6 +14,26 @@ from torch import Tensor, nn
 PAD_LOGIT = -10000.0
 
 
+def laid_out(prepared: Tensor, weight: Tensor) -> Tensor:
+    """A head's weight `[N,K]` as `product` takes it: `prepared`, where that is it already."""
+    if weight.is_cuda or torch.ops.fastertransformer.is_prepared(prepared, weight):
+        return prepared
+    made: Tensor = torch.ops.fastertransformer.prepare_weight(weight)
+    return made
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None, prepared: Tensor) -> Tensor:
+    """fp32 `[n,K]` under a linear layer `[N,K]`, `[N]` -> `[n,N]`.
+
+    prepared  the weight `laid_out`
+    """
+    if rows.is_cuda:
+        return nn.functional.linear(rows, weight, bias)
+    # On a CPU torch adds in an order that depends on how many rows there are.
+    out: Tensor = torch.ops.fastertransformer.linear(rows, prepared, bias, None, "")
+    return out
+
+
 class HeadModule(nn.Module):
     """What a head has to have."""
 
@@ -46,6 +66,8 @@ class PooledHead(HeadModule):
         self.register_buffer("pooler_bias", pooler_bias)
         self.register_buffer("classifier_weight", classifier_weight)
         self.register_buffer("classifier_bias", classifier_bias)
+        self.pooler_prepared = torch.empty(0)
+        self.classifier_prepared = torch.empty(0)
 
     def curve(self, summary: Tensor) -> Tensor:
         """What the summary passes through."""
@@ -56,8 +78,15 @@ class PooledHead(HeadModule):
         # The empty sequences that fill up a CUDA graph's batch may start behind the last token.
         firsts = cu_seqlens[:-1].clamp(max=hidden.shape[0] - 1)
         first = hidden.index_select(0, firsts).float()
-        pooled = self.curve(nn.functional.linear(first, self.pooler_weight, self.pooler_bias))
-        return nn.functional.linear(pooled, self.classifier_weight, self.classifier_bias)
+        self.pooler_prepared = laid_out(self.pooler_prepared, self.pooler_weight)
+        self.classifier_prepared = laid_out(self.classifier_prepared, self.classifier_weight)
+        summary = product(first, self.pooler_weight, self.pooler_bias, self.pooler_prepared)
+        return product(
+            self.curve(summary),
+            self.classifier_weight,
+            self.classifier_bias,
+            self.classifier_prepared,
+        )
 
     @torch.jit.export
     def padded(
@@ -83,10 +112,15 @@ class GeluPooledHead(PooledHead):
         return nn.functional.gelu(summary)
 
 
-def token_logits(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Hidden states `[T,H]` under a linear layer `[C,H]`, `[C]` -> fp32 `[C,T]`."""
-    # This way round every row comes out contiguous, and nobody has to copy it.
-    return torch.addmm(bias[:, None], weight, hidden.float().t())
+def token_logits(hidden: Tensor, weight: Tensor, bias: Tensor, prepared: Tensor) -> Tensor:
+    """Hidden states `[T,H]` under a linear layer `[C,H]`, `[C]` -> fp32 `[C,T]`.
+
+    prepared  the weight `laid_out`
+    """
+    if hidden.is_cuda:
+        # This way round every row comes out contiguous, and nobody has to copy it.
+        return torch.addmm(bias[:, None], weight, hidden.float().t())
+    return product(hidden.float(), weight, bias, prepared).t().contiguous()
 
 
 class TokenHead(HeadModule):
@@ -100,10 +134,12 @@ class TokenHead(HeadModule):
         self.pad_logit = PAD_LOGIT
         self.register_buffer("classifier_weight", classifier_weight)
         self.register_buffer("classifier_bias", classifier_bias)
+        self.prepared = torch.empty(0)
 
     def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Hidden states `[T,H]` -> logits `[C,T]`."""
-        return token_logits(hidden, self.classifier_weight, self.classifier_bias)
+        self.prepared = laid_out(self.prepared, self.classifier_weight)
+        return token_logits(hidden, self.classifier_weight, self.classifier_bias, self.prepared)
 
     @torch.jit.export
     def padded(
@@ -126,10 +162,12 @@ class SpanHead(HeadModule):
         self.pad_logit = PAD_LOGIT
         self.register_buffer("qa_weight", qa_weight)
         self.register_buffer("qa_bias", qa_bias)
+        self.prepared = torch.empty(0)
 
     def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Hidden states `[T,H]` -> start and end logits `[2,T]`."""
-        return token_logits(hidden, self.qa_weight, self.qa_bias)
+        self.prepared = laid_out(self.prepared, self.qa_weight)
+        return token_logits(hidden, self.qa_weight, self.qa_bias, self.prepared)
 
     @torch.jit.export
     def padded(
@@ -167,6 +205,7 @@ class VectorHead(HeadModule):
         self.curved = curved
         self.register_buffer("dense_weight", dense_weight)
         self.register_buffer("dense_bias", dense_bias)
+        self.prepared = torch.empty(0)
 
     def forward(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Hidden states `[T,H]` -> vectors `[B,H]`, or as many columns as the linear layer has."""
@@ -181,7 +220,8 @@ class VectorHead(HeadModule):
             pooled = torch.ops.fastertransformer.segment_pool(hidden, cu_seqlens, self.pooling)
         weight = self.dense_weight
         if weight is not None:
-            pooled = nn.functional.linear(pooled, weight, self.dense_bias)
+            self.prepared = laid_out(self.prepared, weight)
+            pooled = product(pooled, weight, self.dense_bias, self.prepared)
             if self.curved:
                 pooled = torch.tanh(pooled)
         return pooled
