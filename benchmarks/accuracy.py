@@ -12,7 +12,7 @@ Reads the sets and transformers' scores from $FT_HANDLER_SHARED (default ../shar
 decoded as the adapter's card says: over all windows of 384 tokens that share 128, the span of at
 most 30 context tokens with the largest start + end logit, the first one on a tie. Exits with 1
 when a full run is further from transformers' fp32 scores than 0.1 point (fp32), 0.3 (bf16, fp16) or
-0.5 (int8).
+0.5 (int8, fp8).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ EXAMPLES = {
     "sst2": ("sequence_classification", "sequence_classification"),
     "squad": ("question_answering", "question_answering"),
 }
-ALLOWED = {"fp32": 0.1, "bf16": 0.3, "fp16": 0.3, "int8": 0.5}
+ALLOWED = {"fp32": 0.1, "bf16": 0.3, "fp16": 0.3, "int8": 0.5, "fp8": 0.5}
 WINDOW, OVERLAP, LONGEST_ANSWER = 384, 128, 30
 TOKENS_A_BATCH = 8192
 
