@@ -64,9 +64,10 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.round(steps).to(dtype).contiguous(), scale
 
 
-def rounded_stacks(
-    encoder: Mapping[str, Tensor], quantized: Quantized
-) -> dict[str, tuple[Tensor, Tensor]]:
+Stacks = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def rounded_stacks(encoder: Mapping[str, Tensor], quantized: Quantized) -> Stacks:
     """Every product that a precision rounds: its name -> all of its layers, rounded."""
     products = PRODUCTS if quantized.projection else PRODUCTS[:-1]
     return {
@@ -117,7 +118,8 @@ def stored(
     assert quantized is not None
     tensors = {name: precision.stored(weight) for name, weight in encoder.items()}
     layers: dict[str, list[int]] = {}
-    for product, (weight, scale) in rounded_stacks(encoder, quantized).items():
+    stacks = rounded_stacks(encoder, quantized)
+    for product, (weight, scale) in stacks.items():
         name = f"{product}.weight"
         floats = kept_layers(kept, product, len(weight))
         others = [i for i in range(len(weight)) if i not in floats]
@@ -125,7 +127,7 @@ def stored(
         tensors[name], tensors[f"{product}.scale"] = picked(weight, others), scale[others]
         tensors[f"{product}.kept"] = precisions.get(quantized.kept).stored(stack[floats])
         layers[product] = floats
-    for product, scales in input_scales(spec, encoder, precision).items():
+    for product, scales in input_scales(spec, encoder, precision, stacks).items():
         tensors[f"{product}.input_scale"] = scales
     return tensors, layers
 
@@ -180,7 +182,7 @@ class Reach:
 
 
 def input_scales(
-    spec: EncoderSpec, encoder: Mapping[str, Tensor], precision: Precision
+    spec: EncoderSpec, encoder: Mapping[str, Tensor], precision: Precision, stacks: Stacks
 ) -> dict[str, Tensor]:
     """What 1 is worth in the inputs of each product in 8-bit floats, fp32 `[L]` by product.
 
@@ -199,6 +201,8 @@ def input_scales(
     beyond the largest float is rounded to that, so that nothing is lost.
 
     Precisions that round inputs by what they are have none.
+
+    stacks  what `rounded_stacks` makes of the encoder
     """
     quantized = precision.quantized
     if quantized is None or not quantized.dtype.is_floating_point:
@@ -206,7 +210,7 @@ def input_scales(
     named = {name: precision.stored(weight).float() for name, weight in encoder.items()}
     forms = {
         product: (weight.float() * scale.unsqueeze(-1), named[f"{product}.weight"])
-        for product, (weight, scale) in rounded_stacks(encoder, quantized).items()
+        for product, (weight, scale) in stacks.items()
     }
     most = {product: torch.zeros(len(forms[product][0])) for product in forms}
 
@@ -297,7 +301,7 @@ class Simulation:
         self._kept = precisions.get(precision.quantized.kept).dtype
         self._stored = {n: precision.stored(w).float() for n, w in encoder.items()}
         self._rounded = rounded_stacks(encoder, precision.quantized)
-        self._input_scales = input_scales(spec, encoder, precision)
+        self._input_scales = input_scales(spec, encoder, precision, self._rounded)
 
     def exact(self, batch: Packed) -> Tensor:
         """Outputs in fp32: `[B,C]`, or `[C,T]` where outputs are for each token."""
