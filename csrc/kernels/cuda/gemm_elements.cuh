@@ -45,6 +45,22 @@ __device__ __forceinline__ uint32_t pack_e4m3(float x, float y, float z, float w
   return four;
 }
 
+// Of the four words of each of a quad's lanes: word i of lane q and word q of lane i change places.
+__device__ __forceinline__ void turn_quad(uint32_t (&w)[4], int lane) {
+#pragma unroll
+  for (int mask = 1; mask < 4; mask *= 2) {
+    const bool upper = (lane & mask) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & mask) != 0) continue;
+      const uint32_t given = upper ? w[i] : w[i + mask];
+      const uint32_t taken = __shfl_xor_sync(0xFFFFFFFFu, given, mask);
+      w[i] = upper ? taken : w[i];
+      w[i + mask] = upper ? w[i + mask] : taken;
+    }
+  }
+}
+
 // Two neighbouring elements of a parameter vector.
 template <typename T>
 __device__ __forceinline__ uint32_t pair_at(const void* vector, int column) {

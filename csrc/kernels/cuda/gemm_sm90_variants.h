@@ -1,6 +1,8 @@
 // Tile shapes of the sm_90 GEMM kernel, shared by the kernels' files and the dispatcher.
 #pragma once
 
+#include <bit>
+
 #include "kernels/types.h"
 
 namespace ft::cuda::sm90 {
@@ -10,14 +12,14 @@ struct GemmParameters {
   const void* gamma;  // [n], norm variants
   const void* beta;   // [n], norm variants
   int n;
-  int k_blocks;       // k / 64, rounded up; the copies fill what is beyond with zeros
+  int k_blocks;       // of 128 bytes of k; the copies fill what is beyond with zeros
   int n_tiles;        // plain variants
   int cluster_tiles;  // tiles a whole cluster works on at a time
   float eps;
   bool gelu;
   bool residual;
   Activation activation;  // of kernels that know all but GELU
-  // Of e4m3 operands, in device memory.
+  // Of e4m3 operands, in device memory and aligned to 16 bytes but for out_scale.
   const float* scale;      // [n], what a unit of a column's sums is worth
   const float* out_scale;  // [1], what a unit of the e4m3 output or copy is worth, or null
   // Norm variants: [rows, n], an e4m3 copy of the output in the order of gemm_elements.cuh, or null
@@ -66,7 +68,7 @@ struct GemmConfig {
   static constexpr int kSharedBytes = kBarriersAt + 8 * kBarriers;
   // Blocks that fetch a part of a shared tile: parts are whole groups of 8 rows, so of a cluster of
   // six only four do.
-  static constexpr int kSharers = kNorm && kCluster == 6 ? 4 : kCluster;
+  static constexpr int kSharers = std::bit_floor(static_cast<unsigned>(kCluster));
   static_assert((kNorm ? kM : kN) % (8 * kSharers) == 0);
   static_assert(kRows % 64 == 0 && kN % 64 == 0 && kM <= 256 && kN <= 256);
   static_assert(kSharedBytes <= 232448, "more than a block of sm_90 can have");
@@ -115,6 +117,7 @@ using NormPingPong64x192 = GemmConfig<64, 192, 5, 3, 4, false, true>;
 using NormPingPong64x128 = GemmConfig<64, 128, 8, 1, 6, false, true>;
 using NormPingPong64x256 = GemmConfig<64, 256, 4, 2, 4, false, true>;
 using NormPingPong128x128 = GemmConfig<128, 128, 5, 1, 8, false, true>;
+using NormPingPong128x128Six = GemmConfig<128, 128, 5, 1, 6, false, true>;  // e4m3 operands alone
 
 // Tokens of an output box: the whole tile where that leaves four stages, else an even part of it.
 constexpr int tall_chunk(int tokens) {

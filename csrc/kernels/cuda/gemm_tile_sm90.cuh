@@ -33,7 +33,6 @@ struct TileEpilogue {
   uint32_t tiles = 0;       // so far
   int row = 0, column = 0;  // where this warpgroup's tile begins
   uint32_t vectors[Config::kVectors] = {};
-  float2 scales = {};
 
   // Before the product. Vectors come from far away: asked for here, put down after it.
   __device__ __forceinline__ void begin(int first_row, int first_column) {
@@ -42,14 +41,18 @@ struct TileEpilogue {
 #pragma unroll
     for (int v = 0; v < Config::kVectors; ++v) vectors[v] = 0;
     const int mine = column + 2 * me.thread;
-    const bool holds = me.thread < kN / 2 && (Config::kNorm || mine < p.n);
-    if (holds) {
+    if (me.thread < kN / 2 && (Config::kNorm || mine < p.n)) {
       if (p.bias != nullptr) vectors[0] = pair_at<T>(p.bias, mine);
       if constexpr (Config::kNorm) {
         vectors[1] = pair_at<T>(p.gamma, mine);
         vectors[2] = pair_at<T>(p.beta, mine);
       }
-      if constexpr (kScaled) scales = __ldg(reinterpret_cast<const float2*>(p.scale + mine));
+    }
+    if constexpr (kScaled) {
+      // No thread reads the last tile's scales any more, so these need no registers to wait in.
+      const int four = me.thread * 4;
+      if (four < kN && column + four < p.n)
+        fetch_shared_four(scales_at() + four * 4, p.scale + column + four);
     }
     if (p.residual && me.leads()) {
       store_wait_read<0>();
@@ -74,8 +77,8 @@ struct TileEpilogue {
 #pragma unroll
       for (int v = 0; v < Config::kVectors; ++v)
         store_shared(vectors_at() + v * kN * 2 + me.thread * 4, vectors[v]);
-      if constexpr (kScaled) store_shared_pair(scales_at() + me.thread * 8, scales.x, scales.y);
     }
+    if constexpr (kScaled) fetch_wait();
     me.meet();
   }
 
@@ -170,7 +173,8 @@ struct PlainEpilogue : TileEpilogue<T, Config, In, Out> {
   }
 };
 
-// output = layer norm(acc + bias + residual), of rows that lie across the cluster.
+// output = layer norm(acc + bias + residual), of rows that lie across the cluster; of e4m3 operands
+// an e4m3 copy too, where it is asked for.
 template <typename T, typename Config, typename In, typename Out>
 struct NormEpilogue : TileEpilogue<T, Config, In, Out> {
   using Tile = TileEpilogue<T, Config, In, Out>;
@@ -198,9 +202,16 @@ struct NormEpilogue : TileEpilogue<T, Config, In, Out> {
     }
     RowNorm rows[kParts][2];
     measure_rows(acc, rows);
+    float units = 0.f;
+    if constexpr (Tile::kScaled) {
+      if (p.narrow != nullptr) units = reciprocal(__ldg(p.out_scale));
+    }
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       normalize(acc, chunk, rows);
+      if constexpr (Tile::kScaled) {
+        if (p.narrow != nullptr) write_narrow(acc, chunk, units);
+      }
       // Chunks leave in the ring's order, starting where the residual's chunks will start next.
       const int buffer = (passed + chunk) % kBuffers;
       if (!p.residual || chunk >= kBuffers) this->await_buffer();
@@ -210,7 +221,11 @@ struct NormEpilogue : TileEpilogue<T, Config, In, Out> {
   }
 
  private:
-  // Of the rows that this thread has elements of: [part][upper or lower eight of a warp's 16].
+  // In the tile, of this thread's elements: `half` says which eight of a warp's sixteen.
+  __device__ __forceinline__ int row_of(int part, int half) const {
+    return part * 64 + me.warp * 16 + half * 8 + me.lane / 4;
+  }
+
   __device__ __forceinline__ void measure_rows(const typename Tile::Accumulators& acc,
                                                RowNorm (&rows)[kParts][2]) const {
     Moments mine[kParts][2];
@@ -233,9 +248,6 @@ struct NormEpilogue : TileEpilogue<T, Config, In, Out> {
     const Exchange exchange{this->ring.base + Config::kStatsAt + set * Exchange::kBytes,
                             this->ring.further(2 * kBuffers + set), this->rank};
     if (me.leads()) exchange.expect();
-    const auto row_of = [&](int part, int half) {
-      return part * 64 + me.warp * 16 + half * 8 + me.lane / 4;
-    };
 #pragma unroll
     for (int block = me.lane & 3; block < kCluster; block += 4) {
       const auto peer = exchange.peer(block);
@@ -269,6 +281,30 @@ struct NormEpilogue : TileEpilogue<T, Config, In, Out> {
           x[1] = fmaf((x[1] - row.mean) * row.scale, gamma.y, beta.y);
         }
     }
+  }
+
+  // Straight from registers, a quad 64 bytes of a row at a time: in shared memory there is no room
+  // for a second chunk, and nobody waits for these stores.
+  __device__ __forceinline__ void write_narrow(const typename Tile::Accumulators& acc, int chunk,
+                                               float units) const {
+    auto* const to =
+        static_cast<uint8_t*>(p.narrow) + this->column + chunk * 64 + (me.lane & 3) * 16;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* const x = &acc[part][(chunk * 4 + i) * 8 + half * 2];
+          w[i] = pack_e4m3(x[0] * units, x[1] * units, x[4] * units, x[5] * units);
+        }
+        turn_quad(w, me.lane);
+        const int row = this->row + row_of(part, half);
+        if (row < p.rows)
+          *reinterpret_cast<uint4*>(to + static_cast<size_t>(row) * p.n) =
+              make_uint4(w[0], w[1], w[2], w[3]);
+      }
   }
 };
 

@@ -251,6 +251,14 @@ __device__ __forceinline__ float4 load_shared_four(uint32_t address) {
   return four;
 }
 
+// 16 bytes from global memory, without a register on the way.
+__device__ __forceinline__ void fetch_shared_four(uint32_t address, const float* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+
+// Waits for what this thread has fetched.
+__device__ __forceinline__ void fetch_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // ---- fragments
 // -----------------------------------------------------------------------------------
 

@@ -1,0 +1,28 @@
+#include "kernels/cuda/gemm_sm90.cuh"
+
+namespace ft::cuda::sm90 {
+
+// The tiles of norm_kernel and one more over e4m3 operands, with ScaledConfig's shared memory:
+// float16 output, and an e4m3 copy where GemmParameters::narrow is given.
+const void* fp8_norm_kernel(int variant) {
+  const auto pick = [&]<typename Plain>(Plain) {
+    return reinterpret_cast<const void*>(
+        gemm_kernel<__half, ScaledConfig<Plain>, false, __nv_fp8_e4m3>);
+  };
+  switch (variant) {
+    case 0:
+      return pick(NormPingPong128x192{});
+    case 1:
+      return pick(NormPingPong64x192{});
+    case 2:
+      return pick(NormPingPong64x128{});
+    case 3:
+      return pick(NormPingPong64x256{});
+    case 4:
+      return pick(NormPingPong128x128{});
+    default:
+      return pick(NormPingPong128x128Six{});
+  }
+}
+
+}  // namespace ft::cuda::sm90
