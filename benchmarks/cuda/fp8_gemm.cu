@@ -1,63 +1,36 @@
-// The sm_90 GEMM kernel over e4m3 operands, behind a C interface for benchmarks/cuda/fp8_gemm.py.
+// The sm_90 GEMM kernels over e4m3 operands, behind a C interface for benchmarks/cuda/fp8_gemm.py.
 #include <algorithm>
 #include <cstdio>
+#include <map>
 
-#include "kernels/cuda/gemm_sm90.cuh"
+#include "kernels/cuda/gemm_sm90_variants.h"
+#include "kernels/cuda/kernels.h"
 #include "kernels/cuda/tensor_map.h"
 
 using namespace ft::cuda;
 using namespace ft::cuda::sm90;
 
+// As benchmarks/cuda/fp8_gemm.py fills it in.
+struct Product {
+  const void *x, *w;   // e4m3 [rows, k], [n, k]
+  const float* scale;  // [n]
+  const void *bias, *residual, *gamma, *beta;
+  void* out;
+  void* narrow;  // norm tiles: e4m3 copy or null
+  const float* out_scale;
+  int rows, n, k, gelu, narrow_out;
+};
+
+namespace ft::cuda::sm90 {
+const void* fp8_kernel(int variant, bool narrow_output);  // gemm_fp8_sm90.cu
+const void* fp8_norm_kernel(int variant);                 // gemm_fp8_norm_sm90.cu
+}  // namespace ft::cuda::sm90
+
 namespace {
 
-template <typename Plain, typename Out>
-int launch(const void* x, const void* w, const float* scale, const void* bias, const void* residual,
-           void* out, int rows, int n, int k, bool gelu, const float* out_scale,
-           cudaStream_t stream) {
+template <typename Plain>
+int launch(const Product& q, const void* kernel, cudaStream_t stream) {
   using Config = ScaledConfig<Plain>;
-  const void* kernel =
-      reinterpret_cast<const void*>(gemm_kernel<__half, Config, false, __nv_fp8_e4m3, Out>);
-  static int clusters = 0;
-  if (clusters == 0) {
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             Config::kSharedBytes) != cudaSuccess)
-      return 1;
-    cudaLaunchAttribute a{};
-    a.id = cudaLaunchAttributeClusterDimension;
-    a.val.clusterDim.x = Config::kCluster;
-    a.val.clusterDim.y = a.val.clusterDim.z = 1;
-    cudaLaunchConfig_t c{};
-    c.gridDim = dim3(Config::kCluster);
-    c.blockDim = dim3(Config::kThreads);
-    c.dynamicSmemBytes = Config::kSharedBytes;
-    c.attrs = &a;
-    c.numAttrs = 1;
-    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &c) != cudaSuccess || clusters == 0)
-      return 2;
-  }
-  constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
-  CUtensorMap input, weight, added, output;
-  if (encode_byte_map(&input, x, rows, k, Config::kM, 128, kPromotion)) return 3;
-  if (encode_byte_map(&weight, w, n, k, Config::kN / Config::kCluster, 128, kPromotion)) return 4;
-  if (sizeof(Out) == 1 ? encode_byte_map(&output, out, rows, n, Config::kRows, 64, kPromotion)
-                       : encode_tensor_map(&output, ft::DType::kFloat16, out, rows, n,
-                                           Config::kRows, 64, kPromotion))
-    return 5;
-  added = output;
-  if (residual && encode_tensor_map(&added, ft::DType::kFloat16, residual, rows, n, Config::kRows,
-                                    64, kPromotion))
-    return 6;
-  GemmParameters p{};
-  p.bias = bias;
-  p.n = n;
-  p.k_blocks = (k + 127) / 128;
-  p.n_tiles = (n + Config::kN - 1) / Config::kN;
-  const int m_tiles = (rows + Config::kM - 1) / Config::kM;
-  p.cluster_tiles = (m_tiles + Config::kCluster - 1) / Config::kCluster * p.n_tiles;
-  p.gelu = gelu;
-  p.residual = residual != nullptr;
-  p.scale = scale;
-  p.out_scale = out_scale;
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = Config::kCluster;
@@ -65,11 +38,56 @@ int launch(const void* x, const void* w, const float* scale, const void* bias, c
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(p.cluster_tiles, clusters) * Config::kCluster);
+  config.gridDim = dim3(Config::kCluster);
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = Config::kSharedBytes;
   config.stream = stream;
   config.attrs = attributes;
+  config.numAttrs = 1;
+  static std::map<const void*, int> known;
+  int& clusters = known[kernel];
+  if (clusters == 0) {
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             Config::kSharedBytes) != cudaSuccess)
+      return 1;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess || clusters == 0)
+      return 2;
+    std::printf("%d x %d, clusters of %d: %d at a time\n", Config::kM, Config::kN, Config::kCluster,
+                clusters);
+  }
+  // The side that a cluster shares is fetched in equal parts.
+  constexpr int kInputRows = Config::kNorm ? Config::kM / Config::kSharers : Config::kM;
+  constexpr int kWeightRows = Config::kNorm ? Config::kN : Config::kN / Config::kSharers;
+  constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+  CUtensorMap input, weight, added, output;
+  if (encode_byte_map(&input, q.x, q.rows, q.k, kInputRows, 128, kPromotion)) return 3;
+  if (encode_byte_map(&weight, q.w, q.n, q.k, kWeightRows, 128, kPromotion)) return 4;
+  if (q.narrow_out ? encode_byte_map(&output, q.out, q.rows, q.n, Config::kRows, 64, kPromotion)
+                   : encode_tensor_map(&output, ft::DType::kFloat16, q.out, q.rows, q.n,
+                                       Config::kRows, 64, kPromotion))
+    return 5;
+  added = output;
+  if (q.residual && encode_tensor_map(&added, ft::DType::kFloat16, q.residual, q.rows, q.n,
+                                      Config::kRows, 64, kPromotion))
+    return 6;
+  GemmParameters p{};
+  p.bias = q.bias;
+  p.gamma = q.gamma;
+  p.beta = q.beta;
+  p.eps = 1e-12f;
+  p.n = q.n;
+  p.k_blocks = (q.k + 127) / 128;
+  p.n_tiles = (q.n + Config::kN - 1) / Config::kN;
+  const int m_tiles = (q.rows + Config::kM - 1) / Config::kM;
+  p.cluster_tiles =
+      Config::kNorm ? m_tiles : (m_tiles + Config::kCluster - 1) / Config::kCluster * p.n_tiles;
+  p.gelu = q.gelu;
+  p.residual = q.residual != nullptr;
+  p.scale = q.scale;
+  p.out_scale = q.out_scale;
+  p.narrow = q.narrow;
+  p.rows = q.rows;
+  config.gridDim = dim3(std::min(p.cluster_tiles, clusters) * Config::kCluster);
   config.numAttrs = 2;
   void* arguments[] = {&input, &weight, &added, &output, &p};
   return cudaLaunchKernelExC(&config, kernel, arguments) == cudaSuccess ? 0 : 7;
@@ -77,16 +95,10 @@ int launch(const void* x, const void* w, const float* scale, const void* bias, c
 
 }  // namespace
 
-// variant: which tile; narrow: the output is e4m3. 0 where it was launched.
-extern "C" int fp8_gemm(const void* x, const void* w, const float* scale, const void* bias,
-                        const void* residual, void* out, int rows, int n, int k, int gelu,
-                        const float* out_scale, int narrow, int variant, void* stream) {
+// A plain tile. 0 where it was launched, like those below.
+extern "C" int fp8_gemm(const Product* q, int variant, cudaStream_t stream) {
   const auto with = [&]<typename Config>(Config) {
-    const auto s = static_cast<cudaStream_t>(stream);
-    return narrow ? launch<Config, __nv_fp8_e4m3>(x, w, scale, bias, residual, out, rows, n, k,
-                                                  gelu, out_scale, s)
-                  : launch<Config, __half>(x, w, scale, bias, residual, out, rows, n, k, gelu,
-                                           out_scale, s);
+    return launch<Config>(*q, fp8_kernel(variant, q->narrow_out), stream);
   };
   switch (variant) {
     case 0:
@@ -97,11 +109,37 @@ extern "C" int fp8_gemm(const void* x, const void* w, const float* scale, const 
       return with(PingPong128x128{});
     case 3:
       return with(PingPong64x128{});
-    case 4:
-      return with(GemmConfig<64, 256, 4, 2, 1, false, false>{});
-    case 5:
-      return with(GemmConfig<64, 256, 4, 2, 2, false, false>{});
     default:
       return with(Together128x128{});
   }
+}
+
+// A norm tile; its width times its cluster is n.
+extern "C" int fp8_norm_gemm(const Product* q, int variant, cudaStream_t stream) {
+  const auto with = [&]<typename Config>(Config) {
+    return q->n == Config::kN * Config::kCluster
+               ? launch<Config>(*q, fp8_norm_kernel(variant), stream)
+               : -1;
+  };
+  switch (variant) {
+    case 0:
+      return with(NormPingPong128x192{});
+    case 1:
+      return with(NormPingPong64x192{});
+    case 2:
+      return with(NormPingPong64x128{});
+    case 3:
+      return with(NormPingPong64x256{});
+    case 4:
+      return with(NormPingPong128x128{});
+    default:
+      return with(NormPingPong128x128Six{});
+  }
+}
+
+// The layer norm kernel that follows a plain tile.
+extern "C" int layer_norm(const void* x, const void* gamma, const void* beta, void* out, int rows,
+                          int hidden, cudaStream_t stream) {
+  return residual_layer_norm(x, nullptr, nullptr, gamma, beta, 1e-12f, rows, hidden,
+                             ft::DType::kFloat16, out, nullptr, {stream, true});
 }

@@ -41,9 +41,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr bool kNorm = Config::kNorm, kTogether = Config::kTogether;
   constexpr int kBlockK = 128 / sizeof(In);
   extern __shared__ __align__(1024) uint8_t shared[];
-  uint32_t base = shared_address(shared);
-  // In a cluster a special register is asked for it: once, not at every use.
-  if constexpr (kCluster > 1) asm volatile("" : "+r"(base));
+  const uint32_t base = shared_address(shared);
   const Ring<kStages, Config::kStageBytes> ring{base, base + Config::kBarriersAt};
   const int rank = kCluster == 1 ? 0 : static_cast<int>(cluster_rank());
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
@@ -73,30 +71,34 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     give_registers<24>();
     if (threadIdx.x == 0) {
       constexpr uint16_t kEveryone = (1u << kCluster) - 1;
+      // Finding the address takes a special register in a cluster. Norm kernels asked it for every
+      // use: now once.
+      auto filled = ring;
+      if constexpr (kNorm) asm volatile("" : "+r"(filled.base), "+r"(filled.barriers));
       const auto load_weight = [&](int tile, int block, int stage) {
-        const uint32_t to = ring.stage(stage) + Config::kInputBytes;
+        const uint32_t to = filled.stage(stage) + Config::kInputBytes;
         if constexpr (kNorm || kCluster == 1) {
-          load_box(to, &weight_map, block * kBlockK, column_of(tile), ring.full(stage));
+          load_box(to, &weight_map, block * kBlockK, column_of(tile), filled.full(stage));
         } else {
           load_box_multicast(to + rank * (Config::kWeightBytes / kCluster), &weight_map,
                              block * kBlockK, column_of(tile) + rank * (kN / kCluster),
-                             ring.full(stage), kEveryone);
+                             filled.full(stage), kEveryone);
         }
       };
       const auto load_input = [&](int tile, int block, int stage) {
-        const uint32_t to = ring.stage(stage);
+        const uint32_t to = filled.stage(stage);
         if constexpr (kNorm) {
           if (rank < Config::kSharers)
             load_box_multicast(to + rank * (Config::kInputBytes / Config::kSharers), &input_map,
                                block * kBlockK, row_of(tile) + rank * (kM / Config::kSharers),
-                               ring.full(stage), kEveryone);
+                               filled.full(stage), kEveryone);
         } else {
-          load_box(to, &input_map, block * kBlockK, row_of(tile), ring.full(stage));
+          load_box(to, &input_map, block * kBlockK, row_of(tile), filled.full(stage));
         }
       };
       const Pieces tiles{cluster, p.cluster_tiles, clusters, [](int) { return 0; },
                          [&](int) { return p.k_blocks; }};
-      produce(ring, tiles, load_weight, load_input);
+      produce(filled, tiles, load_weight, load_input);
     }
   } else {
     take_registers<240>();

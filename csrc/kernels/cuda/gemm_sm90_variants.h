@@ -67,7 +67,7 @@ struct GemmConfig {
   static constexpr int kBarriers = 2 * kStages + 2 * kBuffers + (kNorm ? 4 : 0);
   static constexpr int kSharedBytes = kBarriersAt + 8 * kBarriers;
   // Blocks that fetch a part of a shared tile: parts are whole groups of 8 rows, so of a cluster of
-  // six only four do, of three two.
+  // six only four do.
   static constexpr int kSharers = std::bit_floor(static_cast<unsigned>(kCluster));
   static_assert((kNorm ? kM : kN) % (8 * kSharers) == 0);
   static_assert(kRows % 64 == 0 && kN % 64 == 0 && kM <= 256 && kN <= 256);
@@ -117,6 +117,7 @@ using NormPingPong64x192 = GemmConfig<64, 192, 5, 3, 4, false, true>;
 using NormPingPong64x128 = GemmConfig<64, 128, 8, 1, 6, false, true>;
 using NormPingPong64x256 = GemmConfig<64, 256, 4, 2, 4, false, true>;
 using NormPingPong128x128 = GemmConfig<128, 128, 5, 1, 8, false, true>;
+using NormPingPong128x128Six = GemmConfig<128, 128, 5, 1, 6, false, true>;  // e4m3 operands alone
 
 // Tokens of an output box: the whole tile where that leaves four stages, else an even part of it.
 constexpr int tall_chunk(int tokens) {
