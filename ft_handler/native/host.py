@@ -28,7 +28,7 @@ PLACE_SHIFT = 32
 #: The place of a chunk that what stands around it may change: its text has to be read whole.
 WHOLE = 1 << 62
 
-_SLOT_WORDS = 8
+_ROW_WORDS = 8
 
 
 def available() -> bool:
@@ -97,7 +97,8 @@ class ChunkMemory:
         # At most half of the slots are taken, so that nearly every chunk finds room. The system
         # gives the memory as it is written to.
         slots = 1 << (2 * max(1, most) - 1).bit_length()
-        self._slots = np.zeros((slots, _SLOT_WORDS), np.int64)
+        self._index = np.zeros(slots, np.int32)
+        self._rows = np.zeros((slots // 2 + 1, _ROW_WORDS), np.int64)
 
     def add(self, chunks: Sequence[bytes], places: Sequence[int]) -> NDArray[np.bool_]:
         """Take in chunks that it lacks, as `unknown` spells them; [chunks] whether it keeps each.
@@ -105,7 +106,7 @@ class ChunkMemory:
         One that is longer than LONGEST_CHUNK, or finds no room, is not kept.
         """
         ends, at = ends_of([*map(len, chunks)], 0), np.array(places, np.int64)
-        (kept,) = _call("remember_chunks", self._slots, b"".join(chunks), ends, at)
+        (kept,) = _call("remember_chunks", self._index, self._rows, b"".join(chunks), ends, at)
         found: NDArray[np.bool_] = kept
         return found
 
@@ -126,7 +127,7 @@ class ChunkMemory:
                many as there are the result has no token
         """
         ids, origins, token_ends, whole, unknown, stops = _call(
-            "read_chunks", self._slots, table, text, ends, given, *cuts, located
+            "read_chunks", self._index, self._rows, table, text, ends, given, *cuts, located
         )
         chunks: list[bytes] = []
         if len(stops):

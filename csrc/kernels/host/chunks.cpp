@@ -34,12 +34,19 @@ Key key_of(const char* chunk, int64_t bytes, bool first) {
 }
 
 uint64_t hash_of(const Key& key) {
-  // Odd factors of mixed bits; most keys have nothing in the words between.
-  uint64_t mixed = (key[0] ^ key[1] * 0x9E3779B97F4A7C15u ^ key[5]) * 0xD6E8FEB86659FD93u;
-  mixed ^= mixed >> 32;
-  mixed += key[2] * 0xA0761D6478BD642Fu + key[3] * 0xE7037ED1A0B428DBu;
-  mixed = (mixed ^ key[4]) * 0x8EBC6AF09C88C6E3u;
-  return mixed ^ mixed >> 29;
+  // Odd factors of mixed bits; few chunks have anything in the words between.
+  uint64_t mixed = (key[0] + key[1] * 0x9E3779B97F4A7C15u + key[5]) * 0xD6E8FEB86659FD93u;
+  if (key[2]) {
+    mixed += key[2] * 0xA0761D6478BD642Fu + key[3] * 0xE7037ED1A0B428DBu +
+             key[4] * 0x8EBC6AF09C88C6E3u;
+  }
+  return (mixed ^ mixed >> 32) * 0x8EBC6AF09C88C6E3u >> 32;
+}
+
+bool same(const int64_t* row, const Key& key) {
+  uint64_t differing = 0;
+  for (int w = 0; w < kKeyWords; ++w) differing |= static_cast<uint64_t>(row[w]) ^ key[w];
+  return differing == 0;
 }
 
 bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
@@ -63,24 +70,31 @@ Place ChunkMemory::find(const char* chunk, int64_t bytes, bool first) const {
   const Key key = key_of(chunk, bytes, first);
   const uint64_t begin = hash_of(key);
   for (uint64_t probe = 0; probe < kProbes; ++probe) {
-    const int64_t* slot = memory_ + ((begin + probe) & mask_) * kWords;
-    if (std::memcmp(slot, key.data(), kKeyBytes) == 0) return slot[kKeyWords];
-    if (slot[kKeyWords - 1] == 0) break;  // nothing was ever put behind an empty slot
+    const int32_t at = index_[(begin + probe) & mask_];
+    if (at <= 0 || at >= count_) break;  // nothing was ever put behind an empty slot
+    const int64_t* row = rows_ + int64_t{at} * kWords;
+    if (same(row, key)) return row[kKeyWords];
   }
   return -1;
 }
 
 bool ChunkMemory::add(std::string_view chunk, bool first, Place place) {
-  if (static_cast<int64_t>(chunk.size()) > kLongestChunk) return false;
+  const int64_t taken = rows_[0] + 1;
+  if (static_cast<int64_t>(chunk.size()) > kLongestChunk || taken < 1 || taken >= count_) {
+    return false;
+  }
   char padded[kReadAhead] = {};
   chunk.copy(padded, chunk.size());
   const Key key = key_of(padded, static_cast<int64_t>(chunk.size()), first);
   const uint64_t begin = hash_of(key);
   for (uint64_t probe = 0; probe < kProbes; ++probe) {
-    int64_t* slot = memory_ + ((begin + probe) & mask_) * kWords;
-    if (slot[kKeyWords - 1] != 0) continue;
-    std::memcpy(slot, key.data(), kKeyBytes);
-    slot[kKeyWords] = place;
+    int32_t& at = index_[(begin + probe) & mask_];
+    if (at != 0) continue;
+    int64_t* row = rows_ + taken * kWords;
+    std::copy(key.begin(), key.end(), row);
+    row[kKeyWords] = place;
+    rows_[0] = taken;
+    at = static_cast<int32_t>(taken);
     return true;
   }
   return false;
