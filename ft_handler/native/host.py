@@ -43,17 +43,16 @@ def available() -> bool:
     return hasattr(getattr(torch.ops, NAMESPACE), "read_chunks")
 
 
-def _call(name: str, *arguments: Any) -> Any:
-    """An op's results as arrays, its arguments being arrays, bytes or plain values."""
+def _bytes(raw: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(bytearray(raw), np.uint8)  # torch wants what may be written to
+
+
+def _call(name: str, arrays: Sequence[NDArray[Any]], *values: Any) -> list[NDArray[Any]]:
+    """An op's results."""
     import torch
 
-    def taken(value: Any) -> Any:
-        if isinstance(value, bytes):
-            value = np.frombuffer(bytearray(value), np.uint8)  # torch wants what may be written to
-        return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    found = op(*map(taken, arguments))
+    found = op(*map(torch.from_numpy, arrays), *values)
     return [each.numpy() for each in (found if isinstance(found, tuple) else (found,))]
 
 
@@ -106,7 +105,8 @@ class ChunkMemory:
         One that is longer than LONGEST_CHUNK, or finds no room, is not kept.
         """
         ends, at = ends_of([*map(len, chunks)], 0), np.array(places, np.int64)
-        (kept,) = _call("remember_chunks", self._index, self._rows, b"".join(chunks), ends, at)
+        text = _bytes(b"".join(chunks))
+        (kept,) = _call("remember_chunks", (self._index, self._rows, text, ends, at))
         found: NDArray[np.bool_] = kept
         return found
 
@@ -126,8 +126,9 @@ class ChunkMemory:
         given  places of the chunks that the memory lacks, in their order; where they are not as
                many as there are the result has no token
         """
+        arrays = self._index, self._rows, table, _bytes(text), ends, given
         ids, origins, token_ends, whole, unknown, stops = _call(
-            "read_chunks", self._index, self._rows, table, text, ends, given, *cuts, located
+            "read_chunks", arrays, *cuts, located
         )
         chunks: list[bytes] = []
         if len(stops):
@@ -141,6 +142,6 @@ def best_spans(
 ) -> tuple[Floats, Floats, Ints, Ints]:
     """`ft_handler.tasks.spans.best_spans`, where nothing of a window's depends on the others."""
     null, scores, firsts, lasts = _call(
-        "best_spans", logits, cls, begins, counts, max_answer_len, wanted
+        "best_spans", (logits, cls, begins, counts), max_answer_len, wanted
     )
     return null, scores, firsts, lasts
