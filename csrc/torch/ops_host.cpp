@@ -92,9 +92,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> read_chunks(
   const host::ChunkMemory memory = memory_of(index, rows);
   const int32_t* tokens_of_chunks = checked<int32_t>(table, "table", ScalarType::Int, {-1, 5});
   const int64_t* places = checked<int64_t>(given, "given", ScalarType::Long, {-1});
-  const host::ReadTexts read(view_of(text), checked_ends(ends, text.size(0), 1), ends.size(0), memory,
-                             {before, behind, apart, lower},
-                             std::vector<int64_t>(places, places + given.size(0)));
+  const host::ReadTexts read(view_of(text), checked_ends(ends, text.size(0), 1), ends.size(0),
+                             memory, {before, behind, apart, lower},
+                             std::vector<int64_t>(places, places + given.size(0)), table.size(0));
+  FT_CHECK(!read.outside(), "a place lies outside of table");
   std::string unknown;
   std::vector<int64_t> unknown_ends;
   for (const std::string& chunk : read.unknown()) {
@@ -106,9 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> read_chunks(
   Tensor ids = torch::stable::empty({tokens}, ScalarType::Long);
   Tensor origins = torch::stable::empty({located ? tokens : 0, 4}, ScalarType::Int);
   if (complete) {
-    FT_CHECK(read.write(tokens_of_chunks, table.size(0), static_cast<int64_t*>(ids.mutable_data_ptr()),
-                        located ? static_cast<int32_t*>(origins.mutable_data_ptr()) : nullptr),
-             "a place lies outside of table");
+    read.write(tokens_of_chunks, static_cast<int64_t*>(ids.mutable_data_ptr()),
+               located ? static_cast<int32_t*>(origins.mutable_data_ptr()) : nullptr);
   }
   return {ids,
           origins,

@@ -40,7 +40,8 @@ STABLE_TORCH_LIBRARY(fastertransformer, m) {
   // The host's own work beside the encoder; no traced file calls these.
   m.def(
       "read_chunks(Tensor index, Tensor rows, Tensor table, Tensor text, Tensor ends, "
-      "Tensor given, bool before, bool behind, bool apart, bool lower, bool located) -> (Tensor ids, "
+      "Tensor given, bool before, bool behind, bool apart, bool lower, bool located) -> (Tensor "
+      "ids, "
       "Tensor origins, Tensor token_ends, Tensor whole, Tensor unknown, Tensor unknown_ends)");
   m.def(
       "remember_chunks(Tensor(a!) index, Tensor(b!) rows, Tensor text, Tensor ends, "

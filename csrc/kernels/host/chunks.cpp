@@ -7,8 +7,8 @@
 namespace ft::host {
 namespace {
 
-// A chunk's bytes, zeros behind them, and in the last byte its length and whether it is a first one:
-// equal only if the chunks are.
+// A chunk's bytes, zeros behind them, and in the last byte its length and whether it is a first
+// one: equal only if the chunks are.
 constexpr int kKeyWords = 6;
 using Key = std::array<uint64_t, kKeyWords>;
 constexpr int64_t kKeyBytes = sizeof(Key);
@@ -37,8 +37,8 @@ uint64_t hash_of(const Key& key) {
   // Odd factors of mixed bits; few chunks have anything in the words between.
   uint64_t mixed = (key[0] + key[1] * 0x9E3779B97F4A7C15u + key[5]) * 0xD6E8FEB86659FD93u;
   if (key[2]) {
-    mixed += key[2] * 0xA0761D6478BD642Fu + key[3] * 0xE7037ED1A0B428DBu +
-             key[4] * 0x8EBC6AF09C88C6E3u;
+    mixed +=
+        key[2] * 0xA0761D6478BD642Fu + key[3] * 0xE7037ED1A0B428DBu + key[4] * 0x8EBC6AF09C88C6E3u;
   }
   return (mixed ^ mixed >> 32) * 0x8EBC6AF09C88C6E3u >> 32;
 }
@@ -48,6 +48,9 @@ bool same(const int64_t* row, const Key& key) {
   for (int w = 0; w < kKeyWords; ++w) differing |= static_cast<uint64_t>(row[w]) ^ key[w];
   return differing == 0;
 }
+
+int64_t row_of(Place place) { return place >> kPlaceShift; }
+int64_t count_of(Place place) { return place & ((Place{1} << kPlaceShift) - 1); }
 
 bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
@@ -101,8 +104,8 @@ bool ChunkMemory::add(std::string_view chunk, bool first, Place place) {
 }
 
 ReadTexts::ReadTexts(std::string_view joined, const int64_t* ends, int64_t texts,
-                     const ChunkMemory& memory, const Cuts& cuts,
-                     const std::vector<Place>& given) {
+                     const ChunkMemory& memory, const Cuts& cuts, const std::vector<Place>& given,
+                     int64_t rows) {
   chunks_.reserve(joined.size() / 4 + texts);
   token_ends_.reserve(texts);
   std::vector<char> text;
@@ -121,9 +124,14 @@ ReadTexts::ReadTexts(std::string_view joined, const int64_t* ends, int64_t texts
     read(text.data(), bytes, memory, cuts, given);
     bool whole = false;
     for (; counted < chunks_.size(); ++counted) {
-      const Place place = chunks_[counted].place;
-      whole = whole || place == kWhole;
-      tokens += place & ((Place{1} << kPlaceShift) - 1);
+      Place& place = chunks_[counted].place;
+      if (place == kWhole) {
+        whole = true;
+      } else if (place < 0 || row_of(place) + count_of(place) > rows) {
+        outside_ = true;
+        place = 0;
+      }
+      tokens += count_of(place);
     }
     if (whole) whole_.push_back(i);
     token_ends_.push_back(tokens);
@@ -161,21 +169,18 @@ void ReadTexts::read(const char* text, int64_t bytes, const ChunkMemory& memory,
   }
 }
 
-bool ReadTexts::write(const int32_t* table, int64_t rows, int64_t* ids, int32_t* origins) const {
+void ReadTexts::write(const int32_t* table, int64_t* ids, int32_t* origins) const {
   constexpr int64_t kColumns = 5;
   for (const Chunk& chunk : chunks_) {
-    if (chunk.place == kWhole) continue;
-    const int64_t count = chunk.place & ((Place{1} << kPlaceShift) - 1);
-    const int64_t row = chunk.place >> kPlaceShift;
-    if (row < 0 || row + count > rows) return false;
-    const int32_t* token = table + row * kColumns;
+    const int64_t count = count_of(chunk.place);
+    if (count == 0) continue;
+    const int32_t* token = table + row_of(chunk.place) * kColumns;
     for (int64_t i = 0; i < count; ++i, token += kColumns) {
       *ids++ = token[0];
       if (!origins) continue;
       for (int c = 1; c < kColumns; ++c) *origins++ = token[c] + chunk.characters;
     }
   }
-  return true;
 }
 
 }  // namespace ft::host

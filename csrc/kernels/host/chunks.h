@@ -27,9 +27,9 @@ inline constexpr int kPlaceShift = 32;
 inline constexpr Place kWhole = Place{1} << 62;
 
 // A hash table over memory of the caller's, zeros at first: a small index, and behind it the chunks
-// in the order in which they came, so that words that are used often lie together. A chunk is looked
-// for in a few neighbouring places of the index, so that nobody who chooses chunks can make it slow;
-// one that finds no room there is not kept.
+// in the order in which they came, so that words that are used often lie together. A chunk is
+// looked for in a few neighbouring places of the index, so that nobody who chooses chunks can make
+// it slow; one that finds no room there is not kept.
 class ChunkMemory {
  public:
   static constexpr int kWords = 8;          // of 64 bits in a row, one cache line
@@ -61,8 +61,12 @@ class ReadTexts {
   // joined  the texts in UTF-8, one byte between two
   // ends    [texts] where each ends
   // given   the places of the chunks that the memory lacks, in their order
+  // rows    of the table of tokens that places lie in
   ReadTexts(std::string_view joined, const int64_t* ends, int64_t texts, const ChunkMemory& memory,
-            const Cuts& cuts, const std::vector<Place>& given);
+            const Cuts& cuts, const std::vector<Place>& given, int64_t rows);
+
+  // Whether some place lies outside of the table; its chunk has no tokens then.
+  bool outside() const { return outside_; }
 
   // The chunks that the memory lacks, each with what stands before it. Where they are not as many
   // as were given nothing else is known.
@@ -76,9 +80,7 @@ class ReadTexts {
   // which the token begins and ends, then its word.
   //
   // table  [rows, 5] the tokens of all chunks: id, and characters counted from the chunk's begin
-  //
-  // False where a place lies outside of the table.
-  bool write(const int32_t* table, int64_t rows, int64_t* ids, int32_t* origins) const;
+  void write(const int32_t* table, int64_t* ids, int32_t* origins) const;
 
  private:
   struct Chunk {
@@ -93,6 +95,7 @@ class ReadTexts {
   std::vector<std::string> unknown_;
   std::vector<int64_t> token_ends_;
   std::vector<int64_t> whole_;
+  bool outside_ = false;
 };
 
 }  // namespace ft::host
