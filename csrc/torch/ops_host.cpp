@@ -51,21 +51,24 @@ const int64_t* checked_ends(const Tensor& ends, int64_t bytes, int64_t apart) {
   return at;
 }
 
-host::ChunkMemory memory_of(const Tensor& memory) {
-  checked<int64_t>(memory, "memory", ScalarType::Long, {-1, host::ChunkMemory::kWords});
-  const int64_t slots = memory.size(0);
-  FT_CHECK(slots > 0 && (slots & (slots - 1)) == 0, "memory must have a power of two of slots, has ",
+host::ChunkMemory memory_of(const Tensor& index, const Tensor& rows) {
+  checked<int32_t>(index, "index", ScalarType::Int, {-1});
+  const int64_t slots = index.size(0);
+  FT_CHECK(slots > 0 && (slots & (slots - 1)) == 0, "index must have a power of two of slots, has ",
            slots);
-  return {static_cast<int64_t*>(memory.mutable_data_ptr()), slots};
+  checked<int64_t>(rows, "rows", ScalarType::Long, {-1, host::ChunkMemory::kWords});
+  FT_CHECK(rows.size(0) > 0 && rows.size(0) <= slots, "rows must be from 1 to the slots of index");
+  return {static_cast<int32_t*>(index.mutable_data_ptr()), slots,
+          static_cast<int64_t*>(rows.mutable_data_ptr()), rows.size(0)};
 }
 
 std::string_view view_of(const Tensor& text) {
   return {checked<char>(text, "text", ScalarType::Byte, {-1}), static_cast<size_t>(text.size(0))};
 }
 
-Tensor remember_chunks(const Tensor& memory, const Tensor& text, const Tensor& ends,
-                       const Tensor& places) {
-  host::ChunkMemory slots = memory_of(memory);
+Tensor remember_chunks(const Tensor& index, const Tensor& rows, const Tensor& text,
+                       const Tensor& ends, const Tensor& places) {
+  host::ChunkMemory memory = memory_of(index, rows);
   const std::string_view bytes = view_of(text);
   const int64_t* stops = checked_ends(ends, text.size(0), 0);
   const int64_t count = ends.size(0);
@@ -76,21 +79,23 @@ Tensor remember_chunks(const Tensor& memory, const Tensor& text, const Tensor& e
   for (int64_t i = 0; i < count; ++i) {
     FT_CHECK(stops[i] > begin, "a chunk has a byte before it");
     const std::string_view chunk = bytes.substr(begin + 1, stops[i] - begin - 1);
-    out[i] = slots.add(chunk, bytes[begin] == host::kFirst, place[i]);
+    out[i] = memory.add(chunk, bytes[begin] == host::kFirst, place[i]);
     begin = stops[i];
   }
   return kept;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> read_chunks(
-    const Tensor& memory, const Tensor& table, const Tensor& text, const Tensor& ends,
-    const Tensor& given, bool before, bool behind, bool apart, bool lower, bool located) {
-  const host::ChunkMemory slots = memory_of(memory);
-  const int32_t* rows = checked<int32_t>(table, "table", ScalarType::Int, {-1, 5});
+    const Tensor& index, const Tensor& rows, const Tensor& table, const Tensor& text,
+    const Tensor& ends, const Tensor& given, bool before, bool behind, bool apart, bool lower,
+    bool located) {
+  const host::ChunkMemory memory = memory_of(index, rows);
+  const int32_t* tokens_of_chunks = checked<int32_t>(table, "table", ScalarType::Int, {-1, 5});
   const int64_t* places = checked<int64_t>(given, "given", ScalarType::Long, {-1});
-  const host::ReadTexts read(view_of(text), checked_ends(ends, text.size(0), 1), ends.size(0), slots,
-                             {before, behind, apart, lower},
-                             std::vector<int64_t>(places, places + given.size(0)));
+  const host::ReadTexts read(view_of(text), checked_ends(ends, text.size(0), 1), ends.size(0),
+                             memory, {before, behind, apart, lower},
+                             std::vector<int64_t>(places, places + given.size(0)), table.size(0));
+  FT_CHECK(!read.outside(), "a place lies outside of table");
   std::string unknown;
   std::vector<int64_t> unknown_ends;
   for (const std::string& chunk : read.unknown()) {
@@ -102,9 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> read_chunks(
   Tensor ids = torch::stable::empty({tokens}, ScalarType::Long);
   Tensor origins = torch::stable::empty({located ? tokens : 0, 4}, ScalarType::Int);
   if (complete) {
-    FT_CHECK(read.write(rows, table.size(0), static_cast<int64_t*>(ids.mutable_data_ptr()),
-                        located ? static_cast<int32_t*>(origins.mutable_data_ptr()) : nullptr),
-             "a place lies outside of table");
+    read.write(tokens_of_chunks, static_cast<int64_t*>(ids.mutable_data_ptr()),
+               located ? static_cast<int32_t*>(origins.mutable_data_ptr()) : nullptr);
   }
   return {ids,
           origins,

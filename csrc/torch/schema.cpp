@@ -41,11 +41,13 @@ STABLE_TORCH_LIBRARY(fastertransformer, m) {
       "Tensor down_bias, Tensor ln2_gamma, Tensor ln2_beta, int num_heads, float eps) -> Tensor");
   // The host's own work beside the encoder; no traced file calls these.
   m.def(
-      "read_chunks(Tensor memory, Tensor table, Tensor text, Tensor ends, Tensor given, "
-      "bool before, bool behind, bool apart, bool lower, bool located) -> (Tensor ids, "
+      "read_chunks(Tensor index, Tensor rows, Tensor table, Tensor text, Tensor ends, "
+      "Tensor given, bool before, bool behind, bool apart, bool lower, bool located) -> (Tensor "
+      "ids, "
       "Tensor origins, Tensor token_ends, Tensor whole, Tensor unknown, Tensor unknown_ends)");
   m.def(
-      "remember_chunks(Tensor(a!) memory, Tensor text, Tensor ends, Tensor places) -> Tensor");
+      "remember_chunks(Tensor(a!) index, Tensor(b!) rows, Tensor text, Tensor ends, "
+      "Tensor places) -> Tensor");
   m.def(
       "best_spans(Tensor logits, Tensor cls, Tensor begins, Tensor counts, int max_answer_len, "
       "int wanted) -> (Tensor null, Tensor scores, Tensor firsts, Tensor lasts)");

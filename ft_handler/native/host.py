@@ -28,7 +28,7 @@ PLACE_SHIFT = 32
 #: The place of a chunk that what stands around it may change: its text has to be read whole.
 WHOLE = 1 << 62
 
-_SLOT_WORDS = 8
+_ROW_WORDS = 8
 
 
 def available() -> bool:
@@ -43,17 +43,16 @@ def available() -> bool:
     return hasattr(getattr(torch.ops, NAMESPACE), "read_chunks")
 
 
-def _call(name: str, *arguments: Any) -> Any:
-    """An op's results as arrays, its arguments being arrays, bytes or plain values."""
+def _bytes(raw: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(bytearray(raw), np.uint8)  # torch wants what may be written to
+
+
+def _call(name: str, arrays: Sequence[NDArray[Any]], *values: Any) -> list[NDArray[Any]]:
+    """An op's results."""
     import torch
 
-    def taken(value: Any) -> Any:
-        if isinstance(value, bytes):
-            value = np.frombuffer(bytearray(value), np.uint8)  # torch wants what may be written to
-        return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    found = op(*map(taken, arguments))
+    found = op(*map(torch.from_numpy, arrays), *values)
     return [each.numpy() for each in (found if isinstance(found, tuple) else (found,))]
 
 
@@ -97,7 +96,8 @@ class ChunkMemory:
         # At most half of the slots are taken, so that nearly every chunk finds room. The system
         # gives the memory as it is written to.
         slots = 1 << (2 * max(1, most) - 1).bit_length()
-        self._slots = np.zeros((slots, _SLOT_WORDS), np.int64)
+        self._index = np.zeros(slots, np.int32)
+        self._rows = np.zeros((slots // 2 + 1, _ROW_WORDS), np.int64)
 
     def add(self, chunks: Sequence[bytes], places: Sequence[int]) -> NDArray[np.bool_]:
         """Take in chunks that it lacks, as `unknown` spells them; [chunks] whether it keeps each.
@@ -105,7 +105,8 @@ class ChunkMemory:
         One that is longer than LONGEST_CHUNK, or finds no room, is not kept.
         """
         ends, at = ends_of([*map(len, chunks)], 0), np.array(places, np.int64)
-        (kept,) = _call("remember_chunks", self._slots, b"".join(chunks), ends, at)
+        text = _bytes(b"".join(chunks))
+        (kept,) = _call("remember_chunks", (self._index, self._rows, text, ends, at))
         found: NDArray[np.bool_] = kept
         return found
 
@@ -125,8 +126,9 @@ class ChunkMemory:
         given  places of the chunks that the memory lacks, in their order; where they are not as
                many as there are the result has no token
         """
+        arrays = self._index, self._rows, table, _bytes(text), ends, given
         ids, origins, token_ends, whole, unknown, stops = _call(
-            "read_chunks", self._slots, table, text, ends, given, *cuts, located
+            "read_chunks", arrays, *cuts, located
         )
         chunks: list[bytes] = []
         if len(stops):
@@ -140,6 +142,6 @@ def best_spans(
 ) -> tuple[Floats, Floats, Ints, Ints]:
     """`ft_handler.tasks.spans.best_spans`, where nothing of a window's depends on the others."""
     null, scores, firsts, lasts = _call(
-        "best_spans", logits, cls, begins, counts, max_answer_len, wanted
+        "best_spans", (logits, cls, begins, counts), max_answer_len, wanted
     )
     return null, scores, firsts, lasts

@@ -46,7 +46,7 @@ def flatten(encodings: Sequence[Encoding[Any]]) -> Sequences:
         owners = np.repeat(owners, [len(e.sequences) for e in encodings])
     total = int(lengths.sum())
     flat = np.concatenate(ids)
-    splits = np.fromiter((s for e in encodings for s in e.splits), np.int64, len(ids))
+    splits = np.array([s for e in encodings for s in e.splits], np.int64)
     if np.array_equal(splits, lengths):
         return Sequences(flat, np.zeros(total, np.int64), lengths, owners)
     ends = np.cumsum(lengths)

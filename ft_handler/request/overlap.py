@@ -19,7 +19,7 @@ LEAST_PART_BYTES = 12_000
 
 def text_bytes(item: Item[Any]) -> int:
     """How many bytes of UTF-8 an item's texts have: what a part's work is measured by."""
-    return sum(len(t) if t.isascii() else len(t.encode()) for t in item.input.texts)
+    return sum([len(t) if t.isascii() else len(t.encode()) for t in item.input.texts])
 
 
 def parts_of(items: Sequence[Item[InputT]]) -> list[list[Item[InputT]]]:
@@ -32,8 +32,9 @@ def parts_of(items: Sequence[Item[InputT]]) -> list[list[Item[InputT]]]:
     parts: list[list[Item[InputT]]] = [[] for _ in range(count)]
     before = 0
     for item, size in zip(items, sizes, strict=True):
+        at = before * count // total
         # What has no text and comes last begins where everything has ended.
-        parts[min(before * count // total, count - 1)].append(item)
+        parts[at if at < count else count - 1].append(item)
         before += size
     return [part for part in parts if part]
 

@@ -6,12 +6,13 @@ fields. Values are bytes, text or parsed JSON. Every server that speaks HTTP rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ft_handler.errors import MalformedRequest, NotOffered, RequestError, UnusableRequest
 from ft_handler.types import Incoming
 
 _BODIES = ("body", "data")
+_BODY = ("body",)
 #: `/invocations?model_name=` hands over what chose the model.
 _NO_FIELD = frozenset({*_BODIES, "model_name", "model_version"})
 _NO_FIELDS: Mapping[str, object] = {}
@@ -24,7 +25,9 @@ def incoming(
     item: Mapping[str, object], headers: Mapping[str, str] = _NO_HEADERS
 ) -> Incoming | RequestError:
     """A body or a form as a request, or why it is none; the names of headers have no case."""
-    bodies = [name for name in _BODIES if name in item]
+    bodies: Sequence[str] = _BODY
+    if len(item) != 1 or "body" not in item:  # what nearly all requests are needs no search
+        bodies = [name for name in _BODIES if name in item]
     if len(bodies) > 1:
         return MalformedRequest("send either 'body' or 'data', not both")
     fields: Mapping[str, object] = _NO_FIELDS

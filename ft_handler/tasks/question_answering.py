@@ -249,9 +249,9 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
     def predict(self, encodings: Sequence[QuestionEncoding], outputs: Outputs) -> list[Prediction]:
         """`{"score", "start", "end", "answer"}`, or a list of them with `top_k` of 2 and more."""
         begins = np.cumsum(outputs.lengths) - outputs.lengths
-        first = encodings[0].item.input.params
-        if all(e.item.input.params is first for e in encodings):
-            return self._group(first, encodings, begins, outputs.values)
+        usual = encodings[0].item.input.params
+        if all(e.item.input.params is usual for e in encodings):
+            return self._group(usual, encodings, begins, outputs.values)
         groups: dict[Parameters, list[int]] = {}
         for i, encoding in enumerate(encodings):
             groups.setdefault(encoding.item.input.params, []).append(i)
@@ -312,7 +312,8 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
                 answers.append((float(null[window:until].min()), 0, 0, ""))
             window = until
             if params.top_k == 1:
-                predictions.append(_answer(max(answers, key=_score)))
+                best = answers[0] if len(answers) == 1 else max(answers, key=_score)
+                predictions.append(_answer(best))
             else:
                 answers.sort(key=_score, reverse=True)
                 predictions.append([_answer(a) for a in answers[: params.top_k]])
@@ -396,6 +397,10 @@ def _answers(
         keys = [lowered[a:b] for a, b in zip(begins, stops, strict=True)]
     else:  # what a character becomes may depend on the characters beside it
         keys = [text[a:b].lower() for a, b in zip(begins, stops, strict=True)]
+    if most == 1 and len({*keys}) == len(keys):
+        score = max(scores)
+        at = scores.index(score)
+        return [(score, begins[at], stops[at], text[begins[at] : stops[at]])]
     totals: dict[str, float] = {}
     for key, score in zip(keys, scores, strict=True):
         totals[key] = totals.get(key, 0.0) + score

@@ -147,16 +147,14 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
         )
         if self.longest <= self._template.pair_specials:
             raise ConfigError(f"setting 'max_length' ({self.longest}) leaves no room for text")
-        if settings.stride is not None and settings.stride >= self._room_alone():
+        # Most tokens of a text that is no pair.
+        specials = len(self._template.single_before) + len(self._template.single_after)
+        self._room_alone = self.longest - specials
+        if settings.stride is not None and settings.stride >= self._room_alone:
             raise ConfigError(
-                f"setting 'stride' ({settings.stride}) leaves windows of {self._room_alone()} "
+                f"setting 'stride' ({settings.stride}) leaves windows of {self._room_alone} "
                 "tokens no way forward"
             )
-
-    def _room_alone(self) -> int:
-        """Most tokens of a text that is no pair."""
-        template = self._template
-        return self.longest - len(template.single_before) - len(template.single_after)
 
     def encode(self, items: Sequence[Item[TextInput]]) -> list[TextEncoding]:
         """One sequence an item, or windows; too long a text without truncation is refused."""
@@ -176,7 +174,7 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
         return out
 
     def _single(self, item: Item[TextInput], ids: Ids) -> TextEncoding:
-        room = self._room_alone() - self._less(item)
+        room = self._room_alone - self._less(item)
         over = len(ids) > room
         if over and item.input.params.long_texts != "truncate":
             beside = self.longest - self._room_alone()
@@ -185,7 +183,7 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
             return TextEncoding(item, parts, [*map(len, parts)], False, [(s,) for s in spans])
         if over:
             self._check(item, len(ids), 0, room)
-        ids = ids[:room]
+            ids = ids[:room]
         sequence = self._template.alone(ids)
         return TextEncoding(item, [sequence], [len(sequence)], over, [((0, len(ids)),)])
 
@@ -255,12 +253,13 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
 
     def predict(self, encodings: Sequence[TextEncoding], outputs: Outputs) -> list[Prediction]:
         """`{"label", "score"}`, or with `top_k` a list of them sorted by score."""
+        logits = _of_windows(encodings, outputs.values)
+        usual = encodings[0].item.input.params
+        if all(e.item.input.params is usual for e in encodings):
+            return self._group(usual, logits)
         groups: dict[Parameters, list[int]] = {}
         for i, encoding in enumerate(encodings):
             groups.setdefault(encoding.item.input.params, []).append(i)
-        logits = _of_windows(encodings, outputs.values)
-        if len(groups) == 1:
-            return self._group(next(iter(groups)), logits)
         predictions: list[Prediction] = [{}] * len(encodings)
         for params, members in groups.items():
             for i, prediction in zip(members, self._group(params, logits[members]), strict=True):

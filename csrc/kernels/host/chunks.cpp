@@ -7,8 +7,8 @@
 namespace ft::host {
 namespace {
 
-// A chunk's bytes, zeros behind them, and in the last byte its length and whether it is a first one:
-// equal only if the chunks are.
+// A chunk's bytes, zeros behind them, and in the last byte its length and whether it is a first
+// one: equal only if the chunks are.
 constexpr int kKeyWords = 6;
 using Key = std::array<uint64_t, kKeyWords>;
 constexpr int64_t kKeyBytes = sizeof(Key);
@@ -34,13 +34,23 @@ Key key_of(const char* chunk, int64_t bytes, bool first) {
 }
 
 uint64_t hash_of(const Key& key) {
-  // Odd factors of mixed bits; most keys have nothing in the words between.
-  uint64_t mixed = (key[0] ^ key[1] * 0x9E3779B97F4A7C15u ^ key[5]) * 0xD6E8FEB86659FD93u;
-  mixed ^= mixed >> 32;
-  mixed += key[2] * 0xA0761D6478BD642Fu + key[3] * 0xE7037ED1A0B428DBu;
-  mixed = (mixed ^ key[4]) * 0x8EBC6AF09C88C6E3u;
-  return mixed ^ mixed >> 29;
+  // Odd factors of mixed bits; few chunks have anything in the words between.
+  uint64_t mixed = (key[0] + key[1] * 0x9E3779B97F4A7C15u + key[5]) * 0xD6E8FEB86659FD93u;
+  if (key[2]) {
+    mixed +=
+        key[2] * 0xA0761D6478BD642Fu + key[3] * 0xE7037ED1A0B428DBu + key[4] * 0x8EBC6AF09C88C6E3u;
+  }
+  return (mixed ^ mixed >> 32) * 0x8EBC6AF09C88C6E3u >> 32;
 }
+
+bool same(const int64_t* row, const Key& key) {
+  uint64_t differing = 0;
+  for (int w = 0; w < kKeyWords; ++w) differing |= static_cast<uint64_t>(row[w]) ^ key[w];
+  return differing == 0;
+}
+
+int64_t row_of(Place place) { return place >> kPlaceShift; }
+int64_t count_of(Place place) { return place & ((Place{1} << kPlaceShift) - 1); }
 
 bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
@@ -63,32 +73,39 @@ Place ChunkMemory::find(const char* chunk, int64_t bytes, bool first) const {
   const Key key = key_of(chunk, bytes, first);
   const uint64_t begin = hash_of(key);
   for (uint64_t probe = 0; probe < kProbes; ++probe) {
-    const int64_t* slot = memory_ + ((begin + probe) & mask_) * kWords;
-    if (std::memcmp(slot, key.data(), kKeyBytes) == 0) return slot[kKeyWords];
-    if (slot[kKeyWords - 1] == 0) break;  // nothing was ever put behind an empty slot
+    const int32_t at = index_[(begin + probe) & mask_];
+    if (at <= 0 || at >= count_) break;  // nothing was ever put behind an empty slot
+    const int64_t* row = rows_ + int64_t{at} * kWords;
+    if (same(row, key)) return row[kKeyWords];
   }
   return -1;
 }
 
 bool ChunkMemory::add(std::string_view chunk, bool first, Place place) {
-  if (static_cast<int64_t>(chunk.size()) > kLongestChunk) return false;
+  const int64_t taken = rows_[0] + 1;
+  if (static_cast<int64_t>(chunk.size()) > kLongestChunk || taken < 1 || taken >= count_) {
+    return false;
+  }
   char padded[kReadAhead] = {};
   chunk.copy(padded, chunk.size());
   const Key key = key_of(padded, static_cast<int64_t>(chunk.size()), first);
   const uint64_t begin = hash_of(key);
   for (uint64_t probe = 0; probe < kProbes; ++probe) {
-    int64_t* slot = memory_ + ((begin + probe) & mask_) * kWords;
-    if (slot[kKeyWords - 1] != 0) continue;
-    std::memcpy(slot, key.data(), kKeyBytes);
-    slot[kKeyWords] = place;
+    int32_t& at = index_[(begin + probe) & mask_];
+    if (at != 0) continue;
+    int64_t* row = rows_ + taken * kWords;
+    std::copy(key.begin(), key.end(), row);
+    row[kKeyWords] = place;
+    rows_[0] = taken;
+    at = static_cast<int32_t>(taken);
     return true;
   }
   return false;
 }
 
 ReadTexts::ReadTexts(std::string_view joined, const int64_t* ends, int64_t texts,
-                     const ChunkMemory& memory, const Cuts& cuts,
-                     const std::vector<Place>& given) {
+                     const ChunkMemory& memory, const Cuts& cuts, const std::vector<Place>& given,
+                     int64_t rows) {
   chunks_.reserve(joined.size() / 4 + texts);
   token_ends_.reserve(texts);
   std::vector<char> text;
@@ -107,9 +124,14 @@ ReadTexts::ReadTexts(std::string_view joined, const int64_t* ends, int64_t texts
     read(text.data(), bytes, memory, cuts, given);
     bool whole = false;
     for (; counted < chunks_.size(); ++counted) {
-      const Place place = chunks_[counted].place;
-      whole = whole || place == kWhole;
-      tokens += place & ((Place{1} << kPlaceShift) - 1);
+      Place& place = chunks_[counted].place;
+      if (place == kWhole) {
+        whole = true;
+      } else if (place < 0 || row_of(place) + count_of(place) > rows) {
+        outside_ = true;
+        place = 0;
+      }
+      tokens += count_of(place);
     }
     if (whole) whole_.push_back(i);
     token_ends_.push_back(tokens);
@@ -147,21 +169,18 @@ void ReadTexts::read(const char* text, int64_t bytes, const ChunkMemory& memory,
   }
 }
 
-bool ReadTexts::write(const int32_t* table, int64_t rows, int64_t* ids, int32_t* origins) const {
+void ReadTexts::write(const int32_t* table, int64_t* ids, int32_t* origins) const {
   constexpr int64_t kColumns = 5;
   for (const Chunk& chunk : chunks_) {
-    if (chunk.place == kWhole) continue;
-    const int64_t count = chunk.place & ((Place{1} << kPlaceShift) - 1);
-    const int64_t row = chunk.place >> kPlaceShift;
-    if (row < 0 || row + count > rows) return false;
-    const int32_t* token = table + row * kColumns;
+    const int64_t count = count_of(chunk.place);
+    if (count == 0) continue;
+    const int32_t* token = table + row_of(chunk.place) * kColumns;
     for (int64_t i = 0; i < count; ++i, token += kColumns) {
       *ids++ = token[0];
       if (!origins) continue;
       for (int c = 1; c < kColumns; ++c) *origins++ = token[c] + chunk.characters;
     }
   }
-  return true;
 }
 
 }  // namespace ft::host

@@ -26,29 +26,33 @@ inline constexpr int kPlaceShift = 32;
 // The place of a chunk that what stands around it may change: its text has to be read whole.
 inline constexpr Place kWhole = Place{1} << 62;
 
-// A hash table over memory of the caller's, zeros at first: a key and a place in each slot. A chunk
-// is looked for in a few neighbouring slots, so that nobody who chooses chunks can make it slow; one
-// that finds no room there is not kept.
+// A hash table over memory of the caller's, zeros at first: a small index, and behind it the chunks
+// in the order in which they came, so that words that are used often lie together. A chunk is
+// looked for in a few neighbouring places of the index, so that nobody who chooses chunks can make
+// it slow; one that finds no room there is not kept.
 class ChunkMemory {
  public:
-  static constexpr int kWords = 8;          // of 64 bits in a slot, one cache line
+  static constexpr int kWords = 8;          // of 64 bits in a row, one cache line
   static constexpr int kLongestChunk = 47;  // bytes
+  static constexpr int kReadAhead = 48;     // bytes behind a chunk's begin that may be read
 
-  // memory  [slots, kWords], slots a power of two
-  ChunkMemory(int64_t* memory, int64_t slots) : memory_(memory), mask_(slots - 1) {}
+  // index  [slots] the row of a chunk, 0 where there is none; slots a power of two
+  // rows   [count, kWords] a key and a place each; the first one holds how many have been taken
+  ChunkMemory(int32_t* index, int64_t slots, int64_t* rows, int64_t count)
+      : index_(index), mask_(slots - 1), rows_(rows), count_(count) {}
 
-  // The place of a chunk, -1 where it is unknown. At least kReadAhead bytes lie behind `chunk`.
+  // The place of a chunk, -1 where it is unknown.
   Place find(const char* chunk, int64_t bytes, bool first) const;
   // Takes a chunk in that is unknown; false where it is too long or finds no room.
   bool add(std::string_view chunk, bool first, Place place);
 
-  static constexpr int kReadAhead = 48;
-
  private:
-  static constexpr int kProbes = 16;
+  static constexpr uint64_t kProbes = 16;
 
-  int64_t* memory_;
+  int32_t* index_;
   uint64_t mask_;
+  int64_t* rows_;
+  int64_t count_;
 };
 
 // Texts as chunks with their places.
@@ -57,8 +61,12 @@ class ReadTexts {
   // joined  the texts in UTF-8, one byte between two
   // ends    [texts] where each ends
   // given   the places of the chunks that the memory lacks, in their order
+  // rows    of the table of tokens that places lie in
   ReadTexts(std::string_view joined, const int64_t* ends, int64_t texts, const ChunkMemory& memory,
-            const Cuts& cuts, const std::vector<Place>& given);
+            const Cuts& cuts, const std::vector<Place>& given, int64_t rows);
+
+  // Whether some place lies outside of the table; its chunk has no tokens then.
+  bool outside() const { return outside_; }
 
   // The chunks that the memory lacks, each with what stands before it. Where they are not as many
   // as were given nothing else is known.
@@ -72,9 +80,7 @@ class ReadTexts {
   // which the token begins and ends, then its word.
   //
   // table  [rows, 5] the tokens of all chunks: id, and characters counted from the chunk's begin
-  //
-  // False where a place lies outside of the table.
-  bool write(const int32_t* table, int64_t rows, int64_t* ids, int32_t* origins) const;
+  void write(const int32_t* table, int64_t* ids, int32_t* origins) const;
 
  private:
   struct Chunk {
@@ -89,6 +95,7 @@ class ReadTexts {
   std::vector<std::string> unknown_;
   std::vector<int64_t> token_ends_;
   std::vector<int64_t> whole_;
+  bool outside_ = false;
 };
 
 }  // namespace ft::host

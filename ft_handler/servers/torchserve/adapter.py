@@ -31,7 +31,7 @@ def over_grpc(headers: Mapping[str, object]) -> bool:
 
     A header is a text. Beside them TorchServe keeps a dict for every input, under the input's name.
     """
-    return not any(isinstance(value, str) for value in headers.values())
+    return str not in map(type, headers.values())
 
 
 def incoming(

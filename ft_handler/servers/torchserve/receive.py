@@ -17,6 +17,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain
 from struct import Struct
 from struct import error as StructError
 from typing import Any, NoReturn
@@ -297,6 +298,24 @@ def _document(value: bytearray) -> Any:
     return json.loads(value.decode("utf-8"))
 
 
+def _head(status: int | None, phrase: str, headers: Mapping[str, str]) -> bytes:
+    """What stands between an answer's id and its body: content type, status, headers."""
+    pack = _INT.pack
+    # The stock writer counts the content type in characters.
+    content_type = headers.get("content-type") or ""
+    parts = [
+        pack(len(content_type)),
+        content_type.encode("utf-8"),
+        _INTS.pack(200 if status is None else status, len(phrase)),
+        phrase.encode("utf-8"),
+        pack(len(headers)),
+    ]
+    for text in chain.from_iterable(headers.items()):
+        encoded = text.encode("utf-8")
+        parts += (pack(len(encoded)), encoded)
+    return b"".join(parts)
+
+
 def create_response(
     ret: list[Any], req_id_map: Mapping[int, str], message: str, code: int, context: Any
 ) -> bytes | None:
@@ -304,28 +323,19 @@ def create_response(
     text = message.encode("utf-8")
     parts = [_INTS.pack(code, len(text)), text]
     pack = _INT.pack
+    # Most answers of a batch have the same status and headers.
+    written: dict[tuple[object, ...], bytes] = {}
     for index, request_id in req_id_map.items():
         body = ret[index]
         headers = context.get_response_headers(index)
         if not isinstance(body, bytes) or headers.get("ts_stream_next") == "true":
             return None
         name = request_id.encode("utf-8")
-        # The stock writer counts the content type in characters.
-        content_type = headers.get("content-type") or ""
         status, phrase = context.get_response_status(index)
-        phrase = phrase or ""
-        parts += (
-            pack(len(name)),
-            name,
-            pack(len(content_type)),
-            content_type.encode("utf-8"),
-            _INTS.pack(200 if status is None else status, len(phrase)),
-            phrase.encode("utf-8"),
-            pack(len(headers)),
-        )
-        for key, value in headers.items():
-            key_bytes, value_bytes = key.encode("utf-8"), value.encode("utf-8")
-            parts += (pack(len(key_bytes)), key_bytes, pack(len(value_bytes)), value_bytes)
-        parts += (pack(len(body)), body)
+        said = (status, phrase, *headers.items())
+        head = written.get(said)
+        if head is None:
+            head = written[said] = _head(status, phrase or "", headers)
+        parts += (pack(len(name)), name, head, pack(len(body)), body)
     parts.append(pack(-1))
     return b"".join(parts)
