@@ -21,7 +21,20 @@ make_model() {
     ft-handler archive "build/demo/$name" --model-name "$name" --export-path model_store --force
 }
 
-mkdir -p model_store
-make_model sentiment sequence_classification --adapter examples/sequence_classification/adapter
-make_model qa question_answering --adapter examples/question_answering/adapter
-make_model embeddings embeddings
+mkdir -p model_store build/demo
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+names=() running=()
+# start NAME MODE [TRACE-OPTION...]: tracing is mostly one thread's work, so all models are made at once.
+start() {
+    make_model "$@" > "build/demo/$1.log" 2>&1 &
+    names+=("$1") running+=($!)
+}
+start sentiment sequence_classification --adapter examples/sequence_classification/adapter
+start qa question_answering --adapter examples/question_answering/adapter
+start embeddings embeddings
+failed=0
+for i in "${!running[@]}"; do
+    wait "${running[i]}" || failed=1
+    cat "build/demo/${names[i]}.log"
+done
+exit "$failed"

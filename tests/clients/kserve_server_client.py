@@ -79,7 +79,7 @@ async def main(base: str, address: str, model: str, *texts: str) -> None:
         "nothing": bad(),
         "parameter": bad(tensor(["a"], True), parameters={"unheard_of": 1}),
         "two": bad(tensor(["a"], True), tensor(["a"], True)),
-        "too many": bad(tensor(["a"] * 129, False)),
+        "too many": bad(tensor(["a"] * 2049, False)),
         "model": bad(tensor(["a"], True), model="nobody"),
     }
     answers = await asyncio.gather(*good, *map(refused, refusals.values()))

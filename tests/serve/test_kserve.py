@@ -148,7 +148,7 @@ def test_kserves_clients(served: Served, replies: Any, rows: list[dict[str, Any]
         "nothing": "empty",
         "parameter": "unheard_of",
         "two": "same name",
-        "too many": "the limit is 128",
+        "too many": "the limit is 2048",
     }
     refused = found["refused"]
     assert refused.pop("model")[0] == "NOT_FOUND"
@@ -324,6 +324,11 @@ def test_a_process_without_its_device_ends_and_a_model_that_fails_is_not_ready()
     assert done.stdout.splitlines() == ["answers: False", "INTERNAL internal error", "503"]
     assert "the device is lost, this process ends: it fell off the bus" in done.stderr
     assert done.returncode == 1
+
+
+def test_what_cannot_be_done_in_time_is_bounded(served: Served) -> None:
+    """By half of `responseTimeout`, as TorchServe's and Ray Serve's workers have it."""
+    assert re.search(r"tokens at most: \d+ of a request, \d+ of what", served.log.read_text())
 
 
 def test_what_is_under_way_is_answered_before_the_end(served: Served, rows: Any) -> None:
