@@ -212,7 +212,7 @@ def input_scales(
         product: (weight.float() * scale.unsqueeze(-1), named[f"{product}.weight"])
         for product, (weight, scale) in stacks.items()
     }
-    most = {product: torch.zeros(len(forms[product][0])) for product in forms}
+    most = {product: forms[product][0].new_zeros(len(forms[product][0])) for product in forms}
 
     def norm(name: str, layer: int) -> Reach:
         gamma, beta = (_layered_norm(named[f"{name}.{part}"]) for part in ("weight", "bias"))
