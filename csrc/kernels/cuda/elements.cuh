@@ -55,6 +55,20 @@ __device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t both) {
   return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&both));
 }
 
+// Four numbers in e4m3, the first lowest; what is too large becomes the largest, 448, and NaN stays NaN.
+__device__ __forceinline__ uint32_t pack_e4m3(float x, float y, float z, float w) {
+  uint32_t four = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  asm("{\n.reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}\n"
+      : "=r"(four)
+      : "f"(x), "f"(y), "f"(z), "f"(w));
+#endif
+  return four;
+}
+
 // 2^x to within 2^-22 of itself; what is not a normal number becomes zero.
 __device__ __forceinline__ float power_of_two(float x) {
   float y;

@@ -91,7 +91,7 @@ __device__ __forceinline__ void add_box(float (&acc)[kParts][kCount], int first,
       load_matrices(box.matrix(me, part, group), r[0], r[1], r[2], r[3]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 v = unpack<T>(r[i]);
+        const float2 v = unpack2<T>(r[i]);
         acc[part][(first + group) * 4 + i * 2] += v.x;
         acc[part][(first + group) * 4 + i * 2 + 1] += v.y;
       }
@@ -107,12 +107,12 @@ __device__ __forceinline__ void fill_box(const float (&acc)[kParts][kCount], int
 #pragma unroll
     for (int group = 0; group < kRowBytes / 16; group += 2) {
       const float* const x = &acc[part][(first + group) * 4];
-      store_matrices(box.matrix(me, part, group), pack<T>(x[0], x[1]), pack<T>(x[2], x[3]),
-                     pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+      store_matrices(box.matrix(me, part, group), pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]),
+                     pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
     }
 }
 
-// Fills a box of 64 columns of e4m3, in the order of gemm_elements.cuh.
+// Fills a box of 64 columns of e4m3, in the order of narrow.cuh.
 template <int kParts, int kCount>
 __device__ __forceinline__ void fill_box_e4m3(const float (&acc)[kParts][kCount], int first,
                                               Box<64> box, const Consumer& me) {

@@ -22,7 +22,7 @@ struct GemmParameters {
   // Of e4m3 operands, in device memory and aligned to 16 bytes but for out_scale.
   const float* scale;      // [n], what a unit of a column's sums is worth
   const float* out_scale;  // [1], what a unit of the e4m3 output or copy is worth, or null
-  // Norm variants: [rows, n], an e4m3 copy of the output in the order of gemm_elements.cuh, or null
+  // Norm variants: [rows, n], an e4m3 copy of the output in the order of narrow.cuh, or null
   void* narrow;
   int rows;
 };

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         base + Config::kReceivedAt + me.index * (kSplits - 1) * Config::kPartBytes, arrived, me};
     exchange.give(acc, sum, rank);
     // The peers' sums last: they are on their way.
-    add_bias<kGroups>(sum, 0, [&](int group) { return unpack<T>(bias[group]); });
+    add_bias<kGroups>(sum, 0, [&](int group) { return unpack2<T>(bias[group]); });
     if (p.residual) {
       barrier_wait(filled, 0);
       add_box<T>(sum, 0, staging, me);

@@ -64,8 +64,8 @@ struct TallEpilogue {
   }
   // x: the thread's eight elements of 16 tokens.
   __device__ __forceinline__ void put(int pair, const float* x) const {
-    store_matrices_turned(turned(pair), pack<T>(x[0], x[1]), pack<T>(x[2], x[3]),
-                          pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+    store_matrices_turned(turned(pair), pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]),
+                          pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
   }
   __device__ __forceinline__ void send(int first_token) const {
     async_proxy_fence();
@@ -179,7 +179,7 @@ struct TallNormEpilogue : TallEpilogue<T, Config> {
       load_matrices_turned(this->turned(pair), r[0], r[1], r[2], r[3]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 v = unpack<T>(r[i]);
+        const float2 v = unpack2<T>(r[i]);
         acc[0][pair * 8 + i * 2] += v.x + this->bias[i & 1];
         acc[0][pair * 8 + i * 2 + 1] += v.y + this->bias[i & 1];
       }

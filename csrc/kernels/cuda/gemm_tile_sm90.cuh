@@ -84,7 +84,7 @@ struct TileEpilogue {
 
   // A vector's elements (0: bias, 1: gamma, 2: beta) for this lane's columns of a group.
   __device__ __forceinline__ float2 vector(int v, int group) const {
-    return unpack<T>(load_shared(vectors_at() + v * kN * 2 + group * 16 + (me.lane & 3) * 4));
+    return unpack2<T>(load_shared(vectors_at() + v * kN * 2 + group * 16 + (me.lane & 3) * 4));
   }
 
   __device__ __forceinline__ uint32_t buffer_at(int buffer) const {

@@ -9,20 +9,6 @@
 
 namespace ft::cuda {
 
-// Four numbers, the first lowest; what is too large becomes the largest, 448, and NaN stays NaN.
-__device__ __forceinline__ uint32_t pack_e4m3(float x, float y, float z, float w) {
-  uint32_t four = 0;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  asm("{\n.reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n}\n"
-      : "=r"(four)
-      : "f"(x), "f"(y), "f"(z), "f"(w));
-#endif
-  return four;
-}
-
 // Eight neighbouring columns a thread, in steps of `1 / inverse`; the whole warp takes part, and
 // threads 2 i and 2 i + 1 hold the halves of 16. Returns what goes to this thread's own eight
 // bytes.

@@ -58,4 +58,31 @@ __device__ __forceinline__ Moments total(const Get& get, float count) {
   return whole;
 }
 
+// (mean, 1 / deviation) of a row of `width` columns, in every one of the kLanes neighbouring lanes
+// that share it. The row was cut into `parts`, at most kMost, of `part_width` columns, the last one
+// narrower; part(i) gives the i-th one's mean and sum of squared deviations (Chan, Golub and
+// LeVeque 1979).
+template <int kLanes, int kMost, typename Part>
+__device__ __forceinline__ float2 row_norm(Part&& part, int parts, int part_width, int width,
+                                           float eps) {
+  constexpr int kEach = kMost / kLanes;
+  float2 each[kEach];
+  float count[kEach], sum = 0.f, squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = i * kLanes + threadIdx.x % kLanes;
+    each[i] = at < parts ? part(at) : make_float2(0.f, 0.f);
+    count[i] = at < parts ? min(part_width, width - at * part_width) : 0;
+    sum += count[i] * each[i].x;
+  }
+  const float inverse_width = 1.f / width;
+  const float mean = lane_sum<kLanes>(sum) * inverse_width;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const float apart = each[i].x - mean;
+    squares += each[i].y + count[i] * apart * apart;
+  }
+  return make_float2(mean, rsqrtf(lane_sum<kLanes>(squares) * inverse_width + eps));
+}
+
 }  // namespace ft::cuda

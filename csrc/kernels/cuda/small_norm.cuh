@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/ptx_sm90.cuh"
+#include "kernels/cuda/row_moments.cuh"
 #include "kernels/cuda/small_kernels.h"
 
 namespace ft::cuda::small {

@@ -19,6 +19,7 @@
 
 #include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/gemm_wgmma.cuh"
+#include "kernels/cuda/row_moments.cuh"
 #include "kernels/cuda/small_attention.cuh"
 #include "kernels/cuda/small_kernels.h"
 
