@@ -60,9 +60,12 @@ int launch(const Product& q, const void* kernel, cudaStream_t stream) {
   constexpr int kWeightRows = Config::kNorm ? Config::kN : Config::kN / Config::kSharers;
   constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
   CUtensorMap input, weight, added, output;
-  if (encode_byte_map(&input, q.x, q.rows, q.k, kInputRows, 128, kPromotion)) return 3;
-  if (encode_byte_map(&weight, q.w, q.n, q.k, kWeightRows, 128, kPromotion)) return 4;
-  if (q.narrow_out ? encode_byte_map(&output, q.out, q.rows, q.n, Config::kRows, 64, kPromotion)
+  if (encode_tensor_map(&input, ft::DType::kE4M3, q.x, q.rows, q.k, kInputRows, 128, kPromotion))
+    return 3;
+  if (encode_tensor_map(&weight, ft::DType::kE4M3, q.w, q.n, q.k, kWeightRows, 128, kPromotion))
+    return 4;
+  if (q.narrow_out ? encode_tensor_map(&output, ft::DType::kE4M3, q.out, q.rows, q.n, Config::kRows,
+                                       64, kPromotion)
                    : encode_tensor_map(&output, ft::DType::kFloat16, q.out, q.rows, q.n,
                                        Config::kRows, 64, kPromotion))
     return 5;
@@ -130,10 +133,8 @@ extern "C" int fp8_norm_gemm(const Product* q, int variant, cudaStream_t stream)
       return with(NormPingPong64x128{});
     case 3:
       return with(NormPingPong64x256{});
-    case 4:
-      return with(NormPingPong128x128{});
     default:
-      return with(NormPingPong128x128Six{});
+      return with(NormPingPong128x128{});
   }
 }
 

@@ -22,7 +22,7 @@ import torch
 E4 = torch.float8_e4m3fn
 F = torch.nn.functional
 TILES = ("128x192 c2", "128x192", "128x128 c2", "64x128", "together 128x128")
-NORM_TILES = {768: {0: "128x192 c4", 1: "64x192 c4", 2: "64x128 c6", 5: "128x128 c6"},
+NORM_TILES = {768: {0: "128x192 c4", 1: "64x192 c4", 2: "64x128 c6"},
               1024: {3: "64x256 c4", 4: "128x128 c8"}}  # fmt: skip
 library = ctypes.CDLL(sys.argv[1])
 

@@ -26,6 +26,7 @@ from ft_handler.prepare import quantize
 
 pytestmark = pytest.mark.gpu
 
+PRODUCTS = ("qkv", "out", "up", "down")
 # Width of the embeddings, stored layers, products that are kept.
 MODELS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "plain": (256, 3, ()),
@@ -33,12 +34,20 @@ MODELS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "out kept": (256, 3, tuple(f"layers.{i}.out" for i in range(3))),
     "shared": (256, 1, ("layers.0.out",)),
     "projected": (64, 3, ("layers.1.down",)),
-    "all kept": (256, 1, tuple(f"layers.0.{p}" for p in ("qkv", "out", "up", "down"))),
+    "all kept": (256, 1, tuple(f"layers.0.{p}" for p in PRODUCTS)),
+    **{
+        f"{one} alone": (256, 1, tuple(f"layers.0.{p}" for p in PRODUCTS if p != one))
+        for one in PRODUCTS
+    },
 }
 FEW: list[list[int]] = [[1], [7], [113], [511], [1, 7, 113], [5, 0, 17, 9]]
 MANY: list[list[int]] = [[511, 113, 7, 1] * 7, [512] * 9, [30] * 150, [4] * 1100]
-# Where products of 8-bit floats begin to pay is the op's to know; with so many tokens they do.
-SURE = 4096
+# Up to so many tokens kernels of their own may take an encoder, which read its weights as floats.
+FEW_TOKENS = 96
+# Of two ways that differ in the last bits of their sums, the second rounds some of its inputs to
+# another number of 8 bits; in one product that is up to 0.3 of what the rounding itself changes
+# (found by changing norms and biases by a 2000th), and what comes after rounds on from there.
+ONE_PRODUCT = 0.4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,13 +62,15 @@ def served() -> bool:
     return found
 
 
-def parts(kind: str, activation: str = "gelu") -> tuple[EncoderSpec, dict[str, Tensor], Any]:
+def parts(
+    kind: str, activation: str = "gelu", layers: int = 3
+) -> tuple[EncoderSpec, dict[str, Tensor], Any]:
     """Sizes, fp32 weights on the GPU and the encoder of them, not scripted."""
     embedding, stored, kept = MODELS[kind]
     spec = EncoderSpec(
         hidden_size=256,
         embedding_size=embedding,
-        num_layers=3,
+        num_layers=layers,
         num_heads=4,
         intermediate_size=1024,
         activation=activation,
@@ -80,44 +91,55 @@ def packed(
     return ids.to(device), types.to(device), None, ends.to(device), max(lengths)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_one_product(product: str, activation: str) -> None:
+    _, _, encoder = parts(f"{product} alone", activation, layers=1)
+    module: Any = torch.jit.script(encoder)
+    for lengths in FEW + MANY:
+        inputs = packed(lengths)
+        narrow = twins.encode(*inputs, simulated_weights(encoder), encoder.spec)
+        floats = twins.encode(*inputs, float_weights(encoder), encoder.spec)
+        found = module(*inputs)
+        assert found.dtype == torch.float16
+        between = apart(narrow, floats)
+        ways = {"narrow": apart(found, narrow) / between, "floats": apart(found, floats) / between}
+        if not served():
+            assert ways["floats"] < 0.1, lengths
+        elif sum(lengths) > FEW_TOKENS:
+            assert ways["narrow"] < ONE_PRODUCT < ways["floats"], lengths
+        else:
+            assert min(ways.values()) < ONE_PRODUCT, lengths
+
+
 @pytest.mark.parametrize("kind", MODELS)
-def test_against_the_simulation(kind: str) -> None:
+def test_no_worse_than_the_simulation(kind: str) -> None:
     spec, weights, encoder = parts(kind)
     module: Any = torch.jit.script(encoder)
     for lengths in FEW + MANY:
         inputs = packed(lengths)
         exact = twins.encode(*inputs, exact_weights(weights), spec.text(weights))
         narrow = twins.encode(*inputs, simulated_weights(encoder), encoder.spec)
-        floats = twins.encode(*inputs, float_weights(encoder), encoder.spec)
         found = module(*inputs)
         assert found.dtype == torch.float16
         assert bool(torch.isfinite(found).all())
         assert (len(module.narrow) > 0) == (served() and kind != "all kept")
         if kind == "all kept":
             assert apart(found, exact) < 3e-3 * apart(exact, torch.zeros_like(exact))
-            continue
-        # Sums that differ in their last bits are rounded to other numbers here and there, and the
-        # next layers round those otherwise again; the other way of computing would show 1.
-        between = apart(narrow, floats)
-        ways = {"narrow": apart(found, narrow) / between, "floats": apart(found, floats) / between}
-        if not served():
-            assert ways["floats"] < 0.1, lengths
-        elif sum(lengths) >= SURE:
-            assert ways["narrow"] < 0.5, lengths
         else:
-            assert min(ways.values()) < 0.5, lengths
-        assert apart(found, exact) < 1.5 * apart(narrow, exact)
+            # Of one short sequence an error is a matter of chance.
+            room = 1.2 if sum(lengths) > FEW_TOKENS else 2.0
+            assert apart(found, exact) < room * apart(narrow, exact), lengths
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu"])
 def test_other_activations(activation: str) -> None:
-    _, _, encoder = parts("mixed", activation)
+    spec, weights, encoder = parts("mixed", activation)
     module: Any = torch.jit.script(encoder)
     inputs = packed(MANY[0])
+    exact = twins.encode(*inputs, exact_weights(weights), spec.text(weights))
     narrow = twins.encode(*inputs, simulated_weights(encoder), encoder.spec)
-    floats = twins.encode(*inputs, float_weights(encoder), encoder.spec)
-    wanted = narrow if served() else floats
-    assert apart(module(*inputs), wanted) < 0.5 * apart(narrow, floats)
+    assert apart(module(*inputs), exact) < 1.2 * apart(narrow, exact)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -132,16 +154,16 @@ def test_every_architecture(model_type: str) -> None:
         for row, kinds, n in zip(ids.tolist(), types.tolist(), mask.sum(1).tolist(), strict=True)
     ]
     whole = quantize.Packed.of(rows)
-    assert len(whole.input_ids) >= SURE
-    narrow, floats = simulation.quantized(whole, ()), simulation.on_a_cpu(whole, ())
+    assert len(whole.input_ids) > FEW_TOKENS
+    exact, floats = simulation.exact(whole), simulation.on_a_cpu(whole, ())
+    wanted = simulation.quantized(whole, ()) if served() else floats
     module = fused(model, task, "fp8").cuda()
     found = module.packed(
         whole.input_ids.cuda(), whole.token_type_ids.cuda(), whole.cu_seqlens.cuda(), whole.longest
     ).cpu()
-    wanted, other = (narrow, floats) if served() else (floats, narrow)
-    assert apart(found, wanted) < 0.7 * apart(wanted, other)
+    assert apart(found, exact) < 1.5 * apart(wanted, exact)
     (padded,) = module(*(part.cuda() for part in inputs))
-    assert apart(padded.cpu(), found) < 0.1 * apart(wanted, other)
+    assert apart(padded.cpu(), found) < 0.1 * apart(wanted, exact)
 
 
 @pytest.mark.parametrize("kind", ["mixed", "shared", "projected"])

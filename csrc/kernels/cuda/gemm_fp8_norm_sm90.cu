@@ -2,8 +2,8 @@
 
 namespace ft::cuda::sm90 {
 
-// The tiles of norm_kernel and one more over e4m3 operands, with ScaledConfig's shared memory:
-// float16 output, and an e4m3 copy where GemmParameters::narrow is given.
+// The tiles of norm_kernel over e4m3 operands, with ScaledConfig's shared memory: float16 output,
+// and an e4m3 copy where GemmParameters::narrow is given.
 const void* fp8_norm_kernel(int variant) {
   const auto pick = [&]<typename Plain>(Plain) {
     return reinterpret_cast<const void*>(
@@ -18,10 +18,8 @@ const void* fp8_norm_kernel(int variant) {
       return pick(NormPingPong64x128{});
     case 3:
       return pick(NormPingPong64x256{});
-    case 4:
-      return pick(NormPingPong128x128{});
     default:
-      return pick(NormPingPong128x128Six{});
+      return pick(NormPingPong128x128{});
   }
 }
 

@@ -117,7 +117,6 @@ using NormPingPong64x192 = GemmConfig<64, 192, 5, 3, 4, false, true>;
 using NormPingPong64x128 = GemmConfig<64, 128, 8, 1, 6, false, true>;
 using NormPingPong64x256 = GemmConfig<64, 256, 4, 2, 4, false, true>;
 using NormPingPong128x128 = GemmConfig<128, 128, 5, 1, 8, false, true>;
-using NormPingPong128x128Six = GemmConfig<128, 128, 5, 1, 6, false, true>;  // e4m3 operands alone
 
 // Tokens of an output box: the whole tile where that leaves four stages, else an even part of it.
 constexpr int tall_chunk(int tokens) {

@@ -31,22 +31,6 @@ inline EncodeTiled tensor_map_encoder() {
   return encode;
 }
 
-// The same of 8-bit elements, in boxes of 64 or 128 columns.
-inline CUresult encode_byte_map(CUtensorMap* map, const void* matrix, int rows, int columns,
-                                int box_rows, int box_columns, CUtensorMapL2promotion promotion) {
-  const EncodeTiled encode = tensor_map_encoder();
-  if (encode == nullptr) return CUDA_ERROR_NOT_SUPPORTED;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {sizes[0]};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns),
-                             static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix), sizes, strides,
-                box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
-                promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-}
-
 // The map of a row-major matrix of 16-bit or 8-bit elements, in boxes of 64 or 128 bytes a row that
 // lie swizzled over their whole width. CUDA_ERROR_NOT_SUPPORTED: the driver has no encoder.
 inline CUresult encode_tensor_map(CUtensorMap* map, DType dtype, const void* matrix, int rows,
