@@ -30,7 +30,7 @@ build() {
         $kernels/small_*_sm90.cu $kernels/{small_plan,runtime}.cpp &
     builds+=($!)
     nvcc "${flags[@]}" -o "$folder/kernels_check" benchmarks/cuda/{kernels_check,kernels_api,fp8_gemm}.cu \
-        $kernels/attention*.cu $kernels/{layer_norm,embedding,activation,padding,pooling,narrow}.cu \
+        $kernels/attention*.cu $kernels/gemm_fp8*_sm90.cu $kernels/{layer_norm,embedding,activation,padding,pooling,narrow}.cu \
         $kernels/runtime.cpp &
     builds+=($!)
     for one in "${builds[@]}"; do

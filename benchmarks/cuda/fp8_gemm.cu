@@ -3,23 +3,13 @@
 #include <cstdio>
 #include <map>
 
+#include "fp8_gemm.h"
 #include "kernels/cuda/gemm_sm90_variants.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/tensor_map.h"
 
 using namespace ft::cuda;
 using namespace ft::cuda::sm90;
-
-// As benchmarks/cuda/fp8_gemm.py fills it in.
-struct Product {
-  const void *x, *w;   // e4m3 [rows, k], [n, k]
-  const float* scale;  // [n]
-  const void *bias, *residual, *gamma, *beta;
-  void* out;
-  void* narrow;  // norm tiles: e4m3 copy or null
-  const float* out_scale;
-  int rows, n, k, gelu, narrow_out;
-};
 
 namespace ft::cuda::sm90 {
 const void* fp8_kernel(int variant, bool narrow_output);  // gemm_fp8_sm90.cu
