@@ -253,7 +253,8 @@ inline void place_floats(std::string_view text, EncoderSpec* spec) {
     const size_t at = std::min(word.find(':'), word.size());
     int product = 0;
     while (product < kLayerProducts && word.substr(0, at) != kLayerProductNames[product]) ++product;
-    if (product == kLayerProducts) refuse("an encoder's floats " + quoted(word) + " are unknown");
+    if (product == kLayerProducts || at + 1 >= word.size())
+      refuse("an encoder's floats " + quoted(word) + " are unknown");
     for_words(word.substr(std::min(at + 1, word.size())), ',', [&](std::string_view layer) {
       spec->floats[product].push_back(number_of<int64_t>("floats", layer, 0));
     });

@@ -139,6 +139,7 @@ void test_narrow() {
   };
   refuse(changed(whole, ",layers.up.input_scale", ""), "all of its e4m3 tensors or none");
   refuse(whole + " floats=gate:0", "floats \"gate:0\" are unknown");
+  refuse(whole + " floats=up:", "floats \"up:\" are unknown");
   refuse(whole + " floats=up:2", "is not there: up of layer 2");
   refuse(whole + " floats=up:x", "floats must be a number");
   refuse(kSizes + weights(false) + " floats=up:0", "is not there: up of layer 0");
