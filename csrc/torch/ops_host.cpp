@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -131,6 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> best_spans(const Tensor& logits, cons
       max_answer_len,
   };
   FT_CHECK(max_answer_len > 0 && wanted > 0, "max_answer_len and wanted must be at least 1");
+  FT_CHECK(total < std::numeric_limits<int32_t>::max(), "logits has too many tokens");
   int64_t most = 0;
   for (int64_t w = 0; w < windows; ++w) {
     const int64_t count = asked.counts[w], begin = asked.begins[w], first = asked.cls[w];

@@ -94,11 +94,18 @@ void slide_maximum(std::vector<float>& values, std::vector<float>& other, int64_
 
 struct Span {
   float score;
-  int64_t first;
-  int64_t last;
+  int32_t first;
+  int32_t last;
 };
 
-// The best `wanted` of the spans that it is offered, best first; of equals those offered first.
+// Of equals the earlier one is better.
+bool better(const Span& a, const Span& b) {
+  if (a.score != b.score) return a.score > b.score;
+  return a.first != b.first ? a.first < b.first : a.last < b.last;
+}
+
+// The best `wanted` of the spans that it is offered, best first; of equals that have no room
+// together those offered first.
 class Best {
  public:
   void begin(int64_t wanted) {
@@ -113,7 +120,7 @@ class Best {
     if (static_cast<int64_t>(spans.size()) == wanted_) spans.pop_back();
     size_t at = spans.size();
     spans.push_back(span);
-    for (; at > 0 && spans[at - 1].score < span.score; --at) spans[at] = spans[at - 1];
+    for (; at > 0 && better(span, spans[at - 1]); --at) spans[at] = spans[at - 1];
     spans[at] = span;
     if (static_cast<int64_t>(spans.size()) == wanted_) least_ = spans.back().score;
   }
@@ -142,14 +149,13 @@ void best_spans(const float* logits, int64_t total, const Windows& windows, int6
     slide_maximum(best_end, other, width);
     for (int64_t i = 0; i < count; ++i) best_end[i] *= start.of_context[i];
     rows.begin(wanted);
-    for (int64_t i = 0; i < count; ++i) rows.offer({best_end[i], i, i});
-    std::sort(rows.spans.begin(), rows.spans.end(),
-              [](const Span& a, const Span& b) { return a.first < b.first; });
+    const int32_t tokens = static_cast<int32_t>(count);
+    for (int32_t i = 0; i < tokens; ++i) rows.offer({best_end[i], i, i});
     best.begin(wanted);
     for (const Span& row : rows.spans) {
-      if (!best.takes(row.score)) continue;
-      const int64_t stop = std::min(count, row.first + width);
-      for (int64_t last = row.first; last < stop; ++last) {
+      if (!best.takes(row.score)) break;  // nor do those behind it begin a better one
+      const int32_t stop = std::min(tokens, row.first + static_cast<int32_t>(width));
+      for (int32_t last = row.first; last < stop; ++last) {
         best.offer({start.of_context[row.first] * end.of_context[last], row.first, last});
       }
     }
