@@ -218,35 +218,36 @@ def input_scales(
         gamma, beta = (_layered_norm(named[f"{name}.{part}"]) for part in ("weight", "bias"))
         return Reach(gamma[layer % len(gamma)], beta[layer % len(beta)])
 
-    def reads(product: str, layer: int, largest: Tensor) -> float:
-        """Take note of a product's input."""
+    def reads(product: str, layer: int, largest: Tensor) -> None:
+        """Take note of a product's input; layers that share a product share its scale."""
         place = layer % len(most[product])
         most[product][place] = torch.maximum(most[product][place], largest.max())
-        return float(largest.max())
 
-    def makes(product: str, layer: int, given: Reach, largest: float) -> Tensor:
+    def makes(product: str, layer: int, given: Reach) -> Tensor:
         """The largest magnitude of each output, be the product rounded or kept, `[N]`."""
         biases = named[f"{product}.bias"]
         bias = biases[layer % len(biases)]
-        step = NARROW_STEP / 2 * largest / twins.LARGEST_NARROW
+        step = NARROW_STEP / twins.LARGEST_NARROW * most[product][layer % len(most[product])]
         outputs = []
         for stack in forms[product]:
             weight = stack[layer % len(stack)]
-            error = NARROW_ERROR * given.sizes(weight) + step * weight.abs().sum(1)
+            error = NARROW_ERROR * given.sizes(weight) + step / 2 * weight.abs().sum(1)
             outputs.append(given.through(weight, bias).most + error)
         return torch.maximum(*outputs)
 
-    given = norm("embeddings.norm", 0)
+    embedded = norm("embeddings.norm", 0)
     if PROJECTION[0] in named:
-        given = given.through(*(named[name] for name in PROJECTION))
-    for layer in range(spec.num_layers):
-        largest = reads("layers.qkv", layer, given.most)
-        values = makes("layers.qkv", layer, given, largest)[2 * spec.hidden_size :]
+        embedded = embedded.through(*(named[name] for name in PROJECTION))
+    layers = range(spec.num_layers)
+    inputs = [embedded, *(norm("layers.norm2", layer) for layer in layers)]
+    middles = [norm("layers.norm1", layer) for layer in layers]
+    for layer in layers:
+        reads("layers.qkv", layer, inputs[layer].most)
+        reads("layers.up", layer, middles[layer].most)
+    for layer in layers:
+        values = makes("layers.qkv", layer, inputs[layer])[2 * spec.hidden_size :]
         reads("layers.out", layer, values)
-        given = norm("layers.norm1", layer)
-        largest = reads("layers.up", layer, given.most)
-        reads("layers.down", layer, makes("layers.up", layer, given, largest))
-        given = norm("layers.norm2", layer)
+        reads("layers.down", layer, makes("layers.up", layer, middles[layer]))
     # Inputs that are always zero take any scale.
     return {p: torch.where(m > 0, m / twins.LARGEST_NARROW, 1.0) for p, m in most.items()}
 
