@@ -7,11 +7,13 @@
 //   ./gemm_variants once ROWS       each of our plans once, for a profiler
 //   ./gemm_variants measure HIDDEN ROWS...  JSON of every plan's time and what its estimate is made
 //                                   of, at an encoder's four layers: for scripts/gemm_costs.py
+//   ./gemm_variants measure_fp8 HIDDEN ROWS...  the same of operands in e4m3
 //
 // Built by benchmarks/cuda/build_gemm_variants.sh. Times are medians of graph replays of twelve
 // layers with weights of their own, with programmatic dependent launch.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -99,32 +101,50 @@ __global__ void compare(const T* out, const float* want, size_t count, double* s
   atomicAdd(sums + 1, square);
 }
 
-template <typename T>
+// Of products of type X. In e4m3 a weight of 448 is worth about 1.73 standard deviations, and what
+// comes out is written in e4m3 too, where an encoder's next product reads that: after GELU instead
+// of T, after a layer norm besides.
+template <typename T, typename X = T>
 struct Layer {
-  T *x, *w, *bias, *residual, *gamma, *beta, *out, *scratch;
+  static constexpr bool kNarrow = std::is_same_v<X, __nv_fp8_e4m3>;
+  X *x, *w;
+  T *bias, *residual, *gamma, *beta, *out, *scratch;
+  X* copy;             // [rows, n]
+  float *scale, *one;  // [n] and [1]
   int rows, n, k, copies;
 
   Layer(int rows_, int n_, int k_, int copies_) : rows(rows_), n(n_), k(k_), copies(copies_) {
-    const auto make = [](T** p, size_t count, uint32_t seed, float scale) {
-      require(cudaMalloc(p, count * sizeof(T)), "cudaMalloc");
+    const auto make = []<typename P>(P** p, size_t count, uint32_t seed, float scale) {
+      require(cudaMalloc(p, count * sizeof(P)), "cudaMalloc");
       fill<<<256, 256>>>(*p, count, seed, scale);
     };
+    const float weights = 1.f / std::sqrt(float(k)), most = kNarrow ? 258.f : weights;
     make(&x, size_t(rows) * k, 1, 1.f);
-    make(&w, size_t(n) * k * copies, 2, 1.f / std::sqrt(float(k)));
+    make(&w, size_t(n) * k * copies, 2, most);
     make(&bias, n, 3, 1.f);
     make(&residual, size_t(rows) * n, 4, 1.f);
     make(&gamma, n, 5, 1.f);
     make(&beta, n, 6, 1.f);
     make(&out, size_t(rows) * n, 7, 1.f);
     make(&scratch, size_t(rows) * n, 8, 1.f);
+    make(&copy, kNarrow ? size_t(rows) * n : 1, 9, 1.f);
+    const std::vector<float> worth(n, weights / most), ones(1, 1.f);
+    for (const auto& [to, from] : {std::pair{&scale, &worth}, std::pair{&one, &ones}}) {
+      require(cudaMalloc(to, from->size() * 4), "cudaMalloc");
+      require(cudaMemcpy(*to, from->data(), from->size() * 4, cudaMemcpyHostToDevice),
+              "cudaMemcpy");
+    }
   }
   ~Layer() {
-    for (T* p : {x, w, bias, residual, gamma, beta, out, scratch}) cudaFree(p);
+    for (void* p : std::initializer_list<void*>{x, w, bias, residual, gamma, beta, out, scratch,
+                                                copy, scale, one})
+      cudaFree(p);
   }
   Gemm gemm(bool gelu, bool added, int copy = 0) const {
     constexpr DType kType = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
-    return {{x, kType},
-            {w + size_t(copy) * n * k, kType},
+    constexpr DType kOperands = kNarrow ? DType::kE4M3 : kType;
+    return {{x, kOperands},
+            {w + size_t(copy) * n * k, kOperands, kNarrow ? scale : nullptr},
             bias,
             added ? residual : nullptr,
             out,
@@ -132,9 +152,13 @@ struct Layer {
             n,
             k,
             gelu ? Activation::kGelu : Activation::kNone,
-            kType};
+            kType,
+            false,
+            kNarrow && gelu ? one : nullptr};
   }
-  GemmNorm norm() const { return {gamma, beta, 1e-12f, nullptr}; }
+  GemmNorm norm() const {
+    return {gamma, beta, 1e-12f, nullptr, kNarrow ? NarrowRows{copy, one} : NarrowRows{}};
+  }
 };
 
 void* workspace;
@@ -147,7 +171,8 @@ cudaError_t run(const Gemm& gemm, const GemmNorm* norm, void* scratch, bool pdl)
 }
 
 GemmKey key_of(const Gemm& g, bool norm) {
-  return {gemm_row_class(g.rows), g.n, g.k, g.dtype, g.activation, g.residual != nullptr, norm};
+  return {gemm_row_class(g.rows), g.n, g.k, g.weight.dtype, g.activation,
+          g.residual != nullptr,  norm};
 }
 
 std::string label_of(const std::string& plan, size_t index) {
@@ -325,11 +350,12 @@ std::string numbers(const Cost& cost) {
 }
 
 // A line of JSON a layer: medians over replays of every plan in turn, so that a drift of clocks
-// hits all of them.
+// hits all of them. X: of the operands.
+template <typename X>
 void measure_rows(int rows, int hidden) {
   for (const Kind& kind : kinds_of(hidden)) {
     const int copies = rows <= 2048 ? 12 : 6, rounds = rows <= 8192 ? 9 : 5;
-    const Layer<__half> layer(rows, kind.n, kind.k, copies);
+    const Layer<__half, X> layer(rows, kind.n, kind.k, copies);
     const GemmNorm norm = layer.norm();
     const GemmNorm* const normed = kind.norm ? &norm : nullptr;
     std::vector<Gemm> gemms;
@@ -337,7 +363,8 @@ void measure_rows(int rows, int hidden) {
       gemms.push_back(layer.gemm(kind.gelu, kind.norm, copy));
     std::vector<std::string> plans;
     require(gemm_candidates(gemms[0], normed, &plans), "gemm_candidates");
-    plans.push_back("cublaslt");
+    // cuBLASLt has no epilogues that products in e4m3 need.
+    if (!layer.kNarrow) plans.push_back("cublaslt");
     struct Timed {
       cudaGraphExec_t exec;
       cudaEvent_t start, stop;
@@ -364,8 +391,9 @@ void measure_rows(int rows, int hidden) {
         if (round >= 0) timed.us.push_back(ms * 1e3f / static_cast<float>(copies));
       }
     }
-    std::printf(R"({"rows": %d, "n": %d, "k": %d, "gelu": %s, "norm": %s, "ours": [)", rows, kind.n,
-                kind.k, kind.gelu ? "true" : "false", kind.norm ? "true" : "false");
+    std::printf(R"({"fp8": %s, "rows": %d, "n": %d, "k": %d, "gelu": %s, "norm": %s, "ours": [)",
+                layer.kNarrow ? "true" : "false", rows, kind.n, kind.k,
+                kind.gelu ? "true" : "false", kind.norm ? "true" : "false");
     std::vector<float> medians;
     float best_library = 1e9f;
     for (size_t i = 0; i < plans.size(); ++i) {
@@ -384,11 +412,13 @@ void measure_rows(int rows, int hidden) {
                   kCostedTiles[many.tile].data(), numbers(many.product).c_str(),
                   numbers(many.after).c_str());
     }
-    const LibraryAmounts many = gemm_library_amounts(gemms[0], normed);
-    std::printf(R"(], "library": [%.2f, "%s", %s], "best_library": %.2f})"
-                "\n",
-                medians.back(), kLibraryKinds[many.kind].data(), numbers(many.product).c_str(),
-                best_library);
+    std::printf("]");
+    if (!layer.kNarrow) {
+      const LibraryAmounts many = gemm_library_amounts(gemms[0], normed);
+      std::printf(R"(, "library": [%.2f, "%s", %s], "best_library": %.2f)", medians.back(),
+                  kLibraryKinds[many.kind].data(), numbers(many.product).c_str(), best_library);
+    }
+    std::printf("}\n");
     std::fflush(stdout);
   }
 }
@@ -419,9 +449,12 @@ int main(int argc, char** argv) {
     const std::string part = argc > 3 ? argv[3] : "";
     return check<__half>(few, part) + check<__nv_bfloat16>(few, part) == 0 ? 0 : 1;
   }
-  for (int i = what == "measure" ? 3 : 2; i < argc; ++i) {
-    if (what == "measure")
-      measure_rows(std::atoi(argv[i]), std::atoi(argv[2]));
+  const bool measure = what == "measure", measure_fp8 = what == "measure_fp8";
+  for (int i = measure || measure_fp8 ? 3 : 2; i < argc; ++i) {
+    if (measure)
+      measure_rows<__half>(std::atoi(argv[i]), std::atoi(argv[2]));
+    else if (measure_fp8)
+      measure_rows<__nv_fp8_e4m3>(std::atoi(argv[i]), std::atoi(argv[2]));
     else if (what == "once")
       once(std::atoi(argv[i]));
     else

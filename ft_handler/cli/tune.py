@@ -16,6 +16,7 @@ from ft_handler.config import environment
 from ft_handler.errors import EnvironmentProblem
 
 if TYPE_CHECKING:
+    from ft_handler.precisions import Precision
     from ft_handler.tuning.table import Entry
 
 LARGEST = 16384
@@ -70,7 +71,7 @@ def tune_command(
     gpu = torch.cuda.get_device_name()
     named = environment(VARIABLE)
     path = output or (Path(named) if named else default_path(gpu))
-    dtype = precisions.get(info.data_type).torch_name
+    dtype = _weight_dtype(precisions.get(info.data_type))
     typer.echo(
         f"tuning {info.hidden_size} columns, {info.intermediate_size} in between, {dtype}, on "
         f"{gpu}: {len(classes)} token counts, {classes[0]:,} to {classes[-1]:,}"
@@ -83,6 +84,18 @@ def tune_command(
 
     if not _tune(classes, measured, path, gpu):
         raise typer.Exit(130)
+
+
+def _weight_dtype(precision: Precision) -> str:
+    """torch's name of the type that the products of such a file have on this GPU."""
+    import torch
+
+    from ft_handler.tuning.table import NARROW, gemm_ops
+
+    if precision.product_dtype != getattr(torch, NARROW):
+        return precision.torch_name
+    like = torch.empty(1, dtype=precision.dtype, device="cuda")
+    return NARROW if gemm_ops().serves_narrow(like) else precision.torch_name
 
 
 def _tune(classes: list[int], measure: Callable[[int], list[Entry]], path: Path, gpu: str) -> bool:

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ft_handler.tuning.table import Entry, gemm_ops, load_entry
+from ft_handler.tuning.table import NARROW, Entry, gemm_ops, load_entry
+
+if TYPE_CHECKING:
+    from ft_handler.model.encoder import Encoder
 
 EPS = 1e-12
+VOCABULARY, POSITIONS = 1000, 512
+# Tokens of a sequence.
+LONGEST = 128
 # Plans of one layer that are measured, best guesses first.
 MOST_OURS = 12
 MOST_THEIRS = 4
@@ -49,17 +55,18 @@ def row_classes(largest: int) -> list[int]:
     return classes
 
 
-def _encoder(
-    hidden: int, intermediate: int, heads: int, rows: int, dtype: str, depth: int
-) -> Callable[[], object]:
-    """A stack of `depth` random layers over `rows` tokens, as a call."""
+def random_encoder(
+    hidden: int, intermediate: int, heads: int, depth: int, dtype: str, device: str = "cuda"
+) -> Encoder:
+    """A stack of `depth` random layers; NARROW: products in e4m3, everything else in fp16."""
     import torch
 
-    from ft_handler.model.encoder import WEIGHTS
+    from ft_handler.model.encoder import PRODUCTS, TABLES, Encoder
     from ft_handler.model.spec import EncoderSpec
+    from ft_handler.native.twins import LARGEST_NARROW
 
-    ops = gemm_ops()
-    kind = getattr(torch, dtype)
+    narrow = dtype == NARROW
+    kind = torch.float16 if narrow else getattr(torch, dtype)
     spec = EncoderSpec(
         hidden_size=hidden,
         embedding_size=hidden,
@@ -68,39 +75,60 @@ def _encoder(
         intermediate_size=intermediate,
         activation="gelu",
         layer_norm_eps=EPS,
-    ).text(WEIGHTS)
-    vocabulary, positions = 1000, 512
+    )
 
     def random(*shape: int, scale: float) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda").mul_(scale).to(kind)
+        return torch.randn(*shape, device=device).mul_(scale).to(kind)
 
-    def norm(*shape: int) -> list[torch.Tensor]:
-        return [random(*shape, scale=0.1) + 1, random(*shape, scale=0.1)]
+    def norm(name: str, *shape: int) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}.weight": random(*shape, scale=0.1) + 1,
+            f"{name}.bias": random(*shape, scale=0.1),
+        }
 
-    def linear(n: int, k: int) -> list[torch.Tensor]:
-        return [random(depth, n, k, scale=k**-0.5), random(depth, n, scale=0.1)]
+    def product(name: str, layer: Layer) -> dict[str, torch.Tensor]:
+        weight = random(depth, layer.n, layer.k, scale=layer.k**-0.5)
+        bias = {f"{name}.bias": random(depth, layer.n, scale=0.1)}
+        if not narrow:
+            return {f"{name}.weight": weight, **bias}
+        scale = weight.float().abs().amax(-1) / LARGEST_NARROW
+        rounded = (weight.float() / scale.unsqueeze(-1)).to(torch.float8_e4m3fn)
+        return {
+            f"{name}.weight": rounded,
+            f"{name}.scale": scale,
+            f"{name}.kept": weight[:0],
+            # For inputs of up to 22, which is more than any of these products gets.
+            f"{name}.input_scale": torch.full((depth,), 22 / LARGEST_NARROW, device=device),
+            **bias,
+        }
 
-    tables = [random(count, hidden, scale=1.0) for count in (vocabulary, positions, 2)]
-    parameters = [
-        *tables,
-        *norm(hidden),
-        *linear(3 * hidden, hidden),
-        *linear(hidden, hidden),
-        *norm(depth, hidden),
-        *linear(intermediate, hidden),
-        *linear(hidden, intermediate),
-        *norm(depth, hidden),
-    ]
-    ids = torch.randint(vocabulary, (rows,), device="cuda")
+    layers = dict(zip(PRODUCTS[:4], layers_of(hidden, intermediate), strict=True))
+    weights = {
+        name: random(rows, hidden, scale=1.0)
+        for name, rows in zip(TABLES, (VOCABULARY, POSITIONS, 2), strict=True)
+    }
+    weights |= norm("embeddings.norm", hidden)
+    for name in ("layers.norm1", "layers.norm2"):
+        weights |= norm(name, depth, hidden)
+    for name, layer in layers.items():
+        weights |= product(name, layer)
+    encoder = Encoder(spec, weights, dict.fromkeys(layers, ()) if narrow else None)
+    # The path for few tokens has no plans; where it is not taken, they matter.
+    encoder.configure("few_tokens=0")
+    return encoder
+
+
+def _stack(encoder: Encoder, rows: int) -> Callable[[], object]:
+    """The encoder over `rows` tokens, as a call."""
+    import torch
+
+    ids = torch.randint(VOCABULARY, (rows,), device="cuda")
     types = torch.zeros_like(ids)
-    edges = [*range(0, rows, 128), rows]
+    edges = [*range(0, rows, LONGEST), rows]
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device="cuda")
 
     def run() -> object:
-        # The path for few tokens has no plans; where it is not taken, they matter.
-        return ops.encode(
-            ids, types, None, cu_seqlens, min(rows, 128), parameters, spec, "few_tokens=0"
-        )
+        return encoder(ids, types, None, cu_seqlens, min(rows, LONGEST))
 
     return run
 
@@ -127,15 +155,23 @@ def _replay_times(graphs: dict[str, Any], rounds: int) -> dict[str, float]:
 
 
 def measure(
-    hidden: int, intermediate: int, heads: int, rows: int, dtype: str, library: bool = True
+    hidden: int,
+    intermediate: int,
+    heads: int,
+    rows: int,
+    dtype: str,
+    library: bool = True,
+    tell: Callable[[Layer, dict[str, float]], None] = lambda layer, us: None,
 ) -> list[Entry]:
     """Find the fastest plans of an encoder's four layers at one class of token counts.
 
     Coordinate descent on the current GPU: starting from the estimates' choice, each layer in turn
     takes the plan that makes a stack of a few layers, in a CUDA graph, fastest; twice.
 
+    dtype    of the products' weights; NARROW: e4m3, and everything else is fp16
     library  whether cuBLASLt's single algorithms take part, which binds the plans to its version;
-             its own choice always does
+             its own choice always does, but for NARROW, which it has no products for
+    tell     gets every plan's microseconds a layer when a layer's plans are compared
     """
     import torch
 
@@ -145,7 +181,7 @@ def measure(
     rows = int(ops.gemm_row_class(rows))
     # Deep enough that weights come from memory, not from the cache.
     depth = 6 if rows <= 2048 else 3
-    run = _encoder(hidden, intermediate, heads, rows, dtype, depth)
+    run = _stack(random_encoder(hidden, intermediate, heads, depth, dtype), rows)
     layers = layers_of(hidden, intermediate)
 
     def load(layer: Layer, plan: str, us: float = 0.0) -> Entry:
@@ -158,6 +194,8 @@ def measure(
         plans = ops.gemm_candidates(weight, rows, layer.gelu, layer.norm, layer.norm).split("\n")
         ours = [plan for plan in plans if plan.startswith("sm90:")][:MOST_OURS]
         theirs = [plan for plan in plans if not plan.startswith("sm90:")][:MOST_THEIRS]
+        if dtype == NARROW:
+            return ours
         return [*ours, LIBRARY_CHOICE, *(theirs if library else [])]
 
     pool = cuda.graph_pool_handle()
@@ -181,6 +219,7 @@ def measure(
                 load(layer, plan)
                 graphs[plan] = captured()
             times = _replay_times(graphs, 3 if rows > 8192 else 7)
+            tell(layer, {plan: time / depth for plan, time in times.items()})
             ranked = sorted(left[layer], key=times.__getitem__)
             # A difference below the noise is no reason to move.
             if times[ranked[0]] < 0.995 * times[best[layer]]:

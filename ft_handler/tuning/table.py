@@ -8,7 +8,6 @@ table comes with the package.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -22,13 +21,15 @@ from ft_handler.errors import EnvironmentProblem, LibraryError
 FORMAT = 1
 VARIABLE = "FT_HANDLER_TUNE"
 HALF = ("float16", "bfloat16")
+NARROW = "float8_e4m3fn"
 
 
 @dataclass(frozen=True)
 class Entry:
     """A layer's plan in the fastest chain for one class of token counts.
 
-    us  microseconds of one encoder layer, all its kernels, in that chain
+    dtype  of the weight; NARROW: of the inputs too, and what comes out is float16
+    us     microseconds of one encoder layer, all its kernels, in that chain
     """
 
     dtype: str
@@ -123,9 +124,9 @@ def read_table(path: Path) -> dict[str, Any]:
 def load_table(path: Path | None = None, device: int = 0) -> int:
     """Make a table's plans the choice on `device`; returns how many.
 
-    The package's own table for the GPU comes first, if there is one, for both half precisions:
-    they cost the tensor cores the same. Then `path`, without which: $FT_HANDLER_TUNE, else the
-    GPU's default place, else nothing. Later entries replace earlier.
+    The package's own table for the GPU comes first, if there is one. What it has of a half
+    precision is for both of them: they cost the tensor cores the same. Then `path`, without which:
+    $FT_HANDLER_TUNE, else the GPU's default place, else nothing. Later entries replace earlier.
     Raises EnvironmentProblem when the table is for another GPU or another cuBLASLt.
     """
     import torch
@@ -133,11 +134,12 @@ def load_table(path: Path | None = None, device: int = 0) -> int:
     gpu = torch.cuda.get_device_name(device)
     count = 0
     if shipped_path(gpu).exists():
-        for raw, dtype in itertools.product(read_table(shipped_path(gpu))["entries"], HALF):
-            # A library built elsewhere may lack a kernel; its own choice serves then.
-            with contextlib.suppress(RuntimeError):
-                load_entry(device, Entry(**{**raw, "dtype": dtype}))
-                count += 1
+        for raw in read_table(shipped_path(gpu))["entries"]:
+            for dtype in HALF if raw["dtype"] in HALF else (raw["dtype"],):
+                # A library built elsewhere may lack a kernel; its own choice serves then.
+                with contextlib.suppress(RuntimeError):
+                    load_entry(device, Entry(**{**raw, "dtype": dtype}))
+                    count += 1
     named = path or (Path(environment(VARIABLE) or "") if environment(VARIABLE) else None)
     if named is None:
         named = default_path(gpu)

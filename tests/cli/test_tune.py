@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fakes import model_info
 
 from ft_handler.cli.main import main
@@ -18,6 +19,12 @@ CLASSES = [32, 64, 1024]
 
 
 class Ops:
+    #: Whether the GPU has products in e4m3.
+    narrow = True
+
+    def serves_narrow(self, like: torch.Tensor) -> bool:
+        return self.narrow
+
     def gemm_row_class(self, rows: int) -> int:
         return next(c for c in CLASSES if rows <= c)
 
@@ -48,6 +55,30 @@ def tune(monkeypatch, tmp_path: Path) -> Tune:
         return int(end.value.code or 0), [entry["rows"] for entry in entries]
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("data_type", "narrow", "dtype"),
+    [
+        ("fp16", True, "float16"),
+        ("int8", True, "float16"),
+        ("fp8", True, "float8_e4m3fn"),
+        ("fp8", False, "float16"),
+    ],
+)
+def test_the_products_that_the_gpu_computes_are_measured(
+    tune: Tune, monkeypatch, capsys, tmp_path: Path, data_type: str, narrow: bool, dtype: str
+) -> None:
+    monkeypatch.setattr(Ops, "narrow", narrow)
+    monkeypatch.setattr(
+        "ft_handler.model.bundle.read_info", lambda path: model_info(data_type=data_type)
+    )
+    real = torch.empty  # on no device but a CPU here
+    monkeypatch.setattr("torch.empty", lambda *size, device, **rest: real(*size, **rest))
+    assert tune() == (0, CLASSES)
+    assert f", {dtype}, on GPU" in capsys.readouterr().out
+    entries = table.read_table(tmp_path / "table.json")["entries"]
+    assert {entry["dtype"] for entry in entries} == {dtype}
 
 
 def interrupt(rows: int, at: int, times: int = 1) -> None:

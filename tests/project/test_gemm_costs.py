@@ -26,12 +26,13 @@ def test_the_header_is_written_from_the_measurements(cards: list[Card]) -> None:
 
 
 def test_no_other_cards_costs_choose_better_on_a_measured_card(cards: list[Card]) -> None:
-    measured = [card for card in cards if card.shapes]
+    tables = gemm_costs.tables_of(cards)
+    measured = [(card, table) for card, table in zip(cards, tables, strict=True) if card.shapes]
     assert measured
-    for card in measured:
-        own = gemm_costs.loss(card.shapes, gemm_costs.costs_of(card))
-        for other in cards:
-            losses = gemm_costs.loss(card.shapes, gemm_costs.costs_of(other))
+    for card, table in measured:
+        own = gemm_costs.loss(card.shapes, table)
+        for other, theirs in zip(cards, tables, strict=True):
+            losses = gemm_costs.loss(card.shapes, theirs)
             assert sum(x.share for x in own) <= sum(x.share for x in losses), other.gpu
             assert max(own).share <= max(losses).share, other.gpu
 
@@ -71,10 +72,44 @@ def test_a_fit_finds_the_costs_that_made_the_times() -> None:
     assert all(x.share == 0 for x in gemm_costs.loss(shapes, costs))
 
 
+def test_tiles_of_e4m3_operands_choose_better_by_their_own_costs(cards: list[Card]) -> None:
+    """Than by those of fp16 operands, which take the tensor cores as long for a block of K."""
+    shapes = [shape for shape in cards[0].shapes if shape.fp8]
+    own = gemm_costs.costs_of(cards[0])
+    borrowed = {row: own[row.removeprefix("fp8 ")] for row in own if row.startswith("fp8 ")}
+    assert len(borrowed) == 11  # ten tiles and the layer norm after them
+
+    def lost(costs: gemm_costs.Costs) -> tuple[float, float]:
+        """Over the shapes alone, and in stacks."""
+        alone = sum(x.share for x in gemm_costs.loss(shapes, costs))
+        stacks = 0.0
+        for shape in shapes:
+            if shape.stack:
+                chosen = min(shape.ours, key=lambda p: p.estimate(costs)).name
+                stacks += shape.stack[chosen] / min(shape.stack.values()) - 1
+        return alone, stacks
+
+    (alone, stacks), (alone_borrowed, stacks_borrowed) = lost(own), lost(borrowed)
+    assert 0 < alone < 0.9 * alone_borrowed
+    assert 0 < stacks < 0.7 * stacks_borrowed
+
+
+def test_a_stack_moves_costs_that_times_alone_leave_open() -> None:
+    """Two tiles of the same time alone, one of which is dearer between its neighbours."""
+    plans = [Plan(tile, 10.0, {(tile, "fixed"): 1.0}) for tile in ("fp8 a", "fp8 b")]
+    shapes = [Shape(64, 64, 64, plans, None, stack={"fp8 a": 40.0, "fp8 b": 42.0})]
+    costs = gemm_costs.costs_of(Card("GPU", shapes=shapes))
+    apart = costs["fp8 b"]["fixed"] - costs["fp8 a"]["fixed"]
+    assert 1 < apart <= 2
+
+
 def test_no_cost_is_below_zero() -> None:
     # A straight line through these would begin below zero.
-    plans = [Plan("a", us, {("a", "fixed"): 1.0, ("a", "block"): us**0.5}) for us in (1.0, 9.0)]
-    costs = gemm_costs.fitted(plans, [1.0, 1.0])["a"]
+    equations = [
+        gemm_costs.Equation({("a", "fixed"): 1.0, ("a", "block"): us**0.5}, us, 1 / us)
+        for us in (1.0, 9.0)
+    ]
+    costs = gemm_costs.fitted(equations)["a"]
     assert costs["fixed"] == 0
     assert costs["block"] > 0
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from ft_handler.errors import EnvironmentProblem
+from ft_handler.model.encoder import NarrowProduct
+from ft_handler.native.library import load_library
 from ft_handler.tuning import measure, table
 
 
@@ -79,6 +82,16 @@ def test_the_packages_table_serves_where_no_other_has_an_entry(gpu, monkeypatch)
     }
 
 
+def test_an_entry_for_e4m3_is_for_no_other_type(gpu, monkeypatch) -> None:
+    ops = Recorder()
+    monkeypatch.setattr(table, "gemm_ops", lambda: ops)
+    narrow = table.Entry(table.NARROW, 64, 2304, 768, False, False, "sm90:narrow", 5.5)
+    table.write_table(gpu / "shipped.json", "GPU", [narrow])
+    assert table.load_table() == 5
+    assert ops.plans[table.NARROW, 64, 2304, 768] == "sm90:narrow"
+    assert ops.plans["float16", 64, 2304, 768] == "sm90:b"
+
+
 def test_a_kernel_the_library_lacks_is_an_error_in_a_named_table_alone(gpu, monkeypatch) -> None:
     ops = Recorder(unknown="sm90:a")
     monkeypatch.setattr(table, "gemm_ops", lambda: ops)
@@ -100,6 +113,30 @@ def test_tables_in_the_package_are_whole_and_bound_to_no_library_version() -> No
         for dtype, rows in {(e.dtype, e.rows) for e in entries}:
             chain = [e for e in entries if (e.dtype, e.rows) == (dtype, rows)]
             assert len(chain) % 4 == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", table.NARROW])
+def test_the_stack_that_is_measured_is_an_encoder(dtype: str) -> None:
+    load_library()
+    encoder = measure.random_encoder(64, 176, 2, 2, dtype, "cpu")
+    assert "few_tokens=0" in encoder.options
+    # What the op gets besides where a GPU has products in e4m3, and the check that it could.
+    narrow = dtype == table.NARROW
+    assert [f"layers.{p}.narrow" in encoder.narrow_spec for p in ("qkv", "out", "up", "down")] == [
+        narrow
+    ] * 4
+    edges = torch.tensor([0, 5, 12], dtype=torch.int32)
+    ids = torch.randint(0, measure.VOCABULARY, (12,))
+    hidden = encoder(ids, torch.zeros_like(ids), None, edges, 7)
+    assert hidden.shape == (12, 64)
+    assert hidden.isfinite().all()
+    if narrow:
+        for name in ("qkv", "out", "up", "down"):
+            product = getattr(encoder.layers, name)
+            assert isinstance(product, NarrowProduct)
+            # Weights fill the range, and a random one is about its size in fp16.
+            assert product.weight.float().abs().amax(-1).eq(448).all()
+            assert 0.8 < product.dequantized().float().std() * product.shape[2] ** 0.5 < 1.2
 
 
 def test_an_encoder_layer_has_four_linear_layers() -> None:

@@ -46,9 +46,13 @@ namespace {
 // Elements of K in a block of 128 bytes.
 int block_k(const Gemm& gemm) { return gemm.narrow() ? 128 : 64; }
 
-// The place of a tile's costs among a card's; a tile without them does not compile.
-constexpr int costs_of(std::string_view tile) {
-  const auto found = std::find(kCostedTiles.begin(), kCostedTiles.end(), tile);
+// The place of a tile's costs among a card's; a tile without them does not compile. Tiles of e4m3
+// operands have costs of their own.
+constexpr int costs_of(std::string_view tile, std::string_view operands = "") {
+  const auto found =
+      std::find_if(kCostedTiles.begin(), kCostedTiles.end(), [&](std::string_view costed) {
+        return costed.starts_with(operands) && costed.substr(operands.size()) == tile;
+      });
   if (found == kCostedTiles.end()) throw "scripts/gemm_costs.py wrote no costs of this tile";
   return static_cast<int>(found - kCostedTiles.begin());
 }
@@ -72,7 +76,7 @@ struct Variant {
   int cluster, sharers, threads, shared_bytes;
   int narrow_bytes;  // shared memory of the kernel of e4m3 operands, 0: there is none
   bool norm;
-  int costs;  // index into a card's tiles
+  int costs, narrow_costs;  // indices into a card's tiles; the second where narrow_bytes is not 0
 
   constexpr bool tall() const { return name == nullptr; }
 };
@@ -104,7 +108,8 @@ constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), in
           Config::kSharedBytes,
           narrow_bytes<Config>(),
           Config::kNorm,
-          costs_of(name)};
+          costs_of(name),
+          narrow_bytes<Config>() > 0 ? costs_of(name, "fp8 ") : -1};
 }
 
 template <int kCluster, int kTokens>
@@ -125,7 +130,8 @@ constexpr Variant tall(int index) {
           Config::kSharedBytes,
           0,
           Config::kNorm,
-          costs_of(Config::kNorm ? "tall norm" : "tall")};
+          costs_of(Config::kNorm ? "tall norm" : "tall"),
+          -1};
 }
 
 template <int kCluster, int... kTokens>
@@ -373,7 +379,7 @@ Sm90Amounts amounts_of(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, in
     blocks *= 1e-3f * static_cast<float>(std::max(256 + 2 * variant.m, 4 * variant.m));
   const float tokens = variant.tall() ? 1e-2f * static_cast<float>(variant.m) * rounds : 0.f;
   const float activated = variant.tall() ? tokens : rounds;
-  Sm90Amounts amounts{variant.costs,
+  Sm90Amounts amounts{gemm.narrow() ? variant.narrow_costs : variant.costs,
                       {1.f, rounds, tokens, blocks, blocks * std::min(gflop, 128.f) / 100,
                        activates(gemm) ? activated : 0.f},
                       {}};
@@ -398,7 +404,7 @@ float estimate(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm,
   if (many.tile < 0) return -1.f;
   const GemmCosts& card = costs_on(device.all.name);
   const TileCost& tile = card.tiles[many.tile];
-  const AfterCost& after = card.after;
+  const AfterCost& after = gemm.narrow() ? card.narrow_after : card.after;
   return tile.fixed + tile.round * many.product.round + tile.tokens * many.product.tokens +
          tile.block * many.product.block + tile.heavy * many.product.heavy +
          tile.gelu * many.product.gelu + after.tile * many.after.tile +
