@@ -1,6 +1,6 @@
 """Our e4m3 products beside cuBLASLt's (torch._scaled_mm) and fp16's: right first, then timed.
 
-python benchmarks/cuda/fp8_gemm.py fp8_gemm.so [ROWS ...]
+    python benchmarks/cuda/fp8_gemm.py fp8_gemm.so [ROWS ...]
 """
 
 from __future__ import annotations
