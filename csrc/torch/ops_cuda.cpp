@@ -187,8 +187,11 @@ Tensor prepare_weight(Tensor weight, std::optional<Tensor> scale) {
   return pointer(whole) == pointer(weight) ? torch::stable::clone(whole) : whole;
 }
 
-// Whether products of operands in e4m3 are computed on the device of a tensor.
+// Whether products of operands in e4m3 are computed where a float weight [.., n, k] of theirs is.
 bool serves_narrow(Tensor like) {
+  if (like.dim() < 2 || like.scalar_type() != ScalarType::Half ||
+      like.size(like.dim() - 2) % 16 != 0 || like.size(like.dim() - 1) % 16 != 0)
+    return false;
   const OnDeviceOf device(like);
   return cuda::narrow_gemm_supported();
 }
@@ -681,7 +684,7 @@ Tensor linear_layer_norm(Tensor input, Tensor weight, Tensor bias, Tensor residu
   if (x.size(0) == 0) return out;
   const Tensor workspace = bytes_like(x, cuda::gemm_workspace_bytes());
   const Tensor scratch = empty_like_rows(x, {x.size(0), n});
-  const cuda::GemmNorm norm{pointer(g), pointer(c), static_cast<float>(eps), nullptr};
+  const cuda::GemmNorm norm{pointer(g), pointer(c), static_cast<float>(eps), nullptr, {}};
   check_status(cuda::linear_layer_norm(gemm_of(x, w, b, r, out, Activation::kNone), norm,
                                        scratch.data_ptr(), workspace.data_ptr(), device.launch()),
                op, "input ", shape_of(x), ", weight ", shape_of(w), ", ",
