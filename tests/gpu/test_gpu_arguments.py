@@ -62,14 +62,15 @@ def test_opcheck_of_the_encoder_in_fp8(tokens: int) -> None:
 
 def test_opcheck_of_what_serves_fp8() -> None:
     ops = torch.ops.fastertransformer
-    weight = torch.randn(2, 24, 48, device="cuda").to(torch.float8_e4m3fn)
+    weight = torch.randn(2, 32, 48, device="cuda").to(torch.float8_e4m3fn)
     checks = ("test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.prepare_narrow.default, (weight,), test_utils=checks)
     checks = ("test_autograd_registration", "test_schema")
     torch.library.opcheck(ops.serves_narrow.default, (weight.half(),), test_utils=checks)
-    capability = torch.cuda.get_device_capability()
-    for dtype in (torch.float16, torch.float32, torch.float8_e4m3fn):
-        assert ops.serves_narrow(weight.to(dtype)) == (capability == (9, 0))
+    half = weight.half()
+    assert ops.serves_narrow(half) == (torch.cuda.get_device_capability() == (9, 0))
+    for other in (half.float(), half.bfloat16(), half[:, :24], half[:, :, :40], half[0, 0]):
+        assert not ops.serves_narrow(other)
 
 
 def test_weights_in_fp8_that_do_not_fit_are_refused() -> None:
