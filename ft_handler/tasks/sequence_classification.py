@@ -177,7 +177,7 @@ class ClassificationRunner(Explainable[TextInput, Parameters, TextEncoding]):
         room = self._room_alone - self._less(item)
         over = len(ids) > room
         if over and item.input.params.long_texts != "truncate":
-            beside = self.longest - self._room_alone()
+            beside = self.longest - self._room_alone
             spans = self._windows(item, len(ids), room, beside)
             parts = [self._template.alone(ids[begin:end]) for begin, end in spans]
             return TextEncoding(item, parts, [*map(len, parts)], False, [(s,) for s in spans])

@@ -283,7 +283,7 @@ def flags(build: ModuleType, fake_torch: Path, tmp_path: Path) -> dict[str, list
 
 def test_every_cpu_source_has_its_flags(flags: dict[str, list[str]], fake_torch: Path) -> None:
     sources = {str(p.relative_to(ROOT / "csrc")) for p in (ROOT / "csrc").rglob("*.cpp")}
-    kernels = {name for name in sources if name.startswith("kernels/cpu/")}
+    kernels = {name for name in sources if name.startswith(("kernels/cpu/", "kernels/host/"))}
     bindings = {name for name in sources if name.startswith("torch/") and "cuda" not in name}
     chosen = {name for name in kernels if re.search(r"_(avx2|avx512|amx)\w*\.cpp$", name)}
     assert chosen
