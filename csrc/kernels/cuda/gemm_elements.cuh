@@ -1,5 +1,5 @@
-// Elements in pairs and words for the epilogues of the sm_90 GEMM kernels; the order of those in e4m3
-// is that of narrow.cuh.
+// Elements in pairs and words for the epilogues of the sm_90 GEMM kernels; the order of those in
+// e4m3 is that of narrow.cuh.
 #pragma once
 
 #include <cstdint>
