@@ -55,7 +55,8 @@ __device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t both) {
   return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&both));
 }
 
-// Four numbers in e4m3, the first lowest; what is too large becomes the largest, 448, NaN stays NaN.
+// Four numbers in e4m3, the first lowest; what is too large becomes the largest, 448, and NaN stays
+// NaN.
 __device__ __forceinline__ uint32_t pack_e4m3(float x, float y, float z, float w) {
   uint32_t four = 0;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
