@@ -18,8 +18,9 @@ from ft_handler import precisions
 from ft_handler.model.spec import EncoderSpec
 from ft_handler.native import twins
 from ft_handler.precisions import Precision
+from ft_handler.prepare import input_scales as bounds
 from ft_handler.prepare import quantize
-from ft_handler.prepare.quantize import Reach
+from ft_handler.prepare.input_scales import Reach
 
 FP8 = precisions.get("fp8")
 #: What 16 bits may round beyond the largest float, which is lost on nobody.
@@ -31,7 +32,7 @@ def input_scales(
 ) -> dict[str, Tensor]:
     assert precision.quantized is not None
     stacks = quantize.rounded_stacks(weights, precision.quantized)
-    return quantize.input_scales(spec, weights, precision, stacks)
+    return bounds.input_scales(spec, weights, precision, stacks)
 
 
 class Watch:
@@ -221,4 +222,4 @@ def test_other_precisions_have_none() -> None:
     spec = spec_of(32)
     weights = random_weights(spec)
     assert input_scales(spec, weights, precisions.get("int8")) == {}
-    assert quantize.input_scales(spec, weights, precisions.get("fp16"), {}) == {}
+    assert bounds.input_scales(spec, weights, precisions.get("fp16"), {}) == {}
