@@ -93,18 +93,7 @@ extern "C" int fp8_gemm(const Product* q, int variant, cudaStream_t stream) {
   const auto with = [&]<typename Config>(Config) {
     return launch<Config>(*q, fp8_kernel(variant, q->narrow_out), stream);
   };
-  switch (variant) {
-    case 0:
-      return with(PingPong128x192{});
-    case 1:
-      return with(PingPong128x192Alone{});
-    case 2:
-      return with(PingPong128x128{});
-    case 3:
-      return with(PingPong64x128{});
-    default:
-      return with(Together128x128{});
-  }
+  return with_plain_tile(variant, with);
 }
 
 // A norm tile; its width times its cluster is n.
@@ -114,18 +103,7 @@ extern "C" int fp8_norm_gemm(const Product* q, int variant, cudaStream_t stream)
                ? launch<Config>(*q, fp8_norm_kernel(variant), stream)
                : -1;
   };
-  switch (variant) {
-    case 0:
-      return with(NormPingPong128x192{});
-    case 1:
-      return with(NormPingPong64x192{});
-    case 2:
-      return with(NormPingPong64x128{});
-    case 3:
-      return with(NormPingPong64x256{});
-    default:
-      return with(NormPingPong128x128{});
-  }
+  return with_norm_tile(variant, with);
 }
 
 // The layer norm kernel that follows a plain tile.

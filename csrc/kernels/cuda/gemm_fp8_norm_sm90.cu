@@ -9,18 +9,7 @@ const void* fp8_norm_kernel(int variant) {
     return reinterpret_cast<const void*>(
         gemm_kernel<__half, ScaledConfig<Plain>, false, __nv_fp8_e4m3>);
   };
-  switch (variant) {
-    case 0:
-      return pick(NormPingPong128x192{});
-    case 1:
-      return pick(NormPingPong64x192{});
-    case 2:
-      return pick(NormPingPong64x128{});
-    case 3:
-      return pick(NormPingPong64x256{});
-    default:
-      return pick(NormPingPong128x128{});
-  }
+  return with_norm_tile(variant, pick);
 }
 
 }  // namespace ft::cuda::sm90

@@ -12,18 +12,7 @@ const void* fp8_kernel(int variant, bool narrow_output) {
                ? reinterpret_cast<const void*>(gemm_kernel<__half, Config, false, Narrow, Narrow>)
                : reinterpret_cast<const void*>(gemm_kernel<__half, Config, false, Narrow>);
   };
-  switch (variant) {
-    case 0:
-      return pick(PingPong128x192{});
-    case 1:
-      return pick(PingPong128x192Alone{});
-    case 2:
-      return pick(PingPong128x128{});
-    case 3:
-      return pick(PingPong64x128{});
-    default:
-      return pick(Together128x128{});
-  }
+  return with_plain_tile(variant, pick);
 }
 
 }  // namespace ft::cuda::sm90

@@ -10,18 +10,7 @@ const void* plain_kernel(int variant, bool bfloat16) {
     return bfloat16 ? reinterpret_cast<const void*>(gemm_kernel<__nv_bfloat16, Config, kButGelu>)
                     : reinterpret_cast<const void*>(gemm_kernel<__half, Config, kButGelu>);
   };
-  switch (variant) {
-    case 0:
-      return pick(PingPong128x192{});
-    case 1:
-      return pick(PingPong128x192Alone{});
-    case 2:
-      return pick(PingPong128x128{});
-    case 3:
-      return pick(PingPong64x128{});
-    default:
-      return pick(Together128x128{});
-  }
+  return with_plain_tile(variant, pick);
 }
 
 }  // namespace

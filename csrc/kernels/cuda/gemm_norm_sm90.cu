@@ -7,18 +7,7 @@ const void* norm_kernel(int variant, bool bfloat16) {
     return bfloat16 ? reinterpret_cast<const void*>(gemm_kernel<__nv_bfloat16, Config>)
                     : reinterpret_cast<const void*>(gemm_kernel<__half, Config>);
   };
-  switch (variant) {
-    case 0:
-      return pick(NormPingPong128x192{});
-    case 1:
-      return pick(NormPingPong64x192{});
-    case 2:
-      return pick(NormPingPong64x128{});
-    case 3:
-      return pick(NormPingPong64x256{});
-    default:
-      return pick(NormPingPong128x128{});
-  }
+  return with_norm_tile(variant, pick);
 }
 
 }  // namespace ft::cuda::sm90

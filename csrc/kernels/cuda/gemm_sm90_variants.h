@@ -118,6 +118,40 @@ using NormPingPong64x128 = GemmConfig<64, 128, 8, 1, 6, false, true>;
 using NormPingPong64x256 = GemmConfig<64, 256, 4, 2, 4, false, true>;
 using NormPingPong128x128 = GemmConfig<128, 128, 5, 1, 8, false, true>;
 
+// call(tile) of the plain tile that a variant is, in the order that every list of them has.
+template <typename Call>
+auto with_plain_tile(int variant, const Call& call) {
+  switch (variant) {
+    case 0:
+      return call(PingPong128x192{});
+    case 1:
+      return call(PingPong128x192Alone{});
+    case 2:
+      return call(PingPong128x128{});
+    case 3:
+      return call(PingPong64x128{});
+    default:
+      return call(Together128x128{});
+  }
+}
+
+// The same of the tiles with a layer norm.
+template <typename Call>
+auto with_norm_tile(int variant, const Call& call) {
+  switch (variant) {
+    case 0:
+      return call(NormPingPong128x192{});
+    case 1:
+      return call(NormPingPong64x192{});
+    case 2:
+      return call(NormPingPong64x128{});
+    case 3:
+      return call(NormPingPong64x256{});
+    default:
+      return call(NormPingPong128x128{});
+  }
+}
+
 // Tokens of an output box: the whole tile where that leaves four stages, else an even part of it.
 constexpr int tall_chunk(int tokens) {
   int parts = 1;
