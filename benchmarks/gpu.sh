@@ -26,7 +26,7 @@
 #            two-gpus  tests of two devices, and the same on one and on two of them
 #            default: tests encoder accuracy verify serving
 #
-# LIMIT bounds a step's seconds (570). PRECISIONS (fp16 fp8), ROWS, ROUNDS, WORKERS, CONNECTIONS,
+# LIMIT bounds a step's seconds (570), JOBS is how many processes run tests (12) or checks. PRECISIONS (fp16 fp8), ROWS, ROUNDS, WORKERS, CONNECTIONS,
 # TURN (seconds of one measurement), MODEL, LIMIT_EXAMPLES and DEVICE (cuda) replace what the steps
 # take.
 # FT_HANDLER_COMMIT is the commit that the results name, where the tree has no history.
@@ -89,9 +89,10 @@ build() {
 }
 
 tests() {
-    local options=(-q -p no:cacheprovider -m gpu -rf --junitxml "$results/tests.xml")
-    # In a process of its own, so that one that ends the process fails alone.
-    python3 -c 'import xdist' 2>/dev/null && options+=(-n 1 --max-worker-restart 50)
+    # pytest-benchmark, where it is installed, warns of xdist, and warnings are errors.
+    local options=(-q -p no:cacheprovider -p no:benchmark -m gpu -rf --junitxml "$results/tests.xml")
+    # In processes of their own, so that a test that ends its process fails alone.
+    python3 -c 'import xdist' 2>/dev/null && options+=(-n "${JOBS:-12}" --max-worker-restart 50)
     # shellcheck disable=SC2086  # words of their own
     python3 -m pytest "${options[@]}" ${TESTS:-tests/gpu}
 }

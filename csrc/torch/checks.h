@@ -6,9 +6,9 @@
 
 #include <cstdint>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -19,13 +19,22 @@ namespace ft {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A part of a message. Not by a stream: where a toolchain links the C++ runtime statically, streams
+// mix its locales with those of the process, and writing a number ends it.
+template <typename Part>
+std::string text_of(const Part& part) {
+  if constexpr (std::is_integral_v<Part>) {
+    return std::to_string(part);
+  } else {
+    return part;
+  }
+}
+
 // Throws std::runtime_error (RuntimeError in Python), without a source location: the message is for
 // the caller, who has no use for ours.
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
+  throw std::runtime_error((std::string() + ... + text_of(parts)));
 }
 
 inline const char* dtype_name(ScalarType dtype) {

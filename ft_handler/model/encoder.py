@@ -145,7 +145,13 @@ class RoundedProduct(Parameters):
             if layer in self.kept_layers:
                 full[layer] = self.kept[layer - rounded]
             else:
-                full[layer] = self.weight[rounded].float() * self.scale[rounded].unsqueeze(1)
+                # Copied, not cast: TorchScript fuses casts on GPUs by a compiler of its own, which
+                # knows no 8-bit floats.
+                floats = torch.empty(
+                    [self.shape[1], self.shape[2]], dtype=torch.float32, device=self.bias.device
+                )
+                floats.copy_(self.weight[rounded])
+                full[layer] = floats * self.scale[rounded].unsqueeze(1)
                 rounded += 1
         return full if self.bias.dim() == 2 else full[0]
 
@@ -253,7 +259,7 @@ class NarrowProduct(RoundedProduct):
         rounded = 0
         for layer in range(layers):
             if layer not in self.kept_layers:
-                weight[layer] = self.weight[rounded].to(torch.float8_e4m3fn)
+                weight[layer].copy_(self.weight[rounded])
                 scale[layer] = self.scale[rounded].float() * inputs[layer]
                 rounded += 1
         return [torch.ops.fastertransformer.prepare_narrow(weight), scale, inputs]

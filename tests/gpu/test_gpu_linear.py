@@ -152,23 +152,25 @@ def test_every_plan_holds_the_bound_of_gelu(size: tuple[int, int], dtype: torch.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_every_plan_keeps_plus_infinity(activation: str, dtype: torch.dtype) -> None:
-    """As torch does; minus infinity becomes NaN (relu: 0), and NaN stays."""
+    """Minus infinity becomes NaN (relu: 0), as in torch, and NaN stays."""
     ops = torch.ops.fastertransformer
     name = str(dtype).removeprefix("torch.")
     for n, k in ((768, 64), (30, 50)):
         x, w = (torch.zeros(rows, k, device="cuda", dtype=dtype) for rows in (511, n))
         bias = normal(n, dtype=dtype)
         bias[0::7], bias[1::7], bias[2::7] = math.inf, -math.inf, math.nan
-        want = twins.activated(bias.cpu(), activation).cuda()
+        # Not torch's GELU: of +inf that is NaN on some CPUs.
+        infinite = bias.isposinf()
+        none = bias.isnan() | (bias.isneginf() & (activation != "relu"))
         alone = ops.bias_activation(bias[None], None, activation)
-        assert torch.equal(alone[0].isposinf(), want.isposinf())
-        assert torch.equal(alone[0].isnan(), want.isnan())
+        assert torch.equal(alone[0].isposinf(), infinite)
+        assert torch.equal(alone[0].isnan(), none)
         for rows in (1, 129, 511):
             for plan in (*ops.gemm_candidates(w, rows, True, False, False).split("\n"), "cublaslt"):
                 ops.load_gemm_plan(0, name, rows, n, k, True, False, False, plan)
                 got = ops.linear(x[:rows], w, bias, None, activation)
-                assert (got.isposinf() == want.isposinf()).all(), f"{rows} rows, plan {plan}"
-                assert (got.isnan() == want.isnan()).all(), f"{rows} rows, plan {plan}"
+                assert (got.isposinf() == infinite).all(), f"{rows} rows, plan {plan}"
+                assert (got.isnan() == none).all(), f"{rows} rows, plan {plan}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
