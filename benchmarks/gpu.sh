@@ -22,6 +22,7 @@
 #            profile   kernel by kernel, fp16 and FP8, of one base and one large row
 #            accuracy  both demo models in fp16 and FP8
 #            verify    both in FP8 by `ft-handler verify`
+#            prepare   the archives of the next step, which else takes longer
 #            serving   BERT-base through TorchServe, fp16 and FP8 beside the constant handler
 #            two-gpus  tests of two devices, and the same on one and on two of them
 #            default: tests encoder accuracy verify serving
@@ -160,6 +161,10 @@ served() {
         --warm-up 2 --folder "$root/served-${MODEL:-base}" --out "$results/$step.json" "$@"
 }
 
+prepare() {
+    served prepare --prepare
+}
+
 serving() {
     # shellcheck disable=SC2086
     served serving --workers ${WORKERS:-1 2}
@@ -184,7 +189,7 @@ status=0
 for step in "$@"; do
     case $step in
     unpack) echo "unpack: done" | tee -a "$results/unpack.log" && continue ;;
-    build | tests | sanitize | encoder | fp8 | profile | accuracy | verify | serving | two-gpus) ;;
+    build | tests | sanitize | encoder | fp8 | profile | accuracy | verify | prepare | serving | two-gpus) ;;
     *) echo "$step: no such step" | tee -a "$results/steps.txt" "$results/$step.log" && status=1 && continue ;;
     esac
     SECONDS=0

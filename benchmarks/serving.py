@@ -514,8 +514,13 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--folder", type=Path, help="keep the archives here and use those of the same --model"
     )
+    parser.add_argument(
+        "--prepare", action="store_true", help="fill --folder, which takes minutes, and end"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results/)")
     arguments = parser.parse_args(given)
+    if arguments.prepare and not arguments.folder:
+        parser.error("--prepare needs --folder")
     on_gpu = arguments.device == "cuda"
     own = ["fp16" if on_gpu else "fp32"]
     arguments.precision = arguments.precision or own
@@ -542,6 +547,8 @@ def main(given: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="ft_bench_") as scratch:
         folder = arguments.folder.resolve() if arguments.folder else Path(scratch)
         systems = prepare(arguments, folder)
+        if arguments.prepare:
+            return
         for gpus in arguments.gpus if on_gpu else [0]:
             port = free_ports(5)
             options = ServeOptions(

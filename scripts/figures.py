@@ -348,6 +348,7 @@ def figures() -> str:
         found = newest(kind, gpu)
         if found:
             parts.append(write(*found))
+    parts += (gpu_encoder(*found, "FP8 on a GPU") for found in results("fp8", gpu=True))
     return "\n\n".join(filter(None, [*parts, all_precisions()]))
 
 
