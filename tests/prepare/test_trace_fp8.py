@@ -112,11 +112,11 @@ def test_what_costs_most_is_kept() -> None:
         layer.output.dense.weight[:, 5] /= 2.0**16
     simulation = simulation_of(model, task, "fp8")
     measured = quantize.Measured(
-        simulation, quantize.of_padded(*batch(model, [33, 1, 128, 7, 64])), 1.0
+        simulation, quantize.batches_of(quantize.of_padded(*batch(model, [33, 1, 128, 7, 64]))), 1.0
     )
     bound = 1.05 * measured.quantized(["layers.1.down"])
     row, said = precisions.get("fp8"), []
-    choice = quantize.choose(measured, simulation.names, row, bound, said.append)
+    choice = quantize.choose(measured, simulation.sizes, row, bound, said.append)
     assert choice.kept == ("layers.1.down",)
     assert choice.error < bound < 0.5 * measured.quantized(())
     assert said[0].startswith("fp8 changes the outputs by")
