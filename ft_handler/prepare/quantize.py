@@ -358,7 +358,7 @@ def choose(
     error = measured.quantized(())
     if error <= bound:
         return Choice((), error)
-    say(f"{name} changes the outputs by {error:.1%}, more than {bound:.1%}: measuring "
+    say(f"{name} changes the outputs by {error:.1%}, more than {100 * bound:g}%: measuring "
         f"{len(sizes)} products one by one")  # fmt: skip
     costs = {product: measured.alone(product) ** 2 / size for product, size in sizes.items()}
     ranked = sorted(sizes, key=lambda product: costs[product], reverse=True)
@@ -373,7 +373,7 @@ def choose(
             low = middle
     if high == len(ranked):
         raise ModelError(
-            f"{name} changes the outputs by more than {bound:.1%} unless every product is kept in "
+            f"{name} changes the outputs by more than {100 * bound:g}% unless every product is kept in "
             f"{floats}: take --data_type {floats}, or say with --keep_products which are to be kept"
         )
     return Choice(tuple(product for product in sizes if product in ranked[:high]), found)

@@ -243,7 +243,7 @@ def choose_products(
     say(
         f"kept in {bounds.kept}: {', '.join(choice.kept) or 'no product'}"
         f"{' (--keep_products)' if options.keep_products is not None else ''}; on {measured_on} "
-        f"outputs change by {choice.error:.1%} (products are kept from {bound:.1%} on)"
+        f"outputs change by {choice.error:.1%} (products are kept from {100 * bound:g}% on)"
     )
     if not half:
         say(f"note: overflows in fp16, in which GPUs compute {options.data_type}: for CPUs alone")
