@@ -373,8 +373,9 @@ def choose(
             low = middle
     if high == len(ranked):
         raise ModelError(
-            f"{name} changes the outputs by more than {100 * bound:g}% unless every product is kept in "
-            f"{floats}: take --data_type {floats}, or say with --keep_products which are to be kept"
+            f"{name} changes the outputs by more than {100 * bound:g}% unless every product is "
+            f"kept in {floats}: take --data_type {floats}, or say with --keep_products which are "
+            "to be kept"
         )
     return Choice(tuple(product for product in sizes if product in ranked[:high]), found)
 
