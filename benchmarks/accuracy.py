@@ -4,7 +4,10 @@
     python benchmarks/accuracy.py --task sst2 --data-type fp32 bf16 fp16
     python benchmarks/accuracy.py --task squad --limit 500 --device cuda
     python benchmarks/accuracy.py --device cuda --data-type fp16 fp8 --neighbours
+    python benchmarks/accuracy.py --device cuda --data-type fp8 --calibrate
 
+--calibrate rounds int8 and fp8 for some 4,000 tokens of the set's texts and measures on as many
+others what that costs, as `ft-handler trace --calibrate` does; answers are not looked at.
 --neighbours runs every sequence alone and among 63 others, drawn at random: the largest difference
 of a logit, and how many labels or answers change.
 
@@ -36,7 +39,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from ft_handler import TraceOptions, load_model
+from ft_handler import TraceOptions, load_model, precisions
 from ft_handler.engine.base import Engine
 from ft_handler.engine.select import engine_for
 from ft_handler.files import TRACED_FILE
@@ -135,13 +138,23 @@ class Sst2:
     per_token = False
 
     def __init__(self, tokenizer: Tokenizer, shared: Path, limit: int | None) -> None:
-        lines = (shared / "data/sst2/dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
-        rows = [line.split("\t", 1) for line in lines][:limit]
+        rows = self.rows(shared)[:limit]
         self.truth = [int(label) for label, _ in rows]
         encodings = tokenizer.encode_batch([text for _, text in rows])
         self.sequences = [Input(e.ids, e.type_ids) for e in encodings]
         recorded = (shared / "models/predictions_sst2.jsonl").read_text().splitlines()[:limit]
         self.theirs = [json.loads(line) for line in recorded]
+
+    @staticmethod
+    def rows(shared: Path) -> list[list[str]]:
+        """Labels and sentences."""
+        lines = (shared / "data/sst2/dev.tsv").read_text(encoding="utf-8").splitlines()[1:]
+        return [line.split("\t", 1) for line in lines]
+
+    @classmethod
+    def texts(cls, shared: Path) -> list[dict[str, str]]:
+        """Sentences as requests have them."""
+        return [{"text": text} for _, text in cls.rows(shared)]
 
     def answers(self, results: Results) -> list[int]:
         return [int(r[0].argmax()) for r in results]
@@ -194,14 +207,7 @@ class Squad:
     per_token = True
 
     def __init__(self, tokenizer: Tokenizer, shared: Path, limit: int | None) -> None:
-        with gzip.open(shared / "data/squad/dev-v1.1.json.gz", "rt", encoding="utf-8") as file:
-            articles = json.load(file)["data"]
-        self.questions = [
-            (qa["id"], qa["question"], paragraph["context"], [a["text"] for a in qa["answers"]])
-            for article in articles
-            for paragraph in article["paragraphs"]
-            for qa in paragraph["qas"]
-        ][:limit]
+        self.questions = self.rows(shared)[:limit]
         self.recorded = json.loads((shared / "models/predictions_squad.json").read_text())
         self.sequences: list[Input] = []
         self.owner: list[int] = []
@@ -210,6 +216,23 @@ class Squad:
             own = self.windows(encoding)
             self.sequences += own
             self.owner += [i] * len(own)
+
+    @staticmethod
+    def rows(shared: Path) -> list[tuple[str, str, str, list[str]]]:
+        """Ids, questions, contexts and accepted answers."""
+        with gzip.open(shared / "data/squad/dev-v1.1.json.gz", "rt", encoding="utf-8") as file:
+            articles = json.load(file)["data"]
+        return [
+            (qa["id"], qa["question"], paragraph["context"], [a["text"] for a in qa["answers"]])
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for qa in paragraph["qas"]
+        ]
+
+    @classmethod
+    def texts(cls, shared: Path) -> list[dict[str, str]]:
+        """Questions and contexts as requests have them."""
+        return [{"question": q, "context": context} for _, q, context, _ in cls.rows(shared)]
 
     @staticmethod
     def windows(encoding: Any) -> list[Input]:
@@ -303,6 +326,8 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="first examples only; scores are not judged")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--neighbours", action="store_true", help="alone against among 63 others")
+    parser.add_argument("--calibrate", action="store_true", help="int8 and fp8: on the set's texts")
+    parser.add_argument("--tolerable-change", type=float, help="as ft-handler trace has it")
     parser.add_argument("--model", default=BASE, help="base checkpoint, a hub name or a folder")
     parser.add_argument("--json", type=Path, help="write the results here, with provenance")
     arguments = parser.parse_args()
@@ -315,6 +340,7 @@ def main() -> int:
     for task in arguments.task:
         mode, example = EXAMPLES[task]
         for data_type in arguments.data_type:
+            quantized = data_type in precisions.quantized_names()
             with tempfile.TemporaryDirectory() as folder:
                 trace(
                     TraceOptions(
@@ -323,6 +349,10 @@ def main() -> int:
                         adapter=ROOT / "examples" / example / "adapter",
                         output=Path(folder),
                         data_type=data_type,
+                        calibration=TASKS[task].texts(shared)
+                        if quantized and arguments.calibrate
+                        else None,
+                        tolerable_change=arguments.tolerable_change if quantized else None,
                     )
                 )
                 model = load_model(Path(folder) / TRACED_FILE, arguments.device)

@@ -131,7 +131,7 @@ profile() {
 }
 
 accuracy() {
-    python3 benchmarks/accuracy.py --device "$device" --data-type "${precisions[@]}" \
+    python3 benchmarks/accuracy.py --device "$device" --data-type "${precisions[@]}" --calibrate \
         ${LIMIT_EXAMPLES:+--limit "$LIMIT_EXAMPLES"} --json "$results/accuracy.json"
 }
 

@@ -129,8 +129,9 @@ def trace_command(
         Path | None,
         typer.Option(
             "--calibrate",
-            help="For int8 and fp8: texts on which it is measured what quantising costs, in any "
-            "form that `ft-handler verify` reads. Default: random tokens.",
+            help="For int8 and fp8: texts for which weights are rounded, and on which it is "
+            "measured what that costs, in any form that `ft-handler verify` reads. Default: "
+            "rounded to the nearest, measured on random tokens.",
         ),
     ] = None,
     keep_products: Annotated[
@@ -140,6 +141,14 @@ def trace_command(
             help="For int8 and fp8: products to keep in 16 bits, comma-separated, such as "
             "'layers.0.down,layers.*.out', or none. Default: those whose loss is measured to be "
             "too large.",
+        ),
+    ] = None,
+    tolerable_change: Annotated[
+        float | None,
+        typer.Option(
+            *_names("tolerable_change"),
+            help="For int8 and fp8: the change of outputs from which on products are kept in 16 "
+            "bits, as a part of outputs, such as 0.02.",
         ),
     ] = None,
     strict: Annotated[
@@ -183,6 +192,7 @@ def trace_command(
         normalize=normalize,
         calibration=None if calibrate is None else calibration_of(calibrate),
         keep_products=None if keep_products is None else listed_in(keep_products),
+        tolerable_change=tolerable_change,
     )
     trace(options, typer.echo)
 

@@ -14,6 +14,7 @@ from ft_handler.model.module import FusedModel, script
 from ft_handler.model.spec import EncoderSpec
 from ft_handler.precisions import Precision
 from ft_handler.prepare import quantize
+from ft_handler.prepare.quantize import Stacks
 from ft_handler.tasks.base import AnyTask, Head
 
 
@@ -25,10 +26,12 @@ def fuse(
     precision: Precision,
     columns: int,
     kept: Collection[str] = (),
+    stacks: Stacks | None = None,
 ) -> torch.jit.ScriptModule:
     """Script the fused model; its encoder is stored in `precision`, its head in fp32.
 
-    kept  of a precision with quantised products: those that are floats all the same
+    kept    of a precision with quantised products: those that are floats all the same
+    stacks  these products, rounded; None: to the nearest
 
     Raises ModelError for weights that are not finite there.
     """
@@ -40,7 +43,7 @@ def fuse(
     layers = None
     if precision.quantized is not None:
         # A GPU computes these in the stored type, so they had to be finite there as well.
-        stored, layers = quantize.stored(spec, weights.encoder, precision, kept)
+        stored, layers = quantize.stored(spec, weights.encoder, precision, kept, stacks)
     encoder = Encoder(spec, stored, layers)
     return script(FusedModel(encoder, head.module(**arguments), task.name, task.per_token, columns))
 

@@ -15,10 +15,12 @@ class TraceOptions:
 
     strict              refuse what is otherwise traced with a note
     pooling, normalize  how embeddings are made, in the place of what the checkpoint's files say
-    calibration         texts by the keys of requests, on which it is measured what quantised
-                        products cost; None: random tokens
+    calibration         texts by the keys of requests, which quantised products are rounded for, and
+                        on which it is measured what they cost; None: measured on random tokens
     keep_products       products that are not quantised, or patterns of their names; None leaves it
                         to the measurement
+    tolerable_change    of outputs, as a part of them, from which on products are kept; None: the
+                        precision's own
     """
 
     mode: str
@@ -41,6 +43,7 @@ class TraceOptions:
     normalize: bool | None = None
     calibration: Sequence[Mapping[str, str]] | None = None
     keep_products: Sequence[str] | None = None
+    tolerable_change: float | None = None
 
     @property
     def wishes(self) -> dict[str, object]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,41 +39,29 @@ from ft_handler.model.spec import EncoderSpec
 from ft_handler.native import twins
 from ft_handler.precisions import Precision, Quantized
 from ft_handler.prepare.input_scales import input_scales
+from ft_handler.prepare.rounding import rounded
 
-#: Tokens of calibration that are measured, and of one batch of them.
+#: Tokens that are measured, and as many that weights are rounded for; and of one batch.
 MOST_TOKENS, BATCH_TOKENS = 4096, 1024
 
 
 # -- weights -------------------------------------------------------------------------------------
 
 
-def rounded(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A float weight `[...,N,K]` as int8 of -127 to 127 or as e4m3, and its scale, fp32 `[...,N]`.
-
-    The scale is what 1 is worth: the largest weight of an output is the type's largest number.
-    """
-    weight = weight.detach().float()
-    floats = dtype.is_floating_point
-    most = twins.LARGEST_NARROW if floats else twins.LEVELS
-    largest = weight.abs().amax(-1)
-    # A row of zeros takes any scale.
-    scale = torch.where(largest > 0, largest / most, 1.0)
-    steps = weight / scale.unsqueeze(-1)
-    if floats:
-        return steps.clamp(-most, most).to(dtype).contiguous(), scale
-    return torch.round(steps).to(dtype).contiguous(), scale
-
-
 Stacks = Mapping[str, tuple[Tensor, Tensor]]
 
 
-def rounded_stacks(encoder: Mapping[str, Tensor], quantized: Quantized) -> Stacks:
-    """Every product that a precision rounds: its name -> all of its layers, rounded."""
+def rounded_products(encoder: Mapping[str, Tensor], quantized: Quantized) -> tuple[str, ...]:
+    """Every product that a precision rounds, such as "layers.down", of all layers at once."""
     products = PRODUCTS if quantized.projection else PRODUCTS[:-1]
+    return tuple(product for product in products if f"{product}.weight" in encoder)
+
+
+def rounded_stacks(encoder: Mapping[str, Tensor], quantized: Quantized) -> Stacks:
+    """Each of these products -> all of its layers, every number rounded to the nearest."""
     return {
-        product: rounded(_layered(encoder[f"{product}.weight"]), quantized.dtype)
-        for product in products
-        if f"{product}.weight" in encoder
+        product: rounded(layered(encoder[f"{product}.weight"]), quantized.dtype)
+        for product in rounded_products(encoder, quantized)
     }
 
 
@@ -102,28 +90,33 @@ def kept_layers(kept: Collection[str], product: str, layers: int) -> list[int]:
     return [i for i in range(layers) if _named(product, i) in kept]
 
 
-def _layered(weight: Tensor) -> Tensor:
+def layered(weight: Tensor) -> Tensor:
     """A product's weight as a stack: one outside of the layers is a stack of one."""
     return weight if weight.dim() == 3 else weight.unsqueeze(0)
 
 
 def stored(
-    spec: EncoderSpec, encoder: Mapping[str, Tensor], precision: Precision, kept: Collection[str]
+    spec: EncoderSpec,
+    encoder: Mapping[str, Tensor],
+    precision: Precision,
+    kept: Collection[str],
+    stacks: Stacks | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     """An encoder's tensors as the file holds them, and the layers in which a product is kept.
 
-    kept  names of products, as `product_names` gives them
+    kept    names of products, as `product_names` gives them
+    stacks  the products of all layers, rounded; None: to the nearest
     """
     quantized = precision.quantized
     assert quantized is not None
     tensors = {name: precision.stored(weight) for name, weight in encoder.items()}
     layers: dict[str, list[int]] = {}
-    stacks = rounded_stacks(encoder, quantized)
+    stacks = rounded_stacks(encoder, quantized) if stacks is None else stacks
     for product, (weight, scale) in stacks.items():
         name = f"{product}.weight"
         floats = kept_layers(kept, product, len(weight))
         others = [i for i in range(len(weight)) if i not in floats]
-        stack = _layered(encoder[name].detach())
+        stack = layered(encoder[name].detach())
         tensors[name], tensors[f"{product}.scale"] = picked(weight, others), scale[others]
         tensors[f"{product}.kept"] = precisions.get(quantized.kept).stored(stack[floats])
         layers[product] = floats
@@ -162,6 +155,7 @@ class Simulation:
 
     levels  the largest magnitude of a quantised input; by default that of the processors on which a
             file loses most
+    stacks  the products of all layers, rounded; None: to the nearest
     """
 
     def __init__(
@@ -171,6 +165,7 @@ class Simulation:
         head: HeadModule,
         precision: Precision,
         levels: int = twins.COARSEST_LEVELS,
+        stacks: Stacks | None = None,
     ) -> None:
         assert precision.quantized is not None
         self._levels = levels
@@ -178,20 +173,36 @@ class Simulation:
         self.names = product_names(encoder, precision.quantized)
         self._order = weight_names(spec, PROJECTION[0] in encoder)
         self._spec, self._head = spec.text(self._order), head.eval()
-        self._exact = encoder
+        self.spec, self.precision = spec, precision
+        self.encoder = encoder
         self._kept = precisions.get(precision.quantized.kept).dtype
         self._stored = {n: precision.stored(w).float() for n, w in encoder.items()}
-        self._rounded = rounded_stacks(encoder, precision.quantized)
-        self._input_scales = input_scales(spec, encoder, precision, self._rounded)
+        self.stacks = rounded_stacks(encoder, precision.quantized) if stacks is None else stacks
+        self._input_scales = input_scales(spec, encoder, precision, self.stacks)
+
+    def over(self, encoder: Mapping[str, Tensor], stacks: Stacks) -> Simulation:
+        """Of the same model with other weights of its encoder, rounded already."""
+        weights = Weights(encoder, {})
+        return Simulation(self.spec, weights, self._head, self.precision, self._levels, stacks)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of weights of each product, in the order of `names`."""
+        found = {
+            _named(product, i): weight[0].numel()
+            for product, (weight, _) in self.stacks.items()
+            for i in range(len(weight))
+        }
+        return {name: found[name] for name in self.names}
 
     def exact(self, batch: Packed) -> Tensor:
         """Outputs in fp32: `[B,C]`, or `[C,T]` where outputs are for each token."""
-        return self._outputs(batch, [self._exact[name] for name in self._order])
+        return self._outputs(batch, [self.encoder[name] for name in self._order])
 
     def alone(self, batch: Packed, product: str) -> Tensor:
         """Outputs of which this product alone is quantised."""
         others = [name for name in self.names if name != product]
-        return self._outputs(batch, self._weights(self._exact, others, torch.float32))
+        return self._outputs(batch, self._weights(self.encoder, others, torch.float32))
 
     def quantized(self, batch: Packed, kept: Collection[str]) -> Tensor:
         """Outputs of a file whose products are quantised but for these."""
@@ -213,7 +224,7 @@ class Simulation:
 
         kept  None: in fp32, nothing is quantised
         """
-        weights: Sequence[twins.Weight] = [self._exact[name] for name in self._order]
+        weights: Sequence[twins.Weight] = [self.encoder[name] for name in self._order]
         if kept is not None:
             weights = self._weights(self._stored, kept, self._kept, on_a_cpu=True)
 
@@ -238,7 +249,7 @@ class Simulation:
         """All weights in order; products are quantised, but those kept are in `type_`."""
         return [
             self._layers(product, kept, type_, on_a_cpu)
-            if (product := name.removesuffix(".weight")) in self._rounded
+            if (product := name.removesuffix(".weight")) in self.stacks
             else rest[name]
             for name in self._order
         ]
@@ -246,15 +257,15 @@ class Simulation:
     def _layers(
         self, product: str, kept: Collection[str], type_: torch.dtype, on_a_cpu: bool
     ) -> twins.Weight:
-        weight, scale = self._rounded[product]
-        stack = _layered(self._exact[f"{product}.weight"])
+        weight, scale = self.stacks[product]
+        stack = layered(self.encoder[f"{product}.weight"])
         floats = kept_layers(kept, product, len(stack))
         others = [i for i in range(len(stack)) if i not in floats]
         rest, rounded, scale = stack[floats].to(type_), picked(weight, others), scale[others]
         if product in self._input_scales:
             inputs = self._input_scales[product]
             if on_a_cpu:
-                whole = (weight.float() * self._rounded[product][1].unsqueeze(-1)).half().float()
+                whole = (weight.float() * self.stacks[product][1].unsqueeze(-1)).half().float()
                 whole[floats] = rest.float()
                 return whole
             return twins.narrow_layers(rounded, scale, inputs, rest, floats)
@@ -290,8 +301,12 @@ class Measured:
     """
 
     def __init__(self, simulation: Simulation, batches: Sequence[Packed], least: float) -> None:
-        self._simulation, self._batches, self._least = simulation, batches, least
+        self.simulation, self._batches, self._least = simulation, batches, least
         self._exact = [simulation.exact(batch) for batch in batches]
+
+    def of(self, simulation: Simulation) -> Measured:
+        """Of another simulation over the same batches."""
+        return Measured(simulation, self._batches, self._least)
 
     @property
     def outputs(self) -> float:
@@ -302,15 +317,15 @@ class Measured:
 
     def quantized(self, kept: Collection[str]) -> float:
         """With all products quantised but these."""
-        return self._error(lambda batch: self._simulation.quantized(batch, kept), None)
+        return self._error(lambda batch: self.simulation.quantized(batch, kept), None)
 
     def on_a_cpu(self, kept: Collection[str]) -> float:
         """With all products quantised but these, on a CPU."""
-        return self._error(lambda batch: self._simulation.on_a_cpu(batch, kept), None)
+        return self._error(lambda batch: self.simulation.on_a_cpu(batch, kept), None)
 
     def alone(self, product: str) -> float:
         """With one product quantised, over the first batch."""
-        return self._error(lambda batch: self._simulation.alone(batch, product), 1)
+        return self._error(lambda batch: self.simulation.alone(batch, product), 1)
 
     def _error(self, outputs: Callable[[Packed], Tensor], batches: int | None) -> float:
         apart = size = 0.0
@@ -324,12 +339,17 @@ class Measured:
 
 def choose(
     measured: Measured,
-    names: Sequence[str],
+    sizes: Mapping[str, int],
     precision: Precision,
     bound: float,
     say: Callable[[str], None],
 ) -> Choice:
-    """The fewest products to keep, those that cost most first, so that outputs are within `bound`.
+    """As few weights to keep as it takes for outputs to be within `bound`.
+
+    Errors of products that have nothing to do with one another add up by their squares, so those
+    are kept first whose square is largest for what they take.
+
+    sizes  the number of weights of each product, which its time goes with
 
     Raises ModelError where all of them would have to be kept.
     """
@@ -338,9 +358,10 @@ def choose(
     error = measured.quantized(())
     if error <= bound:
         return Choice((), error)
-    say(f"{name} changes the outputs by {error:.1%}, more than {bound:.0%}: measuring "
-        f"{len(names)} products one by one")  # fmt: skip
-    ranked = sorted(names, key=measured.alone, reverse=True)
+    say(f"{name} changes the outputs by {error:.1%}, more than {100 * bound:g}%: measuring "
+        f"{len(sizes)} products one by one")  # fmt: skip
+    costs = {product: measured.alone(product) ** 2 / size for product, size in sizes.items()}
+    ranked = sorted(sizes, key=lambda product: costs[product], reverse=True)
     # Keeping more is taken to be no worse, so that the fewest are found by halving.
     low, high, found = 0, len(ranked), measured.quantized(ranked)
     while high - low > 1:
@@ -352,10 +373,11 @@ def choose(
             low = middle
     if high == len(ranked):
         raise ModelError(
-            f"{name} changes the outputs by more than {bound:.0%} unless every product is kept in "
-            f"{floats}: take --data_type {floats}, or say with --keep_products which are to be kept"
+            f"{name} changes the outputs by more than {100 * bound:g}% unless every product is "
+            f"kept in {floats}: take --data_type {floats}, or say with --keep_products which are "
+            "to be kept"
         )
-    return Choice(tuple(name for name in names if name in ranked[:high]), found)
+    return Choice(tuple(product for product in sizes if product in ranked[:high]), found)
 
 
 def wished(wishes: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
@@ -392,10 +414,30 @@ def batches_of(sequences: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list
     return [Packed.of(batch) for batch in batches if batch]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Texts that products are measured on, and others, if there are any, to be rounded for."""
+
+    measured: list[Packed]
+    rounded_for: Packed | None
+
+    @classmethod
+    def of(cls, sequences: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Drawn:
+        """Of ids and types, every other one for each, up to MOST_TOKENS for each."""
+        drawn: list[tuple[Sequence[int], Sequence[int]]] = []
+        total = 0
+        for sequence in sequences:
+            total += len(sequence[0])
+            if drawn and total > 2 * MOST_TOKENS:
+                break
+            drawn.append(sequence)
+        return cls(batches_of(drawn[::2]), Packed.of(drawn[1::2]) if drawn[1:] else None)
+
+
 def of_texts(
     texts: Sequence[Mapping[str, str]], tokenizer: str, token_types: int, longest: int, seed: int
-) -> list[Packed]:
-    """Texts and pairs, drawn from all of the file and cut to `longest` tokens.
+) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Ids and types of texts and pairs, drawn from all of the file and cut to `longest` tokens.
 
     texts      by the keys of requests
     tokenizer  the text of a tokenizer.json
@@ -403,20 +445,18 @@ def of_texts(
     reader = Tokenizer.from_str(tokenizer)
     reader.enable_truncation(longest)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-
-    def sequences() -> Iterable[tuple[Sequence[int], Sequence[int]]]:
-        for i in order:
-            first = texts[i].get("text", texts[i].get("question", ""))
-            second = texts[i].get("text_pair", texts[i].get("context"))
-            read = reader.encode(first, second)
-            if read.ids:
-                yield read.ids, read.type_ids if token_types > 1 else [0] * len(read.ids)
-
-    return batches_of(sequences())
+    for i in order:
+        first = texts[i].get("text", texts[i].get("question", ""))
+        second = texts[i].get("text_pair", texts[i].get("context"))
+        read = reader.encode(first, second)
+        if read.ids:
+            yield read.ids, read.type_ids if token_types > 1 else [0] * len(read.ids)
 
 
-def of_padded(ids: Tensor, mask: Tensor, types: Tensor) -> list[Packed]:
-    """Padded `[B,S]` without their pads."""
+def of_padded(
+    ids: Tensor, mask: Tensor, types: Tensor
+) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Ids and types of padded `[B,S]` without their pads."""
     lengths = mask.sum(1).tolist()
-    rows = zip(ids.tolist(), types.tolist(), lengths, strict=True)
-    return batches_of((row[:n], kinds[:n]) for row, kinds, n in rows)
+    for row, kinds, n in zip(ids.tolist(), types.tolist(), lengths, strict=True):
+        yield row[:n], kinds[:n]

@@ -21,6 +21,7 @@ from ft_handler.model.bundle import save_model
 from ft_handler.model.info import FORMAT_VERSION, ModelInfo, QuantizedInfo
 from ft_handler.native.library import load_library
 from ft_handler.prepare import quantize
+from ft_handler.prepare.calibration import rounded_better
 from ft_handler.prepare.checkpoint import Checkpoint, load_checkpoint
 from ft_handler.prepare.compare import (
     Reference,
@@ -33,7 +34,7 @@ from ft_handler.prepare.compare import (
 from ft_handler.prepare.fuse import fuse, head_arguments
 from ft_handler.prepare.hf import import_transformers, quiet_transformers
 from ft_handler.prepare.options import TraceOptions
-from ft_handler.prepare.quantize import Simulation
+from ft_handler.prepare.quantize import Drawn, Measured, Simulation, Stacks
 from ft_handler.prepare.settings import write_settings
 from ft_handler.prepare.tokenizer import write_tokenizer
 from ft_handler.tasks.base import AnyTask
@@ -56,13 +57,16 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
         raise ModelError(
             f"--data_type {precision.name} needs --model_type thsext, not {options.model_type}"
         )
-    if precision.quantized is None and (
-        options.calibration is not None or options.keep_products is not None
-    ):
+    for_quantized = (options.calibration, options.keep_products, options.tolerable_change)
+    if precision.quantized is None and any(wish is not None for wish in for_quantized):
         raise ModelError(
-            "--calibrate and --keep_products are for --data_type "
+            "--calibrate, --keep_products and --tolerable_change are for --data_type "
             f"{' and '.join(precisions.quantized_names())}, not {precision.name}"
         )
+    if options.keep_products is not None and options.tolerable_change is not None:
+        raise ModelError("--keep_products says what --tolerable_change would find: give one")
+    if options.tolerable_change is not None and not options.tolerable_change > 0:
+        raise ModelError("tolerable_change must be more than 0")
     if options.model_type == "thsext" or options.ths_path is not None:
         say(f"library: {load_library(options.ths_path)}")
     say(f"loading {options.model_name_or_path}")
@@ -113,30 +117,27 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
     head = architecture.head(task)
     reference = Reference(checkpoint.model, token_types > 0, head.expected).eval()
     say(f"tracing {describe_shape(task, info)}")
+    weights = checkpoint.weights
+    stacks: Stacks | None = None
     simulated, typical = None, 0.0
     if options.model_type == "thsext":
         if precision.quantized is not None:
             simulation = Simulation(
                 architecture.spec(config),
-                checkpoint.weights,
-                head.module(**head_arguments(checkpoint.weights)),
+                weights,
+                head.module(**head_arguments(weights)),
                 precision,
             )
             hold_exact(simulation.padded(None), reference, task.per_token, samples)
-            if options.calibration is None:
-                drawn = replace(options, batch_size=CALIBRATION_SAMPLES)
-                most = min(longest, CALIBRATION_LONGEST)
-                padded = sample_batch(drawn, info.vocab_size, token_types, pad, most)
-                batches = quantize.of_padded(*padded)
-            else:
-                batches = quantize.of_texts(
-                    options.calibration, tokenizer.text, token_types, longest, options.seed
-                )
-            if not batches:
-                raise ModelError("--calibrate: no text to measure on")
+            texts = calibration_texts(options, info, token_types, pad, longest, tokenizer.text)
             half = stays_finite(reference, precision.dtype, task.per_token, samples)
-            measured = quantize.Measured(simulation, batches, least_output(task))
-            quantized = choose_products(options, simulation, measured, half, say)
+            measured = Measured(simulation, texts.measured, least_output(task))
+            if texts.rounded_for is not None:
+                measured = rounded_better(measured, texts.rounded_for, say)
+                simulation = measured.simulation
+                hold_exact(simulation.padded(None), reference, task.per_token, samples)
+                weights, stacks = replace(weights, encoder=simulation.encoder), simulation.stacks
+            quantized = choose_products(options, measured, half, say)
             info = replace(info, quantized=quantized)
             simulated = simulation.padded(quantized.kept)
             # The file is checked here, on a CPU.
@@ -148,10 +149,11 @@ def trace(options: TraceOptions, say: Callable[[str], None] = lambda _: None) ->
             task,
             head,
             architecture.spec(config),
-            checkpoint.weights,
+            weights,
             precision,
             info.num_labels,
             info.quantized.kept if info.quantized is not None else (),
+            stacks,
         )
     else:
         module = trace_plain(reference, precision.dtype, samples)
@@ -186,10 +188,37 @@ def least_output(task: AnyTask) -> float:
     return 1.0 if task.labelled or task.per_token else 0.0
 
 
+def calibration_texts(
+    options: TraceOptions,
+    info: ModelInfo,
+    token_types: int,
+    pad: int | None,
+    longest: int,
+    tokenizer: str,
+) -> Drawn:
+    """What quantised products are measured on, and rounded for: texts, or random tokens.
+
+    tokenizer  the text of a tokenizer.json
+
+    Weights are not rounded for random tokens, whose inputs are unlike those of texts. Raises
+    ModelError where there is no text.
+    """
+    if options.calibration is None:
+        drawn = replace(options, batch_size=CALIBRATION_SAMPLES)
+        most = min(longest, CALIBRATION_LONGEST)
+        padded = sample_batch(drawn, info.vocab_size, token_types, pad, most)
+        return Drawn(quantize.batches_of(quantize.of_padded(*padded)), None)
+    texts = Drawn.of(
+        quantize.of_texts(options.calibration, tokenizer, token_types, longest, options.seed)
+    )
+    if not texts.measured:
+        raise ModelError("--calibrate: no text to measure on")
+    return texts
+
+
 def choose_products(
     options: TraceOptions,
-    simulation: Simulation,
-    measured: quantize.Measured,
+    measured: Measured,
     half: bool,
     say: Callable[[str], None],
 ) -> QuantizedInfo:
@@ -200,19 +229,21 @@ def choose_products(
     precision = precisions.get(options.data_type)
     bounds = precision.quantized
     assert bounds is not None
-    bound = bounds.random if options.calibration is None else bounds.texts
+    bound = options.tolerable_change
+    if bound is None:
+        bound = bounds.random if options.calibration is None else bounds.texts
     measured_on: Literal["texts", "random tokens"] = (
         "random tokens" if options.calibration is None else "texts"
     )
     if options.keep_products is None:
-        choice = quantize.choose(measured, simulation.names, precision, bound, say)
+        choice = quantize.choose(measured, measured.simulation.sizes, precision, bound, say)
     else:
-        kept = quantize.wished(options.keep_products, simulation.names)
+        kept = quantize.wished(options.keep_products, measured.simulation.names)
         choice = quantize.Choice(kept, measured.quantized(kept))
     say(
         f"kept in {bounds.kept}: {', '.join(choice.kept) or 'no product'}"
         f"{' (--keep_products)' if options.keep_products is not None else ''}; on {measured_on} "
-        f"outputs change by {choice.error:.1%} (products are kept from {bound:.0%} on)"
+        f"outputs change by {choice.error:.1%} (products are kept from {100 * bound:g}% on)"
     )
     if not half:
         say(f"note: overflows in fp16, in which GPUs compute {options.data_type}: for CPUs alone")

@@ -193,7 +193,7 @@ def test_every_architecture_has_them(model_type: str, monkeypatch: pytest.Monkey
     model: Any = random_model(model_type, task)
     simulation = simulation_of(model, task, "fp8")
     watch = Watch(monkeypatch)
-    (packed,) = quantize.of_padded(*batch(model, [33, 1, 7]))
+    (packed,) = quantize.batches_of(quantize.of_padded(*batch(model, [33, 1, 7])))
     assert bool(torch.isfinite(simulation.quantized(packed, ())).all())
     assert 0.02 < watch.largest <= ROUNDING
 

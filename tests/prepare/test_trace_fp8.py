@@ -86,11 +86,26 @@ def test_a_wish_and_texts(
         main(["trace", *arguments])
     assert not end.value.code
     said = capsys.readouterr().out
+    assert "weights rounded for texts: fp8 changes outputs by" in said
     assert "kept in fp16: layers.0.up, layers.1.up (--keep_products); on texts" in said
     module: Any = load_model(tmp_path / "out" / FILE).module
     assert module.encoder.layers.up.kept_layers == [0, 1]
     assert module.encoder.layers.up.kept.dtype == torch.float16
     assert len(module.encoder.layers.up.weight) == 0
+
+
+def test_less_is_tolerated_where_it_is_wished(
+    classifier: Path, tiny_classification: Path, tmp_path: Path
+) -> None:
+    before = read_info(classifier / FILE).quantized
+    assert before is not None
+    bound = round(0.7 * before.error, 4)
+    said = traced(tiny_classification, tmp_path, tolerable_change=bound)
+    after = read_info(tmp_path / FILE).quantized
+    assert after is not None
+    assert 0 < len(after.kept) < 8
+    assert 0 < after.error <= bound
+    assert f"(products are kept from {100 * bound:g}% on)" in "".join(said)
 
 
 def test_a_projection_is_never_a_product_in_8_bits() -> None:
@@ -112,11 +127,11 @@ def test_what_costs_most_is_kept() -> None:
         layer.output.dense.weight[:, 5] /= 2.0**16
     simulation = simulation_of(model, task, "fp8")
     measured = quantize.Measured(
-        simulation, quantize.of_padded(*batch(model, [33, 1, 128, 7, 64])), 1.0
+        simulation, quantize.batches_of(quantize.of_padded(*batch(model, [33, 1, 128, 7, 64]))), 1.0
     )
     bound = 1.05 * measured.quantized(["layers.1.down"])
     row, said = precisions.get("fp8"), []
-    choice = quantize.choose(measured, simulation.names, row, bound, said.append)
+    choice = quantize.choose(measured, simulation.sizes, row, bound, said.append)
     assert choice.kept == ("layers.1.down",)
     assert choice.error < bound < 0.5 * measured.quantized(())
     assert said[0].startswith("fp8 changes the outputs by")

@@ -22,7 +22,15 @@ from ft_handler.native import library
 from ft_handler.prepare import quantize
 from ft_handler.prepare.checkpoint import load_checkpoint
 from ft_handler.prepare.options import TraceOptions
-from ft_handler.prepare.quantize import Choice, Measured, batches_of, choose, of_texts, wished
+from ft_handler.prepare.quantize import (
+    Choice,
+    Drawn,
+    Measured,
+    batches_of,
+    choose,
+    of_texts,
+    wished,
+)
 from ft_handler.prepare.trace import trace
 
 pytest.importorskip("transformers")
@@ -167,7 +175,7 @@ class Costs(Measured):
 
 def test_as_few_as_it_takes_are_kept_the_worst_first() -> None:
     costs = Costs(a=0.02, b=0.5, c=0.01, d=0.3, e=0.02)
-    names, row, said = tuple(costs.costs), precisions.get("int8"), []
+    names, row, said = dict.fromkeys(costs.costs, 10), precisions.get("int8"), []
     assert choose(costs, names, row, 0.06, said.append) == Choice(("b", "d"), pytest.approx(0.05))
     assert len(said) == 1
     assert choose(costs, names, row, 0.9, said.append) == Choice((), pytest.approx(0.85))
@@ -175,6 +183,10 @@ def test_as_few_as_it_takes_are_kept_the_worst_first() -> None:
     assert choose(costs, names, row, 0.36, said.append).kept == ("b",)
     with pytest.raises(ModelError, match=r"every product is kept .*--data_type bf16"):
         choose(costs, names, row, 0.005, said.append)
+    # What is four times as large has to save twice as much, since errors add up by their squares.
+    for larger, kept in ((0.59, ("d",)), (0.61, ("b",))):
+        costs.costs["b"] = larger
+        assert choose(costs, {**names, "b": 40}, row, 0.65, said.append).kept == kept
 
 
 # -- calibration -----------------------------------------------------------------------------------
@@ -204,14 +216,24 @@ def test_texts_become_sequences(classifier: Path) -> None:
         {"text": "good", "text_pair": "bad film"},
         {"question": "who", "context": "the captain " * 90},
     ]
-    (found,) = of_texts(texts, tokenizer, 2, 60, seed=1)
+    (found,) = batches_of(of_texts(texts, tokenizer, 2, 60, seed=1))
     lengths = sorted(found.cu_seqlens.diff().tolist())
     assert lengths == [4, 6, 60]
     assert found.longest == 60
     assert len(found.input_ids) == len(found.token_type_ids) == 70
     assert 50 < int(found.token_type_ids.sum()) < 66
-    (typeless,) = of_texts(texts, tokenizer, 0, 60, seed=1)
+    (typeless,) = batches_of(of_texts(texts, tokenizer, 0, 60, seed=1))
     assert int(typeless.token_type_ids.sum()) == 0
+
+
+def test_what_is_measured_is_not_what_weights_are_rounded_for() -> None:
+    drawn = Drawn.of((list(range(100 * i, 100 * i + 100)), [0] * 100) for i in range(1000))
+    assert drawn.rounded_for is not None
+    sets = [set(b.input_ids.tolist()) for b in (*drawn.measured, drawn.rounded_for)]
+    assert [len(part) for part in sets] == [1000, 1000, 1000, 1000, 4000]
+    assert len(set.union(*sets)) == 8000
+    assert Drawn.of([([1, 2], [0, 0])]).rounded_for is None
+    assert Drawn.of([]).measured == []
 
 
 def test_no_more_is_measured_than_it_takes() -> None:
@@ -233,6 +255,9 @@ def test_no_more_is_measured_than_it_takes() -> None:
         ({"data_type": "fp32", "calibration": []}, "are for .* int8 and fp8, not fp32"),
         ({"keep_products": ["layers.7.up"]}, r"'layers\.7\.up' is none of this model's products"),
         ({"calibration": []}, "no text to measure on"),
+        ({"data_type": "fp16", "tolerable_change": 0.02}, "are for .* int8 and fp8, not fp16"),
+        ({"tolerable_change": 0.0}, "tolerable_change must be more than 0"),
+        ({"tolerable_change": 0.02, "keep_products": ["none"]}, "tolerable_change .*: give one"),
     ],
 )
 def test_wrong_options_are_refused(
