@@ -27,9 +27,10 @@
 #            two-gpus  tests of two devices, and the same on one and on two of them
 #            default: tests encoder accuracy verify serving
 #
-# LIMIT bounds a step's seconds (570), JOBS is how many processes run tests (12) or checks. PRECISIONS (fp16 fp8), ROWS, ROUNDS, WORKERS, CONNECTIONS,
-# TURN (seconds of one measurement), MODEL, LIMIT_EXAMPLES and DEVICE (cuda) replace what the steps
-# take.
+# LIMIT bounds a step's seconds (570), JOBS is how many processes run tests (12) or checks.
+# PRECISIONS (fp16 fp8), ROWS, ROUNDS, WORKERS, CONNECTIONS, TURN (seconds of one measurement), MODEL,
+# LIMIT_EXAMPLES, TOLERABLE (the change of outputs that fp8 may make) and DEVICE (cuda) replace what
+# the steps take.
 # FT_HANDLER_COMMIT is the commit that the results name, where the tree has no history.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -132,6 +133,7 @@ profile() {
 
 accuracy() {
     python3 benchmarks/accuracy.py --device "$device" --data-type "${precisions[@]}" --calibrate \
+        ${TOLERABLE:+--tolerable-change "$TOLERABLE"} \
         ${LIMIT_EXAMPLES:+--limit "$LIMIT_EXAMPLES"} --json "$results/accuracy.json"
 }
 
@@ -143,7 +145,8 @@ verify() {
         traced=$root/traced/$task
         python3 -m ft_handler trace --mode $task --data_type "${precisions[-1]}" --output "$traced" \
             --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
-            --adapter "examples/$task/adapter" &&
+            --adapter "examples/$task/adapter" --calibrate "$data" \
+            ${TOLERABLE:+--tolerable_change "$TOLERABLE"} &&
             python3 -m ft_handler verify "$traced" --data "$data" --device "$device" \
                 --adapter "examples/$task/adapter" ${LIMIT_EXAMPLES:+--limit "$LIMIT_EXAMPLES"} || status=1
     done
