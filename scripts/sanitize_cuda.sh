@@ -54,6 +54,7 @@ examine() {
         echo "ok $tool $checker: $(grep -a 'SUMMARY' "$log" | tail -1 | sed 's/^=* *//')"
     else
         echo "FAILED $tool $checker ($status), see $log"
+        grep -a -m 8 '^=========' "$log"
     fi
 }
 

@@ -47,6 +47,8 @@ class Device {
   Device& operator=(const Device&) = delete;
   ~Device() { cudaFree(data_); }
   T* get() const { return data_; }
+  // NaN in every type of ours, so that what a kernel leaves out shows.
+  void spoil() const { must(cudaMemset(data_, 0xff, count_ * sizeof(T)), "cudaMemset"); }
   std::vector<T> host() const {
     std::vector<T> out(count_);
     must(cudaMemcpy(out.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost), "copy out");
@@ -351,6 +353,8 @@ void check_fp8(int rows, int n, int k) {
   Device<__half> dr(residual), db(bias), out(size);
   Device<float> ds(scale), dstep(std::vector<float>{step});
   const auto run = [&](const __half* plus, void* to, bool active, bool small, int variant) {
+    bytes.spoil();
+    out.spoil();
     const Product product{dx.get(), dw.get(), ds.get(), db.get(), plus,
                           nullptr,  nullptr,  to,       nullptr,  small ? dstep.get() : nullptr,
                           rows,     n,        k,        active,   small};
