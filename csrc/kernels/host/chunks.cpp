@@ -3,14 +3,13 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <tuple>
 
 namespace ft::host {
 namespace {
 
-// A chunk's bytes, zeros behind them, and in the last byte its length and whether it is a first
-// one: equal only if the chunks are.
-constexpr int kKeyWords = 6;
-using Key = std::array<uint64_t, kKeyWords>;
+using Key = ChunkMemory::Key;
+constexpr int kKeyWords = std::tuple_size_v<Key>;
 constexpr int64_t kKeyBytes = sizeof(Key);
 static_assert(ChunkMemory::kLongestChunk == kKeyBytes - 1);
 static_assert(ChunkMemory::kReadAhead >= kKeyBytes);
@@ -68,15 +67,29 @@ bool continues_character(char byte) { return (byte & 0xc0) == 0x80; }
 
 }  // namespace
 
-Place ChunkMemory::find(const char* chunk, int64_t bytes, bool first) const {
-  if (bytes > kLongestChunk) return -1;
-  const Key key = key_of(chunk, bytes, first);
-  const uint64_t begin = hash_of(key);
+ChunkMemory::Sought ChunkMemory::seek(const char* chunk, int64_t bytes, bool first) const {
+  Sought sought;
+  if (bytes > kLongestChunk) return sought;
+  sought.fits = true;
+  sought.key = key_of(chunk, bytes, first);
+  sought.begin = hash_of(sought.key);
+  __builtin_prefetch(index_ + (sought.begin & mask_));
+  return sought;
+}
+
+void ChunkMemory::approach(const Sought& sought) const {
+  if (!sought.fits) return;
+  const int32_t at = index_[sought.begin & mask_];
+  if (at > 0 && at < count_) __builtin_prefetch(rows_ + int64_t{at} * kWords);
+}
+
+Place ChunkMemory::find(const Sought& sought) const {
+  if (!sought.fits) return -1;
   for (uint64_t probe = 0; probe < kProbes; ++probe) {
-    const int32_t at = index_[(begin + probe) & mask_];
+    const int32_t at = index_[(sought.begin + probe) & mask_];
     if (at <= 0 || at >= count_) break;  // nothing was ever put behind an empty slot
     const int64_t* row = rows_ + int64_t{at} * kWords;
-    if (same(row, key)) return row[kKeyWords];
+    if (same(row, sought.key)) return row[kKeyWords];
   }
   return -1;
 }
@@ -144,41 +157,65 @@ void ReadTexts::read(const char* text, int64_t bytes, const ChunkMemory& memory,
   char bits = 0;
   for (int64_t at = 0; at < bytes; ++at) bits |= text[at];
   const bool ascii = bits >= 0;
+  struct Found {
+    ChunkMemory::Sought sought;
+    int64_t begin, end;
+    int32_t characters;
+    bool first;
+  };
+  constexpr int kTogether = 16;
+  std::array<Found, kTogether> group;
   int64_t begin = 0;
   int32_t characters = 0;
   bool first = cuts.apart;
-  while (true) {
-    int64_t end = begin;
-    while (end < bytes && !(text[end] == ' ' && opens(text, bytes, end, cuts))) ++end;
-    Place place = memory.find(text + begin, end - begin, first);
-    if (place < 0) {
-      const size_t number = unknown_.size();
-      unknown_.emplace_back(1, first ? kFirst : ' ').append(text + begin, end - begin);
-      place = number < given.size() ? given[number] : 0;
+  for (bool more = true; more;) {
+    int size = 0;
+    for (; more && size < kTogether; ++size) {
+      int64_t end = begin;
+      while (end < bytes && !(text[end] == ' ' && opens(text, bytes, end, cuts))) ++end;
+      group[size] = {memory.seek(text + begin, end - begin, first), begin, end, characters, first};
+      more = end < bytes;
+      const int64_t next = end + 1;
+      if (ascii) {
+        characters = static_cast<int32_t>(next);
+      } else {
+        for (; more && begin < next; ++begin) characters += !continues_character(text[begin]);
+      }
+      begin = next;
+      first = false;
     }
-    chunks_.push_back({place, characters});
-    if (end == bytes) return;
-    const int64_t next = end + 1;
-    if (ascii) {
-      characters = static_cast<int32_t>(next);
-    } else {
-      for (; begin < next; ++begin) characters += !continues_character(text[begin]);
+    for (int i = 0; i < size; ++i) memory.approach(group[i].sought);
+    for (int i = 0; i < size; ++i) {
+      const Found& chunk = group[i];
+      Place place = memory.find(chunk.sought);
+      if (place < 0) {
+        const size_t number = unknown_.size();
+        unknown_.emplace_back(1, chunk.first ? kFirst : ' ')
+            .append(text + chunk.begin, chunk.end - chunk.begin);
+        place = number < given.size() ? given[number] : 0;
+      }
+      chunks_.push_back({place, chunk.characters});
     }
-    begin = next;
-    first = false;
   }
 }
 
 void ReadTexts::write(const int32_t* table, int64_t* ids, int32_t* origins) const {
   constexpr int64_t kColumns = 5;
-  for (const Chunk& chunk : chunks_) {
+  constexpr size_t kAhead = 12;  // chunks whose rows are fetched meanwhile
+  for (size_t c = 0; c < chunks_.size(); ++c) {
+    if (c + kAhead < chunks_.size()) {
+      __builtin_prefetch(table + row_of(chunks_[c + kAhead].place) * kColumns);
+    }
+    const Chunk& chunk = chunks_[c];
     const int64_t count = count_of(chunk.place);
     if (count == 0) continue;
     const int32_t* token = table + row_of(chunk.place) * kColumns;
     for (int64_t i = 0; i < count; ++i, token += kColumns) {
       *ids++ = token[0];
       if (!origins) continue;
-      for (int c = 1; c < kColumns; ++c) *origins++ = token[c] + chunk.characters;
+      for (int column = 1; column < kColumns; ++column) {
+        *origins++ = token[column] + chunk.characters;
+      }
     }
   }
 }

@@ -1,6 +1,7 @@
 // Texts cut into chunks between blanks, and a memory of the tokens that each chunk gives. No Torch.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -41,8 +42,22 @@ class ChunkMemory {
   ChunkMemory(int32_t* index, int64_t slots, int64_t* rows, int64_t count)
       : index_(index), mask_(slots - 1), rows_(rows), count_(count) {}
 
+  // A chunk's bytes, zeros behind them, and in the last byte its length and whether it is a first
+  // one: equal only if the chunks are.
+  using Key = std::array<uint64_t, 6>;
+  // A chunk that is looked for; one that is too long is nowhere.
+  struct Sought {
+    Key key;
+    uint64_t begin = 0;
+    bool fits = false;
+  };
+
+  // Of memory that a search reads the processor is told beforehand, since it has to wait for it
+  // longer than for all the rest: first `seek` for some chunks, then `approach`, then `find`.
+  Sought seek(const char* chunk, int64_t bytes, bool first) const;
+  void approach(const Sought& sought) const;
   // The place of a chunk, -1 where it is unknown.
-  Place find(const char* chunk, int64_t bytes, bool first) const;
+  Place find(const Sought& sought) const;
   // Takes a chunk in that is unknown; false where it is too long or finds no room.
   bool add(std::string_view chunk, bool first, Place place);
 
