@@ -300,11 +300,16 @@ const pause = (time) => new Promise((done) => setTimeout(done, time));
 
 /** How far the model's counters went on, once they count this request; null where they do not. */
 async function counted(name, before) {
-  // Workers tell what they count about once a second.
+  // Workers tell what they count about once a second, one counter after another: what is read twice
+  // alike is told to the end.
+  let last = "";
   for (let attempt = 0; before && attempt < 30; attempt++) {
     const now = await counters(name);
     if (now && now.requests > before.requests) {
-      return Object.fromEntries(Object.keys(now).map((key) => [key, now[key] - before[key]]));
+      if (JSON.stringify(now) === last) {
+        return Object.fromEntries(Object.keys(now).map((key) => [key, now[key] - before[key]]));
+      }
+      last = JSON.stringify(now);
     }
     await pause(100);
   }
