@@ -71,7 +71,7 @@ def tune_command(
     gpu = torch.cuda.get_device_name()
     named = environment(VARIABLE)
     path = output or (Path(named) if named else default_path(gpu))
-    dtype = _weight_dtype(precisions.get(info.data_type))
+    dtype = _weight_dtype(precisions.get(info.data_type), info.hidden_size)
     typer.echo(
         f"tuning {info.hidden_size} columns, {info.intermediate_size} in between, {dtype}, on "
         f"{gpu}: {len(classes)} token counts, {classes[0]:,} to {classes[-1]:,}"
@@ -86,7 +86,7 @@ def tune_command(
         raise typer.Exit(130)
 
 
-def _weight_dtype(precision: Precision) -> str:
+def _weight_dtype(precision: Precision, hidden_size: int) -> str:
     """torch's name of the type that the products of such a file have on this GPU."""
     import torch
 
@@ -94,7 +94,7 @@ def _weight_dtype(precision: Precision) -> str:
 
     if precision.product_dtype != getattr(torch, NARROW):
         return precision.torch_name
-    like = torch.empty(1, dtype=precision.dtype, device="cuda")
+    like = torch.empty(hidden_size, hidden_size, dtype=precision.dtype, device="cuda")
     return NARROW if gemm_ops().serves_narrow(like) else precision.torch_name
 
 
