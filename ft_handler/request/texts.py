@@ -39,9 +39,9 @@ def is_plain(value: object, most_chars: int) -> TypeGuard[str]:
     return (
         type(value) is str
         and len(value) <= most_chars
-        and value.isascii()
         and value != ""
         and not value.isspace()
+        and (value.isascii() or _encodable(value))
     )
 
 
@@ -58,9 +58,13 @@ def checked_text(value: object, what: str, most_chars: int) -> str:
 
 
 def _check_encodable(value: str, what: str) -> None:
-    if value.isascii():
-        return
+    if not value.isascii() and not _encodable(value):
+        raise MalformedRequest(f"{what} holds a lone surrogate")
+
+
+def _encodable(value: str) -> bool:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise MalformedRequest(f"{what} holds a lone surrogate") from None
+        return False
+    return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import inspect
 import json
 import logging
 import struct
@@ -17,11 +19,31 @@ from ft_handler.servers.torchserve import receive
 
 @pytest.fixture(scope="module")
 def protocol():
+    """A copy of TorchServe's module that nobody has replaced anything in."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = pytest.importorskip("ts.protocol.otf_message_handler")
+        pytest.importorskip("ts.protocol.otf_message_handler")
+        spec = importlib.util.find_spec("ts.protocol.otf_message_handler")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
         gc.collect()
     return module
+
+
+@pytest.fixture(scope="module")
+def unpack(protocol):
+    """What TorchServe's own code hands a handler of the messages that its own reader makes."""
+    from ts import service
+
+    source = inspect.getsource(service.Service)
+    scope = {**vars(service)}
+    exec(compile(source, service.__file__, "exec"), scope)
+    return scope["Service"].retrieve_data_for_inference
+
+
+def handed_over(found):
+    headers, inputs, ids = found
+    return repr([h.get_request_properties() for h in headers]), repr(inputs), ids
 
 
 class Connection:
@@ -81,9 +103,10 @@ BODIES = st.binary(max_size=40) | st.sampled_from(
         b'{"a": {"b": 1.5}}',
     ]
 )
+TEXTS = st.text(max_size=9).map(str.encode) | st.sampled_from([b"body", b"data", b"x" * 36])
 REQUESTS = st.tuples(
-    st.binary(max_size=36),
-    st.lists(st.tuples(st.binary(max_size=9), st.binary(max_size=9)), max_size=3),
+    TEXTS,
+    st.lists(st.tuples(TEXTS, TEXTS), max_size=3),
     st.lists(st.tuples(st.sampled_from([b"body", b"data"]), TYPES, BODIES), max_size=2),
 )
 
@@ -93,7 +116,7 @@ REQUESTS = st.tuples(
     st.lists(st.integers(1, 200), min_size=1, max_size=4),
 )
 @pytest.mark.parametrize("decode", [None, "true", "false"])
-def test_the_same_messages_come_out_of_the_same_bytes(protocol, decode, batches, sizes):
+def test_handlers_get_the_same_of_the_same_bytes(protocol, unpack, decode, batches, sizes):
     stream = b"".join(map(stream_of, batches))
     with pytest.MonkeyPatch.context() as patch:
         if decode is None:
@@ -108,14 +131,23 @@ def test_the_same_messages_come_out_of_the_same_bytes(protocol, decode, batches,
         patch.setattr(protocol, "_retrieve_inference_msg", reader.message)
         connection = Connection(stream, tuple(sizes))
         ours = [protocol.retrieve_msg(connection) for _ in batches]
-    assert repr(ours) == repr(stock)  # repr: NaN is not equal to itself, types show
+    for (command, batch), (stock_command, stock_batch) in zip(ours, stock, strict=True):
+        assert command == stock_command
+        # As repr: NaN is not equal to itself, and types show.
+        assert handed_over(receive.for_handler(batch)) == handed_over(unpack(stock_batch))
+
+
+def test_no_batch_is_refused_as_by_the_stock_code(unpack):
+    for function in (unpack, receive.for_handler):
+        with pytest.raises(ValueError, match="invalid inputs"):
+            function(None)
 
 
 def test_a_batch_costs_one_receive(protocol, monkeypatch):
     batch = [(b"id", [(b"Host", b"x")] * 5, [(b"body", b"text/plain", b"a film")])] * 64
     reader = receive.Reader()
     connection = Connection(stream_of(batch)[1:])
-    assert len(reader.message(connection)) == 64
+    assert len(reader.message(connection).ids) == 64
     assert connection.calls == 1
 
 
@@ -140,7 +172,7 @@ def test_fields_around_the_buffer_s_size(length, count, whole):
     connection = Connection(stream, (1 << 22,) if whole else (70_001, 3, 1))
     reader = receive.Reader()
     found = reader.message(connection)
-    values = [request["parameters"][0]["value"] for request in found]
+    values = [next(iter(inputs.values())) for inputs in found.inputs]
     assert values == [fields[0][2] for _, _, fields in batch * count]
     assert all(type(value) is bytearray for value in values)
     assert reader.take(connection, reader.integer(connection)) == b"next"
@@ -180,8 +212,8 @@ def test_work_grows_with_the_bytes_and_not_with_their_square(monkeypatch, fields
     inputs = [(b"f%d" % i, b"", b"x" * (size // fields)) for i in range(fields)]
     stream = stream_of([(b"id", [(b"Host", b"x")], inputs)])[1:]
     connection = Connection(stream, (4096,))
-    (request,) = receive.Reader().message(connection)
-    assert [len(field["value"]) for field in request["parameters"]] == [size // fields] * fields
+    (inputs,) = receive.Reader().message(connection).inputs
+    assert [*map(len, inputs.values())] == [size // fields] * fields
     assert Counted.moved <= 4 * len(stream)
     assert connection.calls <= 1.1 * len(stream) / 4096 + 50
 
@@ -192,7 +224,7 @@ def test_undecodable_bodies_are_counted_and_logged_once_a_minute(caplog, monkeyp
     broken = [(b"body", b"application/json", b"secretword"), (b"data", b"text/plain", b"\xff")]
     stream = stream_of([(b"id", [], broken)] * 50)[1:]
     found = receive.Reader().message(Connection(stream * 2))
-    assert found[0]["parameters"][0]["value"] == bytearray(b"secretword")
+    assert found.inputs[0]["body"] == bytearray(b"secretword")
     assert receive.undecodable.take() == 100
     assert receive.undecodable.take() == 0
     assert len(caplog.records) == 1
@@ -267,20 +299,33 @@ def test_anything_unusual_is_left_to_the_stock_writer(protocol):
 def stock(protocol, monkeypatch):
     """TorchServe's own functions, put back afterwards."""
     from ts import service
+    from ts.protocol import otf_message_handler as served
 
     for name in ("_retrieve_buffer", "_retrieve_int", "_retrieve_inference_msg"):
-        monkeypatch.setattr(protocol, name, getattr(protocol, name))
-    monkeypatch.setattr(service, "create_predict_response", service.create_predict_response)
+        monkeypatch.setattr(served, name, getattr(protocol, name))
+    monkeypatch.setattr(served, "create_predict_response", protocol.create_predict_response)
+    monkeypatch.setattr(service, "create_predict_response", protocol.create_predict_response)
+    own = staticmethod(service.Service.retrieve_data_for_inference)
+    monkeypatch.setattr(service.Service, "retrieve_data_for_inference", own)
     return service
 
 
 def test_installed_it_answers_like_the_stock_path(protocol, stock, monkeypatch):
+    from ts.protocol import otf_message_handler as served
+
     before = protocol.create_predict_response
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert receive.install() is True
-    reader = protocol._retrieve_buffer
+    reader = served._retrieve_buffer
     assert receive.install() is True
-    assert protocol._retrieve_buffer == reader
+    assert served._retrieve_buffer == reader
+    request = (b"id", [(b"Host", b"x")], [(b"body", b"text/plain", b"a film")])
+    headers, inputs, ids = stock.Service.retrieve_data_for_inference(
+        served.retrieve_msg(Connection(stream_of([request])))[1]
+    )
+    declared = {"body": {"content-type": "text/plain"}, "Host": "x"}
+    assert [h.get_request_properties() for h in headers] == [declared]
+    assert (inputs, ids) == ([{"body": "a film"}], {0: "id"})
     replies = [(400, "Bad Request", {"content-type": "application/json"}, b"{}")]
     args = (["text"], {0: "a"}, "ok", 200, context_of(replies))
     assert stock.create_predict_response(*args) == before(*args)

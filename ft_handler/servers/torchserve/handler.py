@@ -48,7 +48,12 @@ class Worker:
         """One body a request; status and content type go through `ctx`."""
         headers = [ctx.get_all_request_header(index) for index in range(len(data))]
         asked = [purpose(own) for own in headers]
-        calls = {i: oip.document_of(data[i]) for i, own in enumerate(headers) if oip.is_call(own)}
+        grpc = [over_grpc(own) for own in headers]
+        calls = {
+            i: oip.document_of(data[i])
+            for i, own in enumerate(headers)
+            if grpc[i] and oip.is_call(own)
+        }
         try:
             replies, stats = self._replies(data, headers, asked, calls)
         except EngineLost as error:
@@ -58,7 +63,7 @@ class Worker:
         for index, call in calls.items():
             replies[index] = oip.answer(replies[index], call, self._model)
         for index, reply in enumerate(replies):
-            _answer(ctx, index, reply, over_grpc(headers[index]))
+            _answer(ctx, index, reply, grpc[index])
         stats.undecodable = receive.undecodable.take()
         if self._reporter is not None:
             self._reporter.report(stats)
