@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/host/answers.h"
 #include "kernels/host/chunks.h"
 #include "kernels/host/spans.h"
 #include "torch/checks.h"
@@ -119,10 +120,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> read_chunks(
           tensor_of(unknown_ends, ScalarType::Long)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> best_spans(const Tensor& logits, const Tensor& cls,
-                                                      const Tensor& begins, const Tensor& counts,
-                                                      int64_t max_answer_len, int64_t wanted) {
-  const float* values = checked<float>(logits, "logits", ScalarType::Float, {2, -1});
+// Windows as ops take them: each lies inside of the logits. And how many spans the largest has.
+std::pair<host::Windows, int64_t> checked_windows(const Tensor& logits, const Tensor& cls,
+                                                  const Tensor& begins, const Tensor& counts,
+                                                  int64_t max_answer_len) {
+  checked<float>(logits, "logits", ScalarType::Float, {2, -1});
   const int64_t total = logits.size(1), windows = counts.size(0);
   const host::Windows asked = {
       windows,
@@ -131,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> best_spans(const Tensor& logits, cons
       checked<int64_t>(counts, "counts", ScalarType::Long, {windows}),
       max_answer_len,
   };
-  FT_CHECK(max_answer_len > 0 && wanted > 0, "max_answer_len and wanted must be at least 1");
+  FT_CHECK(max_answer_len > 0, "max_answer_len must be at least 1");
   FT_CHECK(total < std::numeric_limits<int32_t>::max(), "logits has too many tokens");
   int64_t most = 0;
   for (int64_t w = 0; w < windows; ++w) {
@@ -140,17 +142,78 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> best_spans(const Tensor& logits, cons
              "a window lies outside of logits");
     most = std::max(most, count * std::min(max_answer_len, count));
   }
+  return {asked, most};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> best_spans(const Tensor& logits, const Tensor& cls,
+                                                      const Tensor& begins, const Tensor& counts,
+                                                      int64_t max_answer_len, int64_t wanted) {
+  const auto [asked, most] = checked_windows(logits, cls, begins, counts, max_answer_len);
+  FT_CHECK(wanted > 0, "wanted must be at least 1");
   const int64_t columns = std::min(wanted, most);
-  const std::vector<int64_t> shape = {windows, columns};
-  Tensor null = torch::stable::empty({windows}, ScalarType::Float);
+  const std::vector<int64_t> shape = {asked.count, columns};
+  Tensor null = torch::stable::empty({asked.count}, ScalarType::Float);
   Tensor scores = torch::stable::empty(shape, ScalarType::Float);
   Tensor firsts = torch::stable::empty(shape, ScalarType::Long);
   Tensor lasts = torch::stable::empty(shape, ScalarType::Long);
-  host::best_spans(values, total, asked, columns, static_cast<float*>(null.mutable_data_ptr()),
+  host::best_spans(static_cast<const float*>(logits.const_data_ptr()), logits.size(1), asked,
+                   columns, static_cast<float*>(null.mutable_data_ptr()),
                    static_cast<float*>(scores.mutable_data_ptr()),
                    static_cast<int64_t*>(firsts.mutable_data_ptr()),
                    static_cast<int64_t*>(lasts.mutable_data_ptr()));
   return {null, scores, firsts, lasts};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_answers(
+    const Tensor& logits, const Tensor& cls, const Tensor& begins, const Tensor& counts,
+    const Tensor& window_ends, const Tensor& firsts, const Tensor& origins,
+    const Tensor& token_ends, const Tensor& text, const Tensor& text_ends, int64_t max_answer_len,
+    int64_t wanted, int64_t top_k, bool words, double least_share) {
+  const auto [asked, most] = checked_windows(logits, cls, begins, counts, max_answer_len);
+  FT_CHECK(wanted > 0 && top_k > 0, "wanted and top_k must be at least 1");
+  const int64_t questions = text_ends.size(0), tokens = origins.size(0);
+  const host::Contexts contexts = {
+      questions,
+      checked<int64_t>(window_ends, "window_ends", ScalarType::Long, {questions}),
+      checked<int64_t>(firsts, "firsts", ScalarType::Long, {asked.count}),
+      checked<int32_t>(origins, "origins", ScalarType::Int, {-1, 4}),
+      checked<int64_t>(token_ends, "token_ends", ScalarType::Long, {questions}),
+      view_of(text),
+      checked_ends(text_ends, text.size(0), 1),
+  };
+  int64_t window = 0, token = 0;
+  for (int64_t q = 0; q < questions; ++q) {
+    const int64_t window_end = contexts.window_ends[q], token_end = contexts.token_ends[q];
+    FT_CHECK(window_end > window && window_end <= asked.count,
+             "window_ends must give every question a window");
+    FT_CHECK(token_end >= token && token_end <= tokens,
+             "token_ends must rise up to the rows of origins");
+    for (; window < window_end; ++window) {
+      const int64_t first = contexts.firsts[window];
+      FT_CHECK(first >= 0 && first <= token_end - token - asked.counts[window],
+               "a window lies outside of its context");
+    }
+    token = token_end;
+  }
+  FT_CHECK(window == asked.count, "window_ends must end with the last window");
+  const std::vector<int64_t> shape = {questions, top_k};
+  Tensor null = torch::stable::empty({questions}, ScalarType::Float);
+  Tensor found = torch::stable::empty({questions}, ScalarType::Long);
+  Tensor scores = torch::stable::empty(shape, ScalarType::Double);
+  Tensor starts = torch::stable::empty(shape, ScalarType::Long);
+  Tensor ends = torch::stable::empty(shape, ScalarType::Long);
+  const host::Answers answers = {static_cast<float*>(null.mutable_data_ptr()),
+                                 static_cast<int64_t*>(found.mutable_data_ptr()),
+                                 static_cast<double*>(scores.mutable_data_ptr()),
+                                 static_cast<int64_t*>(starts.mutable_data_ptr()),
+                                 static_cast<int64_t*>(ends.mutable_data_ptr())};
+  const host::Wanted asked_for = {std::min(wanted, most), top_k, words,
+                                  static_cast<float>(least_share)};
+  const float* values = static_cast<const float*>(logits.const_data_ptr());
+  const bool inside =
+      host::best_answers(values, logits.size(1), asked, contexts, asked_for, answers);
+  FT_CHECK(inside, "an origin lies outside of text");
+  return {null, found, scores, starts, ends};
 }
 
 }  // namespace
@@ -160,4 +223,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastertransformer, CPU, m) {
   m.impl("remember_chunks", TORCH_BOX(&ft::remember_chunks));
   m.impl("read_chunks", TORCH_BOX(&ft::read_chunks));
   m.impl("best_spans", TORCH_BOX(&ft::best_spans));
+  m.impl("best_answers", TORCH_BOX(&ft::best_answers));
 }

@@ -51,5 +51,10 @@ STABLE_TORCH_LIBRARY(fastertransformer, m) {
   m.def(
       "best_spans(Tensor logits, Tensor cls, Tensor begins, Tensor counts, int max_answer_len, "
       "int wanted) -> (Tensor null, Tensor scores, Tensor firsts, Tensor lasts)");
+  m.def(
+      "best_answers(Tensor logits, Tensor cls, Tensor begins, Tensor counts, Tensor window_ends, "
+      "Tensor firsts, Tensor origins, Tensor token_ends, Tensor text, Tensor text_ends, "
+      "int max_answer_len, int wanted, int top_k, bool words, float least_share) -> (Tensor null, "
+      "Tensor found, Tensor scores, Tensor starts, Tensor ends)");
   m.def("build_info() -> str");
 }

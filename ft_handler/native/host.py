@@ -43,6 +43,21 @@ def available() -> bool:
     return hasattr(getattr(torch.ops, NAMESPACE), "read_chunks")
 
 
+def answers_available() -> bool:
+    """Whether that library also chooses answers."""
+    if not available():
+        return False
+    import torch
+
+    return hasattr(getattr(torch.ops, NAMESPACE), "best_answers")
+
+
+def joined(texts: Sequence[str]) -> tuple[bytes, Ints]:
+    """Texts in UTF-8 with one byte between two, and where each ends, `[texts]`."""
+    encoded = [text.encode() for text in texts]
+    return b" ".join(encoded), ends_of([*map(len, encoded)], 1)
+
+
 def _bytes(raw: bytes) -> NDArray[np.uint8]:
     return np.frombuffer(bytearray(raw), np.uint8)  # torch wants what may be written to
 
@@ -145,3 +160,45 @@ def best_spans(
         "best_spans", (logits, cls, begins, counts), max_answer_len, wanted
     )
     return null, scores, firsts, lasts
+
+
+def best_answers(
+    logits: Floats,
+    cls: Ints,
+    begins: Ints,
+    spans: Ints,
+    counts: Ints,
+    origins: Sequence[NDArray[np.int32]],
+    contexts: Sequence[str],
+    max_answer_len: int,
+    wanted: int,
+    top_k: int,
+    words: bool,
+    least_share: float,
+) -> tuple[list[float], list[int], list[list[float]], list[list[int]], list[list[int]]]:
+    """Answers to questions; windows as in `ft_handler.tasks.answers.Windows`.
+
+    wanted       spans of a window
+    words        whether they are widened to whole words
+    least_share  of a window's best score, what a span has to have to count
+
+    Returns by question the least null score of its windows, how many answers were found, -1 where
+    letters beyond ASCII decide, and their scores, begins and ends in characters, best first.
+    """
+    text, text_ends = joined(contexts)
+    arrays = (
+        logits,
+        cls,
+        begins,
+        spans[:, 1] - spans[:, 0],
+        np.cumsum(counts),
+        np.ascontiguousarray(spans[:, 0]),
+        np.concatenate(origins),
+        ends_of([*map(len, origins)], 0),
+        _bytes(text),
+        text_ends,
+    )
+    null, found, scores, starts, ends = _call(
+        "best_answers", arrays, max_answer_len, wanted, top_k, words, least_share
+    )
+    return null.tolist(), found.tolist(), scores.tolist(), starts.tolist(), ends.tolist()

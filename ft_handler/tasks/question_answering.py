@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from itertools import chain
-from operator import itemgetter
+from itertools import islice
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -22,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from ft_handler.config import LARGEST_WHOLE, Flag, Settings, Whole, setting
 from ft_handler.errors import ConfigError, RequestError, UnusableRequest
+from ft_handler.tasks.answers import Answer, Wanted, Windows, best_answers, score_of
 from ft_handler.tasks.base import Alias, AnyTask, Column, Head, Loaded, Runner, Task
 from ft_handler.tasks.occlusion import (
     EXPLANATIONS,
@@ -31,17 +31,14 @@ from ft_handler.tasks.occlusion import (
     Part,
     Reason,
 )
-from ft_handler.tasks.spans import best_spans
 from ft_handler.tasks.windows import hold_windows, window_spans
-from ft_handler.text.readers import Origins
+from ft_handler.text.readers import Origins, split_rows
 from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
 
 #: Bounds the table of spans that one question may ask for.
 MOST_ANSWERS = 100
 #: Of a question, where neither the settings nor the request say another number.
 MOST_QUESTION_TOKENS = 64
-#: Of a single answer: twelve spans left out change its score by 1e-5 of it at most.
-_LEAST_SHARE = 1e-6
 
 
 def _at_least(low: int, high: int = LARGEST_WHOLE) -> Any:
@@ -170,53 +167,60 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
             *(item.input.question for item in items), *(item.input.context for item in items)
         ]  # fmt: skip
         ids, origins = self._reader.located(texts)
-        count = len(items)
+        count, template = len(items), self._template
+        beside = len(template.before) + len(template.between)
         out: list[QuestionEncoding] = []
-        for parts in zip(items, ids[:count], ids[count:], origins[count:], strict=True):
+        pieces: list[Ids] = []
+        sizes: list[int] = []
+        for item, question, context, places in zip(
+            items, ids[:count], ids[count:], origins[count:], strict=True
+        ):
             try:
-                out.append(self._windows(*parts))
+                kept, spans = self._windows(item.input.params, len(question), len(context))
             except RequestError as error:
-                parts[0].result = error
+                item.result = error
+                continue
+            first, cut = beside + kept, kept < len(question)
+            if cut:
+                question = question[:kept]
+            for begin, end in spans:
+                pieces += (
+                    template.before, question, template.between, context[begin:end], template.after
+                )  # fmt: skip
+                sizes.append(first + end - begin + len(template.after))
+            splits = [template.split(kept, size) for size in sizes[-len(spans) :]]
+            out.append(QuestionEncoding(item, [], splits, cut, places, first, spans))
+        if out:
+            sequences = iter(split_rows(np.concatenate(pieces), np.cumsum(sizes)))
+            for encoding in out:
+                encoding.sequences += islice(sequences, len(encoding.spans))
         return out
 
     def _windows(
-        self, item: Item[QuestionInput], question: Ids, context: Ids, origins: Origins
-    ) -> QuestionEncoding:
-        params, template = item.input.params, self._template
+        self, params: Parameters, question: int, context: int
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """How many of a question's tokens are kept, and the tokens of the context in each window.
+
+        Raises UnusableRequest for what leaves no room, RequestTooLarge for too much.
+        """
         longest = self._default_room
         if params is not self.defaults:
             longest = self._question_room(params)
-        cut = len(question) > longest
-        if cut:
-            question = question[:longest]
-        head = len(template.before) + len(question) + len(template.between)
-        room = params.max_seq_len - head - len(template.after)
-        if not len(context):
+        kept = min(question, longest)
+        beside = kept + self._template.pair_specials
+        room = params.max_seq_len - beside
+        if not context:
             raise UnusableRequest("'context' has no word the model could read")
         if room < 1:
             raise UnusableRequest(
                 f"a window of {params.max_seq_len} tokens leaves none for the context: raise "
                 "'max_seq_len' or lower 'max_question_len'"
             )
-        if len(context) <= room:
-            sequence = np.concatenate(
-                (template.before, question, template.between, context, template.after)
-            )
-            split = template.split(len(question), len(sequence))
-            spans = [(0, len(context))]
-            return QuestionEncoding(item, [sequence], [split], cut, origins, head, spans)
+        if context <= room:
+            return kept, [(0, context)]
         overlap = self._overlap(params, room)
-        beside = head + len(template.after)
-        hold_windows(len(context), room, overlap, beside, self.most_tokens, "doc_stride")
-        spans = window_spans(len(context), room, overlap)
-        sequences = [
-            np.concatenate(
-                (template.before, question, template.between, context[begin:end], template.after)
-            )
-            for begin, end in spans
-        ]
-        splits = [template.split(len(question), len(s)) for s in sequences]
-        return QuestionEncoding(item, sequences, splits, cut, origins, head, spans)
+        hold_windows(context, room, overlap, beside, self.most_tokens, "doc_stride")
+        return kept, window_spans(context, room, overlap)
 
     def _question_room(self, params: Parameters) -> int:
         """Most tokens of a question; raises UnusableRequest for a window that cannot be."""
@@ -276,48 +280,24 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
         logits: Floats,
     ) -> list[Prediction]:
         """Answers of questions with the same parameters; `cls` is where their windows begin."""
-        windows = [len(q.spans) for q in questions]
-        spans = np.array([span for q in questions for span in q.spans])
-        counts = spans[:, 1] - spans[:, 0]
-        null, scores, firsts, lasts = best_spans(
-            logits,
-            cls,
-            cls + np.repeat([q.first for q in questions], windows),
+        counts = np.array([len(q.spans) for q in questions])
+        windows = Windows(
+            [q.item.input.context for q in questions],
+            [q.origins for q in questions],
             counts,
-            params.max_answer_len,
-            2 * params.top_k + 10 if params.align_to_words else params.top_k,
+            np.array([span for q in questions for span in q.spans]),
+            cls,
+            cls + np.repeat([q.first for q in questions], counts),
         )
-        origins = np.concatenate([q.origins for q in questions])
-        tokens = np.array([len(q.origins) for q in questions])
-        # The row of `origins` that each window's first token has.
-        rows = (np.repeat(np.cumsum(tokens) - tokens, windows) + spans[:, 0])[:, None]
-        begin, end = (2, 3) if params.align_to_words else (0, 1)
-        begins = origins[:, begin].take(rows + firsts, mode="clip")
-        ends = origins[:, end].take(rows + lasts, mode="clip")
-        # How many of a window's spans count; what reaches past its end scores below zero.
-        floors = scores[:, :1] * (_LEAST_SHARE if params.top_k == 1 else 0)
-        counted = np.add.reduce(scores >= floors, axis=1).tolist()
-        kept = zip(counted, scores.tolist(), begins.tolist(), ends.tolist(), strict=True)
-        found = [(p[:n], b[:n], e[:n]) for n, p, b, e in kept]
-        predictions: list[Prediction] = []
-        window = 0
-        for question, count in zip(questions, windows, strict=True):
-            until = window + count
-            own = found[window]
-            if count > 1:
-                p, b, e = zip(*found[window:until], strict=True)
-                own = [*chain(*p)], [*chain(*b)], [*chain(*e)]
-            answers = _answers(question.item.input.context, *own, params.top_k)
-            if params.handle_impossible_answer:
-                answers.append((float(null[window:until].min()), 0, 0, ""))
-            window = until
-            if params.top_k == 1:
-                best = answers[0] if len(answers) == 1 else max(answers, key=_score)
-                predictions.append(_answer(best))
-            else:
-                answers.sort(key=_score, reverse=True)
-                predictions.append([_answer(a) for a in answers[: params.top_k]])
-        return predictions
+        wanted = Wanted(params.top_k, params.max_answer_len, params.align_to_words)
+        found, null = best_answers(logits, windows, wanted)
+        if params.handle_impossible_answer:
+            for answers, score in zip(found, null, strict=True):
+                answers.append((score, 0, 0, ""))
+                answers.sort(key=score_of, reverse=True)
+        if params.top_k == 1:
+            return [_answer(answers[0]) for answers in found]
+        return [[_answer(a) for a in answers[: params.top_k]] for answers in found]
 
     def parts(self, encoding: QuestionEncoding) -> list[list[Part]]:
         """The question and a part of the context, in every window."""
@@ -380,42 +360,7 @@ def _log_sum_exp(logits: Floats) -> Floats:
     return total
 
 
-#: Score, first character, end, text.
-_Answer = tuple[float, int, int, str]
-_score = itemgetter(0)
-
-
-def _answers(
-    text: str, scores: list[float], begins: list[int], stops: list[int], most: int
-) -> list[_Answer]:
-    """The best `most` answers, best first: spans' texts, those that are equal but for case merged.
-
-    scores, begins, stops  of all spans of a question that count, of each window the best first
-    """
-    if text.isascii():
-        lowered = text.lower()
-        keys = [lowered[a:b] for a, b in zip(begins, stops, strict=True)]
-    else:  # what a character becomes may depend on the characters beside it
-        keys = [text[a:b].lower() for a, b in zip(begins, stops, strict=True)]
-    if most == 1 and len({*keys}) == len(keys):
-        score = max(scores)
-        at = scores.index(score)
-        return [(score, begins[at], stops[at], text[begins[at] : stops[at]])]
-    totals: dict[str, float] = {}
-    for key, score in zip(keys, scores, strict=True):
-        totals[key] = totals.get(key, 0.0) + score
-    if most == 1:
-        best = [max(totals, key=totals.__getitem__)]
-    else:
-        best = sorted(totals, key=totals.__getitem__, reverse=True)[:most]
-    places = [keys.index(key) for key in best]
-    return [
-        (totals[key], begins[at], stops[at], text[begins[at] : stops[at]])
-        for key, at in zip(best, places, strict=True)
-    ]
-
-
-def _answer(found: _Answer) -> dict[str, object]:
+def _answer(found: Answer) -> dict[str, object]:
     score, begin, stop, text = found
     return {"score": score, "start": begin, "end": stop, "answer": text}
 

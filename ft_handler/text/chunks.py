@@ -121,12 +121,8 @@ class RememberedChunks:
 
     def _found(self, texts: Sequence[str], located: bool) -> host.ReadChunks:
         """The texts' tokens, every chunk of theirs known by then."""
-        joined = " ".join(texts)
-        text = joined.encode()
-        sizes = [*map(len, texts)]
-        if len(text) != len(joined):
-            sizes = [len(one.encode()) for one in texts]
-        ends, given = host.ends_of(sizes, 1), _NONE
+        text, ends = host.joined(texts)
+        given = _NONE
         while True:
             found = self._memory.read(self._table, text, ends, given, self._cuts, located)
             if len(found.unknown) == len(given):

@@ -132,6 +132,54 @@ def test_choosing_spans_refuses(changes: dict[str, Any], words: str) -> None:
         torch.ops.fastertransformer.best_spans(*spans_arguments(**changes))
 
 
+def answers_arguments(**changes: Any) -> list[Any]:
+    """Of `best_answers`: two questions of three and four tokens, the second in two windows."""
+    named: dict[str, Any] = {
+        "logits": torch.randn(2, 16),
+        "cls": torch.tensor([0, 5, 10]),
+        "begins": torch.tensor([1, 6, 11]),
+        "counts": torch.tensor([3, 3, 2]),
+        "window_ends": torch.tensor([1, 3]),
+        "firsts": torch.tensor([0, 0, 2]),
+        "origins": torch.zeros(7, 4, dtype=torch.int32),
+        "token_ends": torch.tensor([3, 7]),
+        "text": torch.tensor([*b"ab c"], dtype=torch.uint8),
+        "text_ends": torch.tensor([2, 4]),
+    }
+    numbers = {"max_answer_len": 2, "wanted": 3, "top_k": 1, "words": True, "least_share": 0.0}
+    return [*{**named, **numbers, **changes}.values()]
+
+
+def test_answers_come_of_arguments_that_fit() -> None:
+    found = torch.ops.fastertransformer.best_answers(*answers_arguments())
+    assert found[1].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"counts": torch.tensor([3, 3, 6])}, "outside of logits"),
+        ({"cls": torch.tensor([0, 5])}, "cls has a shape"),
+        ({"window_ends": torch.tensor([1, 2])}, "end with the last window"),
+        ({"window_ends": torch.tensor([1, 4])}, "every question a window"),
+        ({"window_ends": torch.tensor([0, 3])}, "every question a window"),
+        ({"window_ends": torch.tensor([3])}, "window_ends has a shape"),
+        ({"firsts": torch.tensor([1, 0, 2])}, "outside of its context"),
+        ({"firsts": torch.tensor([0, -1, 2])}, "outside of its context"),
+        ({"token_ends": torch.tensor([3, 8])}, "token_ends must rise"),
+        ({"token_ends": torch.tensor([4, 7])}, "outside of its context"),
+        ({"origins": torch.zeros(7, 3, dtype=torch.int32)}, "origins has a shape"),
+        ({"text_ends": torch.tensor([2, 5])}, "ends must rise"),
+        ({"wanted": 0}, "at least 1"),
+        ({"top_k": 0}, "at least 1"),
+        ({"max_answer_len": 0}, "at least 1"),
+    ],
+)
+def test_choosing_answers_refuses(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.fastertransformer.best_answers(*answers_arguments(**changes))
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 30))
 def test_spans_are_those_of_the_arrays_and_a_windows_own(
