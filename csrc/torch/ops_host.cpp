@@ -196,24 +196,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> best_answers(
     token = token_end;
   }
   FT_CHECK(window == asked.count, "window_ends must end with the last window");
-  const std::vector<int64_t> shape = {questions, top_k};
-  Tensor null = torch::stable::empty({questions}, ScalarType::Float);
-  Tensor found = torch::stable::empty({questions}, ScalarType::Long);
-  Tensor scores = torch::stable::empty(shape, ScalarType::Double);
-  Tensor starts = torch::stable::empty(shape, ScalarType::Long);
-  Tensor ends = torch::stable::empty(shape, ScalarType::Long);
-  const host::Answers answers = {static_cast<float*>(null.mutable_data_ptr()),
-                                 static_cast<int64_t*>(found.mutable_data_ptr()),
-                                 static_cast<double*>(scores.mutable_data_ptr()),
-                                 static_cast<int64_t*>(starts.mutable_data_ptr()),
-                                 static_cast<int64_t*>(ends.mutable_data_ptr())};
   const host::Wanted asked_for = {std::min(wanted, most), top_k, words,
                                   static_cast<float>(least_share)};
-  const float* values = static_cast<const float*>(logits.const_data_ptr());
-  const bool inside =
-      host::best_answers(values, logits.size(1), asked, contexts, asked_for, answers);
-  FT_CHECK(inside, "an origin lies outside of text");
-  return {null, found, scores, starts, ends};
+  const host::Answers answers =
+      host::best_answers(static_cast<const float*>(logits.const_data_ptr()), logits.size(1), asked,
+                         contexts, asked_for);
+  FT_CHECK(answers.inside, "an origin lies outside of text");
+  return {tensor_of(answers.null, ScalarType::Float), tensor_of(answers.found, ScalarType::Long),
+          tensor_of(answers.scores, ScalarType::Double),
+          tensor_of(answers.begins, ScalarType::Long), tensor_of(answers.ends, ScalarType::Long)};
 }
 
 }  // namespace

@@ -100,7 +100,10 @@ class ReadChunks(NamedTuple):
 
 def ends_of(sizes: Sequence[int], apart: int) -> Ints:
     """Where parts of some sizes end that lie `apart` bytes from each other."""
-    ends: Ints = np.cumsum(np.array(sizes, np.int64) + apart) - apart
+    ends = np.array(sizes, np.int64)
+    ends += apart
+    ends.cumsum(out=ends)
+    ends -= apart
     return ends
 
 
@@ -175,15 +178,16 @@ def best_answers(
     top_k: int,
     words: bool,
     least_share: float,
-) -> tuple[list[float], list[int], list[list[float]], list[list[int]], list[list[int]]]:
+) -> tuple[list[float], list[int], list[float], list[int], list[int]]:
     """Answers to questions; windows as in `ft_handler.tasks.answers.Windows`.
 
     wanted       spans of a window
     words        whether they are widened to whole words
     least_share  of a window's best score, what a span has to have to count
 
-    Returns by question the least null score of its windows, how many answers were found, -1 where
-    letters beyond ASCII decide, and their scores, begins and ends in characters, best first.
+    Returns by question the least null score of its windows and how many answers were found, -1
+    where letters beyond ASCII decide; of all answers, question by question and best first, scores,
+    begins and ends in characters.
     """
     text, text_ends = joined(contexts)
     arrays = (

@@ -49,9 +49,8 @@ def flatten(encodings: Sequence[Encoding[Any]]) -> Sequences:
     splits = np.array([s for e in encodings for s in e.splits], np.int64)
     if np.array_equal(splits, lengths):
         return Sequences(flat, np.zeros(total, np.int64), lengths, owners)
-    ends = np.cumsum(lengths)
-    boundary = np.repeat(ends - lengths + splits, lengths)
-    types = (np.arange(total) >= boundary).astype(np.int64)
+    runs = np.stack((splits, lengths - splits), axis=1)
+    types = np.repeat(np.arange(runs.size) % 2, runs.ravel())
     return Sequences(flat, types, lengths, owners)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 from typing import NamedTuple, TypeAlias
 
@@ -104,10 +104,10 @@ def best_answers(
         wanted.align_to_words,
         wanted.least_share,
     )
-    rows = zip(windows.contexts, found, scores, begins, ends, strict=True)
+    rows = zip(scores, begins, ends, strict=True)
     answers = [
-        [(p, b, e, context[b:e]) for p, b, e in zip(s[:n], first[:n], stop[:n], strict=True)]
-        for context, n, s, first, stop in rows
+        [(p, b, e, context[b:e]) for p, b, e in islice(rows, max(0, n))]
+        for context, n in zip(windows.contexts, found, strict=True)
     ]
     if min(found) < 0:  # letters beyond ASCII decide
         undecided = [i for i, n in enumerate(found) if n < 0]

@@ -110,11 +110,11 @@ class Gathered {
 
 }  // namespace
 
-bool best_answers(const float* logits, int64_t total, const Windows& windows,
-                  const Contexts& contexts, const Wanted& wanted, const Answers& out) {
+Answers best_answers(const float* logits, int64_t total, const Windows& windows,
+                     const Contexts& contexts, const Wanted& wanted) {
+  Answers out;
   std::vector<float> null, scores;
   std::vector<int64_t> firsts, lasts;
-  bool inside = true;
   const auto before = [](const int64_t* ends, int64_t at) { return at ? ends[at - 1] : 0; };
   for (int64_t q = 0; q < contexts.count; ++q) {
     const int64_t window = before(contexts.window_ends, q);
@@ -142,21 +142,21 @@ bool best_answers(const float* logits, int64_t total, const Windows& windows,
                      origins[4 * (first + lasts[s]) + to]);
       }
     }
-    out.null[q] = *std::min_element(null.begin(), null.end());
-    inside &= gathered.inside();
+    out.null.push_back(*std::min_element(null.begin(), null.end()));
+    out.inside &= gathered.inside();
     std::vector<Answer>& answers = gathered.answers;
     std::stable_sort(answers.begin(), answers.end(),
                      [](const Answer& a, const Answer& b) { return a.score > b.score; });
-    const int64_t found = std::min<int64_t>(wanted.answers, static_cast<int64_t>(answers.size()));
-    out.found[q] = gathered.certain() ? found : -1;
-    for (int64_t i = 0; i < found; ++i) {
-      const int64_t at = q * wanted.answers + i;
-      out.scores[at] = answers[i].score;
-      out.begins[at] = answers[i].begin;
-      out.ends[at] = answers[i].end;
+    if (static_cast<int64_t>(answers.size()) > wanted.answers) answers.resize(wanted.answers);
+    if (!gathered.certain()) answers.clear();
+    out.found.push_back(gathered.certain() ? static_cast<int64_t>(answers.size()) : -1);
+    for (const Answer& answer : answers) {
+      out.scores.push_back(answer.score);
+      out.begins.push_back(answer.begin);
+      out.ends.push_back(answer.end);
     }
   }
-  return inside;
+  return out;
 }
 
 }  // namespace ft::host

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string_view>
+#include <vector>
 
 #include "kernels/host/spans.h"
 
@@ -28,22 +29,20 @@ struct Wanted {
   float least_share = 0.f;  // of a window's best score, what a span must have to count
 };
 
-// Room for the answers.
 struct Answers {
-  float* null;      // [count] the least score that a question's windows give their first token
-  int64_t* found;   // [count] how many answers follow, -1 where letters have to be compared that
-                    // this does not know
-  double* scores;   // [count, answers] best first
-  int64_t* begins;  // [count, answers] characters of the context
-  int64_t* ends;
+  std::vector<float> null;      // [count] the least score of a question's windows for no answer
+  std::vector<int64_t> found;   // [count] how many answers a question has, -1 where letters have to
+                                // be compared that this does not know
+  std::vector<double> scores;   // [answers] question by question, best first
+  std::vector<int64_t> begins;  // [answers] characters of the context
+  std::vector<int64_t> ends;
+  bool inside = true;  // whether all origins lay within the text; else nothing is known
 };
 
 // Spans whose texts are equal, case aside, are one answer: that of the first, their scores added in
 // the order of the windows and, in a window, of their scores. Of equals the one that came first is
 // better. Nothing of a question's depends on the others.
-//
-// Returns whether all origins lay within the text; a question with others has no answer.
-bool best_answers(const float* logits, int64_t total, const Windows& windows,
-                  const Contexts& contexts, const Wanted& wanted, const Answers& answers);
+Answers best_answers(const float* logits, int64_t total, const Windows& windows,
+                     const Contexts& contexts, const Wanted& wanted);
 
 }  // namespace ft::host
