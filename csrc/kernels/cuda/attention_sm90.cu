@@ -25,6 +25,10 @@ constexpr int kKeys = 64;
 // Above this, the sum of a thread's exponentials of a row in a block of keys, a block's scores ask
 // for another shift: half precision ends at 2^16.
 constexpr float kMostSum = 4096.f;
+// And above this one they are left to be taken once more.
+constexpr float kHugeSum = 1e30f;
+
+enum class Softened { kAsBefore, kShifted, kNot };
 
 template <int kDim>
 struct Layout {
@@ -645,38 +649,62 @@ __device__ __forceinline__ void attend(const AttentionArguments& arguments,
         each(n);
       }
     };
-    auto complete = [&]<bool kLast>(int n, int keys) {
+    auto complete = [&]<bool kLast>(int keys) {
       if constexpr (kBiased) {
-        if (pairs != nullptr) add_bias(scores[n], pairs, n, scale);
-      }
-      if constexpr (kLast) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (8 * n + lane % 4 * 2 + i >= keys) scores[n][i] = scores[n][2 + i] = -INFINITY;
+        if (pairs != nullptr) {
+          visit.template operator()<kLast>(keys,
+                                           [&](int n) { add_bias(scores[n], pairs, n, scale); });
         }
       }
+      if constexpr (kLast) {
+        visit.template operator()<kLast>(keys, [&](int n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (8 * n + lane % 4 * 2 + i >= keys) scores[n][i] = scores[n][2 + i] = -INFINITY;
+          }
+        });
+      }
     };
+    float shrink0 = 1.f, shrink1 = 1.f;
     // The usual way: by a shift from before, which serves as well as the maximum as long as no
-    // exponential is too large for half precision. Returns whether that is so.
+    // exponential is too large for half precision. Larger ones are brought down by the power of two
+    // that they exceed 1 by, and shrink is what brings down the rest; what single precision does
+    // not hold either is left to the other way.
     auto soften = [&]<bool kLast>(int keys) {
       float part0 = 0.f, part1 = 0.f;
+      complete.template operator()<kLast>(keys);
       visit.template operator()<kLast>(keys, [&](int n) {
-        complete.template operator()<kLast>(n, keys);
         exponentials(scores[n], factor, top0 - constant, top1 - constant, part0, part1);
       });
-      if (__any_sync(0xffffffffu, part0 > kMostSum || part1 > kMostSum)) return false;
-      sum0 += part0;
-      sum1 += part1;
-      return true;
+      if (!__any_sync(0xffffffffu, part0 > kMostSum || part1 > kMostSum)) {
+        sum0 += part0, sum1 += part1;
+        return Softened::kAsBefore;
+      }
+      if (!__all_sync(0xffffffffu, part0 < kHugeSum && part1 < kHugeSum)) return Softened::kNot;
+      float most0 = 1.f, most1 = 1.f;
+      visit.template operator()<kLast>(keys, [&](int n) {
+        most0 = fmaxf(most0, fmaxf(scores[n][0], scores[n][1]));
+        most1 = fmaxf(most1, fmaxf(scores[n][2], scores[n][3]));
+      });
+      const int power0 = (__float_as_int(quad_max(most0)) >> 23) - 127;
+      const int power1 = (__float_as_int(quad_max(most1)) >> 23) - 127;
+      shrink0 = __int_as_float((127 - power0) << 23);
+      shrink1 = __int_as_float((127 - power1) << 23);
+      visit.template operator()<kLast>(keys, [&](int n) {
+        scores[n][0] *= shrink0, scores[n][1] *= shrink0;
+        scores[n][2] *= shrink1, scores[n][3] *= shrink1;
+      });
+      sum0 = (sum0 + part0) * shrink0, sum1 = (sum1 + part1) * shrink1;
+      top0 += static_cast<float>(power0), top1 += static_cast<float>(power1);
+      return Softened::kShifted;
     };
-    // The way of the first block, and of one whose scores are much larger than those before:
+    // The way of the first block, and of one whose scores are larger by far than those before:
     // returns whether what there is is to be rescaled, by how much in shrink.
-    float shrink0 = 1.f, shrink1 = 1.f;
     bool settled = false;
     auto soften_by_maximum = [&]<bool kLast>(int keys) {
       float new0 = -INFINITY, new1 = -INFINITY;
+      complete.template operator()<kLast>(keys);
       visit.template operator()<kLast>(keys, [&](int n) {
-        complete.template operator()<kLast>(n, keys);
         new0 = fmaxf(new0, fmaxf(scores[n][0], scores[n][1]));
         new1 = fmaxf(new1, fmaxf(scores[n][2], scores[n][3]));
       });
@@ -746,13 +774,14 @@ __device__ __forceinline__ void attend(const AttentionArguments& arguments,
       bool rescale = false;
       if (live) {
         find_bias(block);
-        bool done = false;
+        Softened how = Softened::kNot;
         if (settled) {
-          done = last ? soften.template operator()<true>(keys)
-                      : soften.template operator()<false>(kKeys);
-          if (!done) repeat_scores(memory.keys(next.stage));
+          how = last ? soften.template operator()<true>(keys)
+                     : soften.template operator()<false>(kKeys);
+          if (how == Softened::kNot) repeat_scores(memory.keys(next.stage));
+          rescale = how == Softened::kShifted;
         }
-        if (!done) {
+        if (how == Softened::kNot) {
           rescale = last ? soften_by_maximum.template operator()<true>(keys)
                          : soften_by_maximum.template operator()<false>(kKeys);
         }
