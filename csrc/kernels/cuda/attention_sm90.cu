@@ -49,7 +49,9 @@ struct Teams : Layout<kDim> {
   static constexpr int kTeamThreads = 128 * kGroups;
   using Bias = BiasTable<(kGroups == 1 ? 128 : kMostBiasReach) + kBiasMargin, kTeamThreads>;
   static constexpr int kTeams = (kDim == 128 ? 2 : 4) / kGroups;
-  static constexpr int kThreads = kTeams * kTeamThreads + 128;
+  // Of a block of so many teams, at most kTeams.
+  static constexpr int threads(int teams) { return teams * kTeamThreads + 128; }
+  static constexpr int kThreads = threads(kTeams);
   // Registers a thread that computes and one that fetches: together what the launch allots.
   static constexpr int kRegisters = kDim == 128 ? 240 : 112;
   static constexpr int kFetchRegisters = kDim == 128 ? 24 : 32;
@@ -57,16 +59,16 @@ struct Teams : Layout<kDim> {
                                  : kDim == 32 ? 8
                                  : kDim == 64 ? (kBiased ? 4 : 5)
                                               : 4;
-  // Of each team: queries of two tiles, keys, values; then barriers and the tiles; then its bias.
+  // A team's memory: queries of two tiles, keys, values; then barriers and the tiles; then its
+  // bias.
   static constexpr int kKeysAt = 2 * kGroups * kTileBytes;
   static constexpr int kValuesAt = kKeysAt + kStages * kTileBytes;
-  static constexpr int kTilesBytes = kValuesAt + kStages * kTileBytes;
-  static constexpr int kBarriersAt = kTeams * kTilesBytes;
-  static constexpr int kBarriersBytes = 1024;
-  static constexpr int kBiasAt = kBarriersAt + kTeams * kBarriersBytes;
-  static constexpr int kSharedBytes = kBiasAt + (kBiased ? kTeams * Bias::kBytes : 0);
+  static constexpr int kBarriersAt = kValuesAt + kStages * kTileBytes;
+  static constexpr int kBiasAt = kBarriersAt + 1024;
+  // Swizzled tiles begin at multiples of 1,024 bytes.
+  static constexpr int kTeamBytes = kBiasAt + (kBiased ? (Bias::kBytes + 1023) / 1024 * 1024 : 0);
   static_assert((3 * kStages + 6) * 8 <= 448);
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kTeams * kTeamBytes <= 227 * 1024);
 };
 
 // Addresses of a team's shared memory.
@@ -74,8 +76,7 @@ template <typename Blocks>
 struct TeamMemory {
   uint32_t tiles, barriers;
   __device__ __forceinline__ TeamMemory(uint32_t base, int team)
-      : tiles(base + team * Blocks::kTilesBytes),
-        barriers(base + Blocks::kBarriersAt + team * Blocks::kBarriersBytes) {}
+      : tiles(base + team * Blocks::kTeamBytes), barriers(tiles + Blocks::kBarriersAt) {}
   // The team's tile, and the next.
   __device__ __forceinline__ uint32_t work(uint32_t turn) const {
     return barriers + 448 + 32 * turn;
@@ -490,11 +491,10 @@ __device__ __forceinline__ uint64_t make_finite(unsigned char* value_tile, uint3
 template <typename Blocks, int kDim, int kGroups>
 __device__ __forceinline__ void fetch_tiles(const CUtensorMap* map,
                                             const AttentionArguments& arguments,
-                                            const TeamMemory<Blocks>& memory, uint32_t index,
-                                            AttentionTile tile) {
+                                            const TeamMemory<Blocks>& memory, uint32_t fetchers,
+                                            uint32_t index, AttentionTile tile) {
   const int heads = arguments.num_heads, hidden = heads * kDim;
   const uint32_t total = arguments.bound * heads;
-  const uint32_t fetchers = gridDim.x * Blocks::kTeams;
   Place<Blocks::kStages> place;
   Place<2> turn;
   for (bool first = true;; first = false, turn = turn.next()) {
@@ -860,7 +860,8 @@ __global__ void __launch_bounds__(Teams<kDim, kGroups, kBiased>::kThreads, 1)
   const uint32_t base = sm90::shared_address(shared);
   pdl_launch_dependents();
   const int warp = same(threadIdx.x / 32);
-  if (warp < L::kTeams && threadIdx.x % 32 == 0) {
+  const int teams = (blockDim.x - 128) / L::kTeamThreads;
+  if (warp < teams && threadIdx.x % 32 == 0) {
     if (warp == 0) prefetch_map(&map);
     const TeamMemory<L> memory(base, warp);
 #pragma unroll
@@ -879,7 +880,7 @@ __global__ void __launch_bounds__(Teams<kDim, kGroups, kBiased>::kThreads, 1)
   }
   pdl_wait();
   // The first tile is everyone's own, spread over the multiprocessors.
-  const int fetcher = warp - L::kTeams * 4 * kGroups;
+  const int fetcher = warp - teams * 4 * kGroups;
   const uint32_t index = fetcher * gridDim.x + blockIdx.x;
   AttentionTile tile{};
   if (fetcher >= 0 && index < static_cast<uint32_t>(arguments.bound * arguments.num_heads)) {
@@ -888,15 +889,16 @@ __global__ void __launch_bounds__(Teams<kDim, kGroups, kBiased>::kThreads, 1)
   __syncthreads();
   if (fetcher >= 0) {
     give_registers<L::kFetchRegisters>();
-    if (fetcher < L::kTeams && threadIdx.x % 32 == 0) {
-      fetch_tiles<L, kDim, kGroups>(&map, arguments, TeamMemory<L>(base, fetcher), index, tile);
+    if (fetcher < teams && threadIdx.x % 32 == 0) {
+      fetch_tiles<L, kDim, kGroups>(&map, arguments, TeamMemory<L>(base, fetcher),
+                                    gridDim.x * teams, index, tile);
     }
   } else {
     take_registers<L::kRegisters>();
     const int team = warp / (4 * kGroups), group = warp / 4 % kGroups;
     attend<T, kDim, kGroups, kBiased>(
         arguments, TeamMemory<L>(base, team), team, group, warp % 4,
-        reinterpret_cast<float*>(shared + L::kBiasAt + (kBiased ? team * L::Bias::kBytes : 0)));
+        reinterpret_cast<float*>(shared + team * L::kTeamBytes + L::kBiasAt));
   }
 }
 
@@ -1028,9 +1030,12 @@ cudaError_t launch_teams(const CUtensorMap& map, const AttentionArguments& argum
                          Launch launch) {
   using L = Teams<kDim, kGroups, kBiased>;
   const int64_t tiles = static_cast<int64_t>(arguments.bound) * arguments.num_heads;
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(tiles, device_sms()));
-  return launch_kernel(sm90_attention_kernel<T, kDim, kGroups, kBiased>, grid, L::kThreads,
-                       L::kSharedBytes, launch, map, arguments);
+  // Few tiles take small blocks, which start sooner.
+  const int64_t blocks = std::min<int64_t>(tiles, device_sms());
+  const auto teams = static_cast<int>(std::min<int64_t>((tiles + blocks - 1) / blocks, L::kTeams));
+  return launch_kernel(sm90_attention_kernel<T, kDim, kGroups, kBiased>,
+                       static_cast<unsigned>(blocks), L::threads(teams), L::kTeams * L::kTeamBytes,
+                       launch, map, arguments);
 }
 
 template <typename T, int kDim>
