@@ -34,8 +34,8 @@ FT_API int ft_attention_plan(int batch, int tokens, int max_seqlen, int heads, i
 }
 
 FT_API int ft_varlen_attention(int batch, int tokens, int max_seqlen, int heads, int head_dim,
-                               int dtype, const void* qkv, const void* plan, void* output,
-                               void* stream, int pdl) {
+                               int dtype, const void* qkv, void* plan, void* output, void* stream,
+                               int pdl) {
   return varlen_attention(shape_of(batch, tokens, max_seqlen, heads, head_dim, dtype), qkv, nullptr,
                           plan, output, launch_on(stream, pdl));
 }

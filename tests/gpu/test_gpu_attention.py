@@ -185,6 +185,26 @@ def test_scores_of_minus_infinity_before_finite_ones(
     assert error(attend(qkv, cu, length, heads), exact) <= budget
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 128])
+@pytest.mark.parametrize("growth", [4, 40, 200])
+@pytest.mark.parametrize("distance", [None, 40])
+def test_scores_that_grow_with_every_tile(
+    distance: int | None, growth: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """By what half precision holds as a power of two, by what single precision holds, by more."""
+    heads, lengths = 2, [511, 130, 40, 300]
+    qkv, cu = draw(sum(lengths), heads, head_dim, dtype), offsets(lengths)
+    hidden = heads * head_dim
+    ramp = torch.cat([torch.linspace(0, growth, n, device="cuda") for n in lengths])
+    qkv[:, :hidden] = 1
+    qkv[:, hidden : 2 * hidden] = ramp[:, None].to(dtype)
+    bias = None if distance is None else draw_bias(heads, distance, dtype)
+    exact = twins.varlen_attention(qkv, cu, max(lengths), heads, bias)
+    budget = max(2 * error(eager(qkv, lengths, heads, bias), exact), 2e-6)
+    assert error(attend(qkv, cu, max(lengths), heads, bias), exact) <= budget
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_longest_sequence(head_dim: int, dtype: torch.dtype) -> None:

@@ -31,10 +31,12 @@ int64_t tile_bound(const AttentionShape& shape, AttentionKernel kernel, int tile
   return (by_length < by_tokens ? by_length : by_tokens) + 1;
 }
 
-// Whether cu_seqlens says where sequences of at most `longest` lie in `tokens` rows; asked by the
-// whole block. Where it does not, all rows are to become NaN, by the tiles that this then writes.
+// Empties the queue and tells whether cu_seqlens says where sequences of at most `longest` lie in
+// `tokens` rows; asked by the whole block. Where it does not, all rows are to become NaN, by the
+// tiles that this then writes.
 __device__ bool plan_valid(const int32_t* cu_seqlens, int batch, int tokens, int longest, int bound,
                            AttentionTile* tiles) {
+  if (threadIdx.x == 0) *plan_queue(tiles, bound) = {};
   if (steps_valid<kPlanThreads>(cu_seqlens, batch, tokens, longest)) return true;
   const int rows = (tokens + bound - 1) / bound;
   for (int i = threadIdx.x; i < bound; i += kPlanThreads) {
@@ -220,8 +222,8 @@ AttentionChoice choose_attention(const AttentionShape& shape, int arch) {
 size_t attention_plan_bytes(const AttentionShape& shape) {
   // Enough for any kernel's choice, so that the size does not depend on the device.
   const size_t tiles = static_cast<size_t>(shape.tokens) / 32 + shape.batch + 1;
-  const size_t bytes =
-      tiles * sizeof(AttentionTile) + static_cast<size_t>(shape.tokens) * sizeof(uint32_t);
+  const size_t bytes = tiles * sizeof(AttentionTile) + sizeof(AttentionQueue) +
+                       static_cast<size_t>(shape.tokens) * sizeof(uint32_t);
   return (bytes + 255) / 256 * 256;
 }
 
@@ -242,16 +244,18 @@ cudaError_t attention_plan(const AttentionShape& shape, const int32_t* cu_seqlen
 }
 
 cudaError_t varlen_attention(const AttentionShape& shape, const void* qkv,
-                             const void* relative_bias, const void* plan, void* output,
-                             Launch launch, NarrowRows narrow) {
+                             const void* relative_bias, void* plan, void* output, Launch launch,
+                             NarrowRows narrow) {
   if (cudaError_t status = check_shape(shape); status != cudaSuccess) return status;
   if ((relative_bias != nullptr) != (shape.bias_reach >= 0)) return cudaErrorInvalidValue;
   if (nothing_to_do(shape)) return cudaSuccess;
   const AttentionChoice choice = choose_attention(shape, device_arch());
   const float scale_log2 = 1.4426950408889634f / sqrtf(static_cast<float>(shape.head_dim));
+  auto* const tiles = static_cast<AttentionTile*>(plan);
   AttentionArguments arguments{qkv,
                                output,
-                               static_cast<const AttentionTile*>(plan),
+                               tiles,
+                               plan_queue(tiles, choice.bound),
                                shape.num_heads,
                                shape.head_dim,
                                choice.bound,

@@ -20,6 +20,12 @@ struct alignas(16) AttentionTile {
 // packed, per packed row the first and the one-past-last key of its sequence, relative to the tile,
 // in the low and high half of a word.
 
+// Between the tiles and those words, for kernels whose blocks take tiles in turn: how many were
+// taken in this launch and how many takers found none left. Zeros before and after.
+struct AttentionQueue {
+  uint32_t taken, done;
+};
+
 enum class AttentionKernel {
   kPacked,      // short sequences, several to a tile, keys resident: mma.sync
   kStream,      // any length, keys stream through two buffers: mma.sync
@@ -41,6 +47,7 @@ struct AttentionArguments {
   const void* qkv;
   void* output;
   const AttentionTile* plan;
+  AttentionQueue* queue;
   int num_heads;
   int head_dim;
   int bound;
@@ -52,8 +59,12 @@ struct AttentionArguments {
   NarrowRows narrow;  // kernels of sm_90 alone: where given, instead of the output
 };
 
+__host__ __device__ inline AttentionQueue* plan_queue(AttentionTile* plan, int bound) {
+  return reinterpret_cast<AttentionQueue*>(plan + bound);
+}
+
 __host__ __device__ inline const uint32_t* plan_bounds(const AttentionTile* plan, int bound) {
-  return reinterpret_cast<const uint32_t*>(plan + bound);
+  return reinterpret_cast<const uint32_t*>(plan + bound) + sizeof(AttentionQueue) / 4;
 }
 
 // A streaming kernel keeps the bias of every distance at which values differ in shared memory, up
@@ -103,24 +114,25 @@ struct BiasTable {
   };
 
   template <typename T>
-  __device__ __forceinline__ Loaded<T> load(const AttentionArguments& arguments, int head) const {
+  __device__ __forceinline__ Loaded<T> load(const AttentionArguments& arguments, int head,
+                                            int thread = threadIdx.x) const {
     const int reach = arguments.bias_reach;
     const T* row = static_cast<const T*>(arguments.bias) +
                    static_cast<int64_t>(head) * (2 * static_cast<int64_t>(reach) + 1) + reach;
     Loaded<T> loaded;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int at = static_cast<int>(threadIdx.x) + i * kThreads;
+      const int at = thread + i * kThreads;
       if (at < 2 * span) loaded.of[i] = row[max(-reach, min(at - span, reach))];
     }
     return loaded;
   }
 
   template <typename T>
-  __device__ __forceinline__ void store(const Loaded<T>& loaded) const {
+  __device__ __forceinline__ void store(const Loaded<T>& loaded, int thread = threadIdx.x) const {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int at = static_cast<int>(threadIdx.x) + i * kThreads;
+      const int at = thread + i * kThreads;
       if (at >= 2 * span) continue;
       const float value = kLog2e * to_float(loaded.of[i]);
       values[at] = value;
@@ -159,12 +171,14 @@ __device__ __forceinline__ void add_bias(float (&scores)[4], const float2* pairs
 // Fills a head's columns of a tile without keys, with zeros or with `nan`.
 template <typename T>
 __device__ __forceinline__ void fill_tile(const AttentionTile& tile, void* output, T nan, int head,
-                                          int head_dim, int hidden) {
+                                          int head_dim, int hidden, int thread, int threads) {
   const T value = tile.kv_begin < 0 ? nan : T{};
   T* const to = static_cast<T*>(output) + static_cast<int64_t>(tile.begin) * hidden +
                 static_cast<int64_t>(head) * head_dim;
-  for (int row = threadIdx.x / 16; row < tile.rows; row += blockDim.x / 16) {
-    for (int column = threadIdx.x % 16; column < head_dim; column += 16) {
+#pragma unroll 1
+  for (int row = thread / 16; row < tile.rows; row += threads / 16) {
+#pragma unroll 1
+    for (int column = thread % 16; column < head_dim; column += 16) {
       to[static_cast<int64_t>(row) * hidden + column] = value;
     }
   }
@@ -173,7 +187,7 @@ __device__ __forceinline__ void fill_tile(const AttentionTile& tile, void* outpu
 template <typename T>
 __device__ __forceinline__ void fill_tile(const AttentionTile& tile, void* output, int head,
                                           int head_dim, int hidden) {
-  fill_tile<T>(tile, output, from_float<T>(NAN), head, head_dim, hidden);
+  fill_tile<T>(tile, output, from_float<T>(NAN), head, head_dim, hidden, threadIdx.x, blockDim.x);
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {

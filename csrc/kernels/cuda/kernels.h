@@ -178,8 +178,9 @@ cudaError_t attention_plan(const AttentionShape& shape,
 cudaError_t varlen_attention(const AttentionShape& shape,
                              const void* qkv,  // [tokens, 3 * num_heads * head_dim]: q | k | v
                              const void* relative_bias,  // [num_heads, 2 * bias_reach + 1] or null
-                             const void* plan,  // written by attention_plan for these cu_seqlens
-                             void* output,      // [tokens, num_heads * head_dim]
+                             void* plan,    // written by attention_plan for these cu_seqlens; one
+                                            // launch at a time takes from it
+                             void* output,  // [tokens, num_heads * head_dim]
                              Launch launch, NarrowRows narrow = {});
 
 // ---- pooling -----------------------------------------------------------------------------------

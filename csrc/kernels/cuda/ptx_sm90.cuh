@@ -68,8 +68,9 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t mapped) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t arrivals = 1) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals)
+               : "memory");
 }
 
 // Adds one and returns what was there, ordered after this thread's reads and before its later
@@ -249,6 +250,12 @@ __device__ __forceinline__ float4 load_shared_four(uint32_t address) {
                : "r"(address)
                : "memory");
   return four;
+}
+
+__device__ __forceinline__ void store_shared_four(uint32_t address, const float (&four)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(four[0]),
+               "f"(four[1]), "f"(four[2]), "f"(four[3])
+               : "memory");
 }
 
 // 16 bytes from global memory, without a register on the way.
