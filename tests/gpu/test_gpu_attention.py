@@ -27,6 +27,10 @@ LENGTHS = [
 ]
 
 
+#: Heads enough for more tiles than run at once, which take another kernel on sm_90.
+MANY = 300
+
+
 @pytest.fixture(autouse=True)
 def _exact_reference() -> None:
     load_library()
@@ -99,6 +103,13 @@ def check(
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_lengths_head_sizes_dtypes(lengths: list[int], head_dim: int, dtype: torch.dtype) -> None:
     check(lengths, 3 if head_dim % 8 == 0 else 4, head_dim, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_more_tiles_than_run_at_once(lengths: list[int], head_dim: int, dtype: torch.dtype) -> None:
+    check(lengths, MANY, head_dim, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -189,11 +200,12 @@ def test_scores_of_minus_infinity_before_finite_ones(
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 128])
 @pytest.mark.parametrize("growth", [4, 40, 200])
 @pytest.mark.parametrize("distance", [None, 40])
+@pytest.mark.parametrize("heads", [2, MANY])
 def test_scores_that_grow_with_every_tile(
-    distance: int | None, growth: int, head_dim: int, dtype: torch.dtype
+    heads: int, distance: int | None, growth: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     """By what half precision holds as a power of two, by what single precision holds, by more."""
-    heads, lengths = 2, [511, 130, 40, 300]
+    lengths = [511, 130, 40, 300]
     qkv, cu = draw(sum(lengths), heads, head_dim, dtype), offsets(lengths)
     hidden = heads * head_dim
     ramp = torch.cat([torch.linspace(0, growth, n, device="cuda") for n in lengths])
@@ -227,9 +239,10 @@ def test_more_sequences_than_a_planning_round(lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("head_dim", [6, 32, 64, 80, 128])
 @pytest.mark.parametrize("lengths", [[3, 30, 25], [120, 3, 77], [300, 50, 129]], ids=str)
-def test_capacity_beyond_the_batch(lengths: list[int], head_dim: int) -> None:
+@pytest.mark.parametrize("heads", [2, MANY])
+def test_capacity_beyond_the_batch(heads: int, lengths: list[int], head_dim: int) -> None:
     """A graph's class: empty sequences at the end, stray rows, a larger max_seqlen."""
-    heads, tokens, pad = 2, sum(lengths), 37
+    tokens, pad = sum(lengths), 37
     qkv = draw(tokens + pad, heads, head_dim, torch.float16)
     qkv[tokens:] = math.nan
     cu = offsets(lengths, empty=5)
@@ -247,11 +260,11 @@ def test_capacity_beyond_the_batch(lengths: list[int], head_dim: int) -> None:
 @pytest.mark.parametrize(
     "lengths", [[40, 20, 3], [3, 1, 50, 8], [100, 128, 30], [64, 30, 34], [500, 130]], ids=str
 )
+@pytest.mark.parametrize("heads", [2, MANY])
 def test_neighbours_do_not_leak(
-    lengths: list[int], spoiler: float, part: str, head_dim: int, dtype: torch.dtype
+    heads: int, lengths: list[int], spoiler: float, part: str, head_dim: int, dtype: torch.dtype
 ) -> None:
     """Infinities and NaNs in one sequence stay there, and the others' answers keep every bit."""
-    heads = 2
     qkv, cu = draw(sum(lengths), heads, head_dim, dtype), offsets(lengths)
     spoilt_qkv, begin, end = qkv.clone(), lengths[0], lengths[0] + lengths[1]
     first = 0 if part == "all" else 2 * heads * head_dim
@@ -268,11 +281,11 @@ def test_neighbours_do_not_leak(
 @pytest.mark.parametrize("head_dim", [6, 32, 48, 64, 80, 128])
 @pytest.mark.parametrize("spoiler", [math.inf, -math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("lengths", [[40, 20, 3], [100, 128, 30], [500, 130, 64]], ids=str)
+@pytest.mark.parametrize("heads", [2, MANY])
 def test_rows_of_infinite_scores_are_nan(
-    lengths: list[int], spoiler: float, head_dim: int, dtype: torch.dtype
+    heads: int, lengths: list[int], spoiler: float, head_dim: int, dtype: torch.dtype
 ) -> None:
     """Keys alone are spoilt and queries positive: each score of the sequence is the spoiler."""
-    heads = 2
     qkv, cu = draw(sum(lengths), heads, head_dim, dtype), offsets(lengths)
     begin, end, hidden = lengths[0], lengths[0] + lengths[1], heads * head_dim
     qkv[begin:end, :hidden] = 1
@@ -301,11 +314,12 @@ def test_one_infinity_stays_in_its_sequence(head_dim: int) -> None:
 
 @pytest.mark.parametrize("lengths", [[40, 20, 3], [100, 128, 30], [500, 130, 511]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_repeats_exactly(lengths: list[int], dtype: torch.dtype) -> None:
-    qkv, cu = draw(sum(lengths), 4, 64, dtype), offsets(lengths)
-    first = attend(qkv, cu, max(lengths), 4)
+@pytest.mark.parametrize("heads", [2, MANY])
+def test_repeats_exactly(heads: int, lengths: list[int], dtype: torch.dtype) -> None:
+    qkv, cu = draw(sum(lengths), heads, 64, dtype), offsets(lengths)
+    first = attend(qkv, cu, max(lengths), heads)
     for _ in range(5):
-        assert torch.equal(attend(qkv, cu, max(lengths), 4), first)
+        assert torch.equal(attend(qkv, cu, max(lengths), heads), first)
 
 
 def test_nothing_to_do() -> None:

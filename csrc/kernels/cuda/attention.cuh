@@ -114,25 +114,24 @@ struct BiasTable {
   };
 
   template <typename T>
-  __device__ __forceinline__ Loaded<T> load(const AttentionArguments& arguments, int head,
-                                            int thread = threadIdx.x) const {
+  __device__ __forceinline__ Loaded<T> load(const AttentionArguments& arguments, int head) const {
     const int reach = arguments.bias_reach;
     const T* row = static_cast<const T*>(arguments.bias) +
                    static_cast<int64_t>(head) * (2 * static_cast<int64_t>(reach) + 1) + reach;
     Loaded<T> loaded;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int at = thread + i * kThreads;
+      const int at = static_cast<int>(threadIdx.x) + i * kThreads;
       if (at < 2 * span) loaded.of[i] = row[max(-reach, min(at - span, reach))];
     }
     return loaded;
   }
 
   template <typename T>
-  __device__ __forceinline__ void store(const Loaded<T>& loaded, int thread = threadIdx.x) const {
+  __device__ __forceinline__ void store(const Loaded<T>& loaded) const {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int at = thread + i * kThreads;
+      const int at = static_cast<int>(threadIdx.x) + i * kThreads;
       if (at >= 2 * span) continue;
       const float value = kLog2e * to_float(loaded.of[i]);
       values[at] = value;
