@@ -6,18 +6,14 @@ those that are done are made.
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ft_handler.types import InputT, Item
 
-#: Where the parts of a batch end but the last, by how many there are, as shares of its work. The
-#: first is small, since the device waits for it, each that follows takes the host about as long as
-#: the device takes for the one before, and the last is smaller, since its answers wait for it.
-ENDS = ((), (0.42,), (0.25, 0.65), (0.15, 0.4, 0.78))
-#: Of a part, on average: of text some 2,500 tokens in most languages; smaller launches would use a
-#: GPU badly.
+#: A batch goes in at most so many parts, of at least so many bytes of text (some 2,500 tokens in
+#: most languages): smaller launches would use a GPU badly.
+MOST_PARTS = 3
 LEAST_PART_BYTES = 12_000
 
 
@@ -27,18 +23,18 @@ def text_bytes(item: Item[Any]) -> int:
 
 
 def parts_of(items: Sequence[Item[InputT]]) -> list[list[Item[InputT]]]:
-    """Neighbouring items in parts, each worth a launch of its own."""
+    """Neighbouring items in parts of similar size, each worth a launch of its own."""
     sizes = [text_bytes(item) for item in items]
     total = sum(sizes)
-    count = min(len(ENDS), total // LEAST_PART_BYTES)
+    count = min(MOST_PARTS, total // LEAST_PART_BYTES)
     if count < 2:
         return [list(items)]
-    ends = [total * share for share in ENDS[count - 1]]
     parts: list[list[Item[InputT]]] = [[] for _ in range(count)]
     before = 0
     for item, size in zip(items, sizes, strict=True):
-        # By its middle, so that a large item at an end falls to the part that has more of it.
-        parts[bisect(ends, before + size / 2)].append(item)
+        at = before * count // total
+        # What has no text and comes last begins where everything has ended.
+        parts[at if at < count else count - 1].append(item)
         before += size
     return [part for part in parts if part]
 

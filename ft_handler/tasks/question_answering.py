@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from itertools import islice
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -32,7 +31,7 @@ from ft_handler.tasks.occlusion import (
     Reason,
 )
 from ft_handler.tasks.windows import hold_windows, window_spans
-from ft_handler.text.readers import Origins, split_rows
+from ft_handler.text.readers import Origins
 from ft_handler.types import Encoding, Floats, Ids, Item, Outputs, Prediction
 
 #: Bounds the table of spans that one question may ask for.
@@ -167,60 +166,53 @@ class QuestionRunner(Explainable[QuestionInput, Parameters, QuestionEncoding]):
             *(item.input.question for item in items), *(item.input.context for item in items)
         ]  # fmt: skip
         ids, origins = self._reader.located(texts)
-        count, template = len(items), self._template
-        beside = len(template.before) + len(template.between)
+        count = len(items)
         out: list[QuestionEncoding] = []
-        pieces: list[Ids] = []
-        sizes: list[int] = []
-        for item, question, context, places in zip(
-            items, ids[:count], ids[count:], origins[count:], strict=True
-        ):
+        for parts in zip(items, ids[:count], ids[count:], origins[count:], strict=True):
             try:
-                kept, spans = self._windows(item.input.params, len(question), len(context))
+                out.append(self._windows(*parts))
             except RequestError as error:
-                item.result = error
-                continue
-            first, cut = beside + kept, kept < len(question)
-            if cut:
-                question = question[:kept]
-            for begin, end in spans:
-                pieces += (
-                    template.before, question, template.between, context[begin:end], template.after
-                )  # fmt: skip
-                sizes.append(first + end - begin + len(template.after))
-            splits = [template.split(kept, size) for size in sizes[-len(spans) :]]
-            out.append(QuestionEncoding(item, [], splits, cut, places, first, spans))
-        if out:
-            sequences = iter(split_rows(np.concatenate(pieces), np.cumsum(sizes)))
-            for encoding in out:
-                encoding.sequences += islice(sequences, len(encoding.spans))
+                parts[0].result = error
         return out
 
     def _windows(
-        self, params: Parameters, question: int, context: int
-    ) -> tuple[int, list[tuple[int, int]]]:
-        """How many of a question's tokens are kept, and the tokens of the context in each window.
-
-        Raises UnusableRequest for what leaves no room, RequestTooLarge for too much.
-        """
+        self, item: Item[QuestionInput], question: Ids, context: Ids, origins: Origins
+    ) -> QuestionEncoding:
+        params, template = item.input.params, self._template
         longest = self._default_room
         if params is not self.defaults:
             longest = self._question_room(params)
-        kept = min(question, longest)
-        beside = kept + self._template.pair_specials
-        room = params.max_seq_len - beside
-        if not context:
+        cut = len(question) > longest
+        if cut:
+            question = question[:longest]
+        head = len(template.before) + len(question) + len(template.between)
+        room = params.max_seq_len - head - len(template.after)
+        if not len(context):
             raise UnusableRequest("'context' has no word the model could read")
         if room < 1:
             raise UnusableRequest(
                 f"a window of {params.max_seq_len} tokens leaves none for the context: raise "
                 "'max_seq_len' or lower 'max_question_len'"
             )
-        if context <= room:
-            return kept, [(0, context)]
+        if len(context) <= room:
+            sequence = np.concatenate(
+                (template.before, question, template.between, context, template.after)
+            )
+            split = template.split(len(question), len(sequence))
+            spans = [(0, len(context))]
+            return QuestionEncoding(item, [sequence], [split], cut, origins, head, spans)
         overlap = self._overlap(params, room)
-        hold_windows(context, room, overlap, beside, self.most_tokens, "doc_stride")
-        return kept, window_spans(context, room, overlap)
+        beside = head + len(template.after)
+        hold_windows(len(context), room, overlap, beside, self.most_tokens, "doc_stride")
+        spans = window_spans(len(context), room, overlap)
+        sequences = [
+            np.concatenate(
+                (template.before, question, template.between, context[begin:end], template.after)
+            )
+            for begin, end in spans
+        ]
+        splits = [template.split(len(question), len(s)) for s in sequences]
+        return QuestionEncoding(item, sequences, splits, cut, origins, head, spans)
 
     def _question_room(self, params: Parameters) -> int:
         """Most tokens of a question; raises UnusableRequest for a window that cannot be."""
