@@ -382,6 +382,10 @@ void check_all(const auto& asked) {
       check_attention<T>({1, 17, 40, 3}, 5, 2, 2, dim, 0);
       check_attention<T>({100, 128, 31}, 3, 1, 2, dim, 0);
       check_attention<T>({129, 7, 200}, 0, 0, 1, dim, 300);
+      if (dim == 32 || dim == 64 || dim == 128) {  // more tiles than run at once
+        check_attention<T>({100, 128, 31}, 3, 1, 80, dim, 0);
+        check_attention<T>({129, 7, 200}, 0, 0, 80, dim, 0);
+      }
       if (dim == 32 || dim == 64) check_attention<T>({577}, 1, 1, 1, dim, 0);
     }
     if (asked("bias")) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import inspect
 import json
 import logging
 import struct
@@ -17,13 +16,12 @@ from hypothesis import strategies as st
 from ft_handler.servers.torchserve import receive
 
 
-@pytest.fixture(scope="module")
-def protocol():
-    """A copy of TorchServe's module that nobody has replaced anything in."""
+def pristine(name):
+    """A copy of a module of TorchServe's that nobody has replaced anything in."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip("ts.protocol.otf_message_handler")
-        spec = importlib.util.find_spec("ts.protocol.otf_message_handler")
+        pytest.importorskip(name)
+        spec = importlib.util.find_spec(name)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         gc.collect()
@@ -31,14 +29,15 @@ def protocol():
 
 
 @pytest.fixture(scope="module")
-def unpack(protocol):
-    """What TorchServe's own code hands a handler of the messages that its own reader makes."""
-    from ts import service
+def protocol():
+    """How TorchServe's own code reads and writes."""
+    return pristine("ts.protocol.otf_message_handler")
 
-    source = inspect.getsource(service.Service)
-    scope = {**vars(service)}
-    exec(compile(source, service.__file__, "exec"), scope)
-    return scope["Service"].retrieve_data_for_inference
+
+@pytest.fixture(scope="module")
+def unpack():
+    """What TorchServe's own code hands a handler of the messages that its own reader makes."""
+    return pristine("ts.service").Service.retrieve_data_for_inference
 
 
 def handed_over(found):

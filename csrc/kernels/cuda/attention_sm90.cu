@@ -184,17 +184,7 @@ __global__ void __launch_bounds__(128 * kGroups, FewTiles<kDim, kGroups, kBiased
     }
     return rescale;
   };
-  auto rescale_output = [&] {
-#pragma unroll
-    for (int h = 0; h < L::kHalves; ++h) {
-#pragma unroll
-      for (int n = 0; n < L::kColumns / 8; ++n) {
-        output[h][n][0] *= shrink0, output[h][n][1] *= shrink0;
-        output[h][n][2] *= shrink1, output[h][n][3] *= shrink1;
-      }
-    }
-  };
-
+  auto rescale_output = [&] { scale_rows<kDim>(output, shrink0, shrink1); };
   start_scores(0, 0);
   wgmma_wait<0>();
   soften(0);
@@ -285,10 +275,10 @@ __global__ void __launch_bounds__(128, 6)
   const uint32_t scores_ready = value_tile + L::kTileBytes, values_ready = scores_ready + 8;
   pdl_launch_dependents();
   if (threadIdx.x == 0) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+    prefetch_map(&map);
     barrier_init(scores_ready, 1);
     barrier_init(values_ready, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barrier_init_fence();
   }
   const int head = blockIdx.x % arguments.num_heads, index = blockIdx.x / arguments.num_heads;
   const int hidden = arguments.num_heads * kDim;

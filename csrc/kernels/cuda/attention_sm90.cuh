@@ -260,6 +260,18 @@ using RowWords = uint32_t[2][kDim / kColumns];
 template <int kDim>
 using RowSums = float[Layout<kDim>::kHalves][Layout<kDim>::kColumns / 8][4];
 
+template <int kDim>
+__device__ __forceinline__ void scale_rows(RowSums<kDim>& output, float scale0, float scale1) {
+#pragma unroll
+  for (auto& half : output) {
+#pragma unroll
+    for (float (&group)[4] : half) {
+      group[0] *= scale0, group[1] *= scale0;
+      group[2] *= scale1, group[3] *= scale1;
+    }
+  }
+}
+
 // The rows divided by their sums.
 template <typename T, int kDim>
 __device__ __forceinline__ void divide_rows(RowWords<kDim, 8>& words, const RowSums<kDim>& output,

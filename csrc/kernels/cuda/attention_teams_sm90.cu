@@ -363,17 +363,6 @@ __device__ __forceinline__ void attend(const AttentionArguments& arguments,
         }
       }
     };
-    auto rescale_output = [&] {
-#pragma unroll
-      for (int h = 0; h < L::kHalves; ++h) {
-#pragma unroll
-        for (int n = 0; n < L::kColumns / 8; ++n) {
-          output[h][n][0] *= shrink0, output[h][n][1] *= shrink0;
-          output[h][n][2] *= shrink1, output[h][n][3] *= shrink1;
-        }
-      }
-    };
-
     // The scores of a block and the values' product of the one before are in flight together; the
     // exponentials overlap the latter.
     const int keys = min(tile.kv_len - last_block * kKeys, kKeys);  // of the last block
@@ -404,7 +393,7 @@ __device__ __forceinline__ void attend(const AttentionArguments& arguments,
       wgmma_wait<0>();
       if (!first) {
         release(place);
-        if (rescale) rescale_output();
+        if (rescale) scale_rows<kDim>(output, shrink0, shrink1);
       }
       pack_probabilities<T>(probabilities, scores);
       place = next;

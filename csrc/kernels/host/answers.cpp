@@ -4,6 +4,8 @@
 #include <optional>
 #include <vector>
 
+#include "kernels/host/characters.h"
+
 namespace ft::host {
 namespace {
 
@@ -11,10 +13,6 @@ namespace {
 constexpr size_t kMostSpans = 256;
 // U+0130 in UTF-8, the one letter that lower-casing makes two of.
 constexpr std::string_view kDottedI = "\xc4\xb0";
-
-bool is_ascii(char byte) { return byte >= 0; }
-bool continues_character(char byte) { return (byte & 0xc0) == 0x80; }
-char lower(char c) { return static_cast<char>(c + (c >= 'A' && c <= 'Z' ? 'a' - 'A' : 0)); }
 
 // A context by characters.
 class Text {

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <tuple>
 
+#include "kernels/host/characters.h"
+
 namespace ft::host {
 namespace {
 
@@ -62,8 +64,6 @@ bool opens(const char* text, int64_t bytes, int64_t at, const Cuts& cuts) {
   if (at == bytes - 1) return !is_space(text[at - 1]);
   return !is_space(text[at + 1]) && !(cuts.before && is_space(text[at - 1]));
 }
-
-bool continues_character(char byte) { return (byte & 0xc0) == 0x80; }
 
 }  // namespace
 
@@ -129,10 +129,7 @@ ReadTexts::ReadTexts(std::string_view joined, const int64_t* ends, int64_t texts
     text.assign(bytes + ChunkMemory::kReadAhead, 0);
     std::copy_n(joined.data() + begin, bytes, text.begin());
     if (cuts.lower && !std::memchr(text.data(), '[', bytes)) {
-      for (int64_t at = 0; at < bytes; ++at) {
-        const char c = text[at];
-        text[at] = static_cast<char>(c + (c >= 'A' && c <= 'Z' ? 'a' - 'A' : 0));
-      }
+      std::transform(text.begin(), text.begin() + bytes, text.begin(), lower);
     }
     read(text.data(), bytes, memory, cuts, given);
     bool whole = false;

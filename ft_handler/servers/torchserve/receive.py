@@ -272,7 +272,8 @@ _Request: TypeAlias = tuple[str, list[tuple[str, str]], list[tuple[str, str, byt
 def _request(buffer: bytearray, at: int) -> tuple[_Request | None, int]:
     """The request at `at`, None at the batch's end, and where it ends; StructError when it is cut.
 
-    A field that is cut is always followed by an integer that is missing.
+    A field that is cut is always followed by an integer that is missing. Written out field by
+    field: by a function for all of a kind it takes some 2 us more a request, of 8.
     """
     unpack = _INT.unpack_from
     (length,) = unpack(buffer, at)
