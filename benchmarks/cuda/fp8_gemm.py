@@ -22,7 +22,8 @@ import torch
 E4 = torch.float8_e4m3fn
 F = torch.nn.functional
 TILES = ("128x192 c2", "128x192", "128x128 c2", "64x128", "together 128x128")
-NORM_TILES = {768: {0: "128x192 c4", 1: "64x192 c4", 2: "64x128 c6"},
+TRIO = len(TILES)  # of e4m3 outputs alone
+NORM_TILES = {768: {0: "128x192 c4", 1: "64x192 c4", 2: "64x128 c6", 5: "trio 64x192 c4"},
               1024: {3: "64x256 c4", 4: "128x128 c8"}}  # fmt: skip
 library = ctypes.CDLL(sys.argv[1])
 
@@ -124,6 +125,10 @@ def check(shapes):
             require(f"{rows} {n} {k} {tile}", errors, (2e-3, 2e-3, 1.5e-2))
             if not out[rows].isnan().all() or not small[rows].float().isnan().all():
                 raise AssertionError("rows beyond the last were written")
+        small = nans.to(E4)
+        problem.run(library.fp8_gemm, TRIO, small, gelu=True, residual=False)
+        off = error(small[:rows], narrowed(active, problem.step))
+        require(f"{rows} {n} {k} trio 128x128", [off], [1.5e-2])
         for variant, tile in NORM_TILES.get(n, {}).items():
             for residual in (True, False):
                 want = F.layer_norm(
@@ -197,6 +202,8 @@ def candidates(kind, rows, n, k, copies):
         found[tile] = functools.partial(plain, variant)
         if normed:
             found[f"{tile}, then norm"] = functools.partial(then_norm, variant)
+    if gelu:
+        found["trio 128x128"] = functools.partial(plain, TRIO)
     for variant, tile in NORM_TILES[n].items() if normed else ():
         found[f"norm {tile}"] = functools.partial(with_norm, variant, None)
         found[f"norm {tile} and e4m3"] = functools.partial(with_norm, variant, narrow)

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "fp8_gemm.h"
+#include "kernels/cuda/gemm_sm90_variants.h"
 #include "kernels/cuda/kernels.h"
 
 using namespace ft::cuda;
@@ -363,13 +364,15 @@ void check_fp8(int rows, int n, int k) {
     std::printf("FAIL fp8_gemm %d x %d x %d, tile %d: status %d\n", rows, n, k, variant, status);
     ++failures;
   };
-  for (int variant = 0; variant < 5; ++variant) {
+  for (int variant = 0; variant <= sm90::kTrio; ++variant) {
     char what[96];
     std::snprintf(what, sizeof what, "fp8 product %d x %d x %d, tile %d", rows, n, k, variant);
-    run(dr.get(), out.get(), false, false, variant);
-    compare(what, out.host(), added);
-    run(nullptr, out.get(), true, false, variant);
-    compare(what, out.host(), gelu);
+    if (variant != sm90::kTrio) {
+      run(dr.get(), out.get(), false, false, variant);
+      compare(what, out.host(), added);
+      run(nullptr, out.get(), true, false, variant);
+      compare(what, out.host(), gelu);
+    }
     run(nullptr, bytes.get(), true, true, variant);
     compare(what, bytes.host(), narrow);
   }

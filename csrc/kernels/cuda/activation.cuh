@@ -10,13 +10,13 @@
 
 namespace ft::cuda {
 
-// Horner's rule from coefficient `kAt` down.
-template <typename Gelu, int kAt>
+// Horner's rule from coefficient `kAt` down to `kEnd`.
+template <typename Gelu, int kAt, int kEnd = 0>
 __device__ __forceinline__ float gelu_polynomial(float p, float y) {
   constexpr float kCoefficient = Gelu::kCoefficients[kAt];
   p = fmaf(p, y, kCoefficient);
-  if constexpr (kAt > 0) {
-    return gelu_polynomial<Gelu, kAt - 1>(p, y);
+  if constexpr (kAt > kEnd) {
+    return gelu_polynomial<Gelu, kAt - 1, kEnd>(p, y);
   } else {
     return p;
   }
@@ -41,6 +41,32 @@ __device__ __forceinline__ float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// To base 2.
+__device__ __forceinline__ float logarithm(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// GELU in steps of an e4m3 tensor, float16's polynomial: max(x, 0) - |x| Phi(-|x|), where the steps
+// are a factor of the power of two. Plus infinity becomes NaN here: e4m3 has none.
+class GeluInSteps {
+ public:
+  __device__ __forceinline__ explicit GeluInSteps(float step)
+      : inverse_(reciprocal(step)), constant_(kConstant + logarithm(inverse_)) {}
+
+  __device__ __forceinline__ float operator()(float x) const {
+    constexpr int kLast = sizeof(GeluFloat16::kCoefficients) / sizeof(float) - 1;
+    constexpr float kLeading = GeluFloat16::kCoefficients[kLast];
+    const float y = fabsf(x), p = gelu_polynomial<GeluFloat16, kLast - 1, 1>(kLeading, y);
+    return fmaf(-y, power_of_two(fmaf(p, y, constant_)), fmaxf(x * inverse_, 0.f));
+  }
+
+ private:
+  static constexpr float kConstant = GeluFloat16::kCoefficients[0];
+  float inverse_, constant_;
+};
 
 // x / (1 + 2^(x (linear + cubic x^2))). Nothing is subtracted from nearly its own value: both tails
 // keep their digits. Infinities as above, where `cubic` is not zero.

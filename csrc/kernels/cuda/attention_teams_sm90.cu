@@ -177,17 +177,19 @@ __device__ __forceinline__ void fetch_tiles(const CUtensorMap* map,
   if (atomicInc(&arguments.queue->done, fetchers - 1) == fetchers - 1) arguments.queue->taken = 0;
 }
 
-// What is the same in all threads of a warp, in a register that they share.
-__device__ __forceinline__ int same(int x) { return __reduce_max_sync(0xffffffffu, x); }
-
-// The tile that was fetched for this team.
+// The tile that was fetched for this team. The lane that will tell the fetcher that it may write
+// the next one reads it: of the others racecheck does not see that they have read before.
 __device__ __forceinline__ AttentionTile fetched_tile(uint32_t work, int* head) {
-  AttentionTile tile;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(tile.begin), "=r"(tile.rows), "=r"(tile.kv_begin), "=r"(tile.kv_len)
-               : "r"(work)
-               : "memory");
-  *head = same(static_cast<int>(load_shared(work + 16)));
+  AttentionTile tile{};
+  uint32_t its_head = 0;
+  if (threadIdx.x % 32 == 0) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tile.begin), "=r"(tile.rows), "=r"(tile.kv_begin), "=r"(tile.kv_len)
+                 : "r"(work)
+                 : "memory");
+    its_head = load_shared(work + 16);
+  }
+  *head = same(its_head);
   return {same(tile.begin), same(tile.rows), same(tile.kv_begin), same(tile.kv_len)};
 }
 

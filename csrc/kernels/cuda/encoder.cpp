@@ -91,7 +91,7 @@ cudaError_t up_product(Gemm gemm, Activation activation, NarrowRows copy, void* 
                        Launch launch) {
   const bool fused =
       !gemm.narrow() || activation == Activation::kNone || activation == Activation::kGelu;
-  const bool direct = fused && gemm.narrow() && copy.rows != nullptr;
+  const bool direct = gemm.narrow() && activation == Activation::kGelu && copy.rows != nullptr;
   if (fused) gemm.activation = activation;
   if (direct) {
     gemm.output = copy.rows;
@@ -196,6 +196,12 @@ cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const En
   const auto narrow_layer = [&](LayerProduct p, int layer, int n, int k) {
     return narrow && layer < s.layers ? narrow_at(w.narrow[p], layer, n, k) : NarrowLayer{};
   };
+  // Every second product takes its rows from the last one on: what was written last is still in the
+  // cache when it is read first.
+  const auto upwards = [](Gemm gemm) {
+    gemm.upwards = true;
+    return gemm;
+  };
   // The copy that a product in e4m3 reads.
   const auto copy_for = [&](const NarrowLayer& reader, void* rows) {
     return reader.weight == nullptr ? NarrowRows{} : NarrowRows{rows, reader.step};
@@ -224,9 +230,10 @@ cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const En
                             const void* input) {
       return reader.weight == nullptr ? input : narrow_input;
     };
-    status = linear(layer_product(either(qkv_narrow, copy, output), w.qkv_weight, w.qkv_bias,
-                                  nullptr, qkv, 3 * s.hidden, s.hidden, layer, qkv_narrow),
-                    gemm_workspace, chained);
+    status =
+        linear(upwards(layer_product(either(qkv_narrow, copy, output), w.qkv_weight, w.qkv_bias,
+                                     nullptr, qkv, 3 * s.hidden, s.hidden, layer, qkv_narrow)),
+               gemm_workspace, chained);
     if (status == cudaSuccess)
       status = varlen_attention(attention, qkv, w.relative_bias, plan, attended, attends,
                                 copy_for(out_narrow, copy));
@@ -237,9 +244,10 @@ cudaError_t encoder(const EncoderShape& s, const EncoderInputs& inputs, const En
           norm(w.norm1_gamma, w.norm1_beta, layer, copy_for(up_narrow, up_copy)), scratch,
           gemm_workspace, chained);
     if (status == cudaSuccess)
-      status = up_product(layer_product(either(up_narrow, up_copy, middle), w.up_weight, w.up_bias,
-                                        nullptr, up, s.intermediate, s.hidden, layer, up_narrow),
-                          s.activation, copy_for(down_narrow, activated), gemm_workspace, chained);
+      status = up_product(
+          upwards(layer_product(either(up_narrow, up_copy, middle), w.up_weight, w.up_bias, nullptr,
+                                up, s.intermediate, s.hidden, layer, up_narrow)),
+          s.activation, copy_for(down_narrow, activated), gemm_workspace, chained);
     qkv_narrow = narrow_layer(kQkv, layer + 1, 3 * s.hidden, s.hidden);
     if (status == cudaSuccess)
       status = linear_layer_norm(

@@ -28,6 +28,7 @@ struct Gemm {
   // Device memory: output is [rows, n] in e4m3, of which 1 is worth so much. Of e4m3 operands
   // alone.
   const float* output_step = nullptr;
+  bool upwards = false;  // the last rows first, where the kernel has an order; results are the same
 
   bool narrow() const { return weight.dtype == DType::kE4M3; }
 };

@@ -10,22 +10,25 @@
 // clang-format off
 namespace ft::cuda {
 
-inline constexpr std::array<std::string_view, 24> kCostedTiles{
+inline constexpr std::array<std::string_view, 27> kCostedTiles{
   "fp8 norm ping-pong 128x128",
   "fp8 norm ping-pong 128x192",
   "fp8 norm ping-pong 64x128",
   "fp8 norm ping-pong 64x192",
   "fp8 norm ping-pong 64x256",
+  "fp8 norm trio 64x192",
   "fp8 ping-pong 128x128",
   "fp8 ping-pong 128x192",
   "fp8 ping-pong 128x192 alone",
   "fp8 ping-pong 64x128",
   "fp8 together 128x128",
+  "fp8 trio 128x128",
   "norm ping-pong 128x128",
   "norm ping-pong 128x192",
   "norm ping-pong 64x128",
   "norm ping-pong 64x192",
   "norm ping-pong 64x256",
+  "norm trio 64x192",
   "ping-pong 128x128",
   "ping-pong 128x192",
   "ping-pong 128x192 alone",
@@ -59,16 +62,19 @@ inline constexpr std::array<GemmCosts, 2> kGemmCosts{{
      {1.73f, 2.08f, 0.0f, 0.181f, 0.00936f, 0.0f},  // fp8 norm ping-pong 64x128
      {1.31f, 2.93f, 0.0f, 0.265f, 0.0619f, 0.0f},  // fp8 norm ping-pong 64x192
      {1.76f, 3.37f, 0.0f, 0.359f, 0.094f, 0.0f},  // fp8 norm ping-pong 64x256
+     {1.31f, 2.93f, 0.0f, 0.265f, 0.0619f, 0.0f},  // fp8 norm trio 64x192
      {2.69f, 0.359f, 0.0f, 0.369f, 0.0543f, 0.696f},  // fp8 ping-pong 128x128
      {3.14f, 0.547f, 0.0f, 0.52f, 0.0418f, 1.15f},  // fp8 ping-pong 128x192
      {3.24f, 0.411f, 0.0f, 0.524f, 0.0528f, 1.17f},  // fp8 ping-pong 128x192 alone
      {2.18f, 0.26f, 0.0f, 0.252f, 0.0275f, 0.233f},  // fp8 ping-pong 64x128
      {2.01f, 1.0f, 0.0f, 0.344f, 0.0707f, 0.674f},  // fp8 together 128x128
+     {2.69f, 0.359f, 0.0f, 0.369f, 0.0543f, 0.696f},  // fp8 trio 128x128
      {1.36f, 2.99f, 0.0f, 0.322f, 0.0575f, 0.0f},  // norm ping-pong 128x128
      {2.39f, 3.16f, 0.0f, 0.476f, 0.0738f, 0.0f},  // norm ping-pong 128x192
      {2.18f, 1.0f, 0.0f, 0.2f, 0.0887f, 0.0f},  // norm ping-pong 64x128
      {1.52f, 1.66f, 0.0f, 0.279f, 0.11f, 0.0f},  // norm ping-pong 64x192
      {1.54f, 1.52f, 0.0f, 0.412f, 0.0822f, 0.0f},  // norm ping-pong 64x256
+     {1.52f, 1.66f, 0.0f, 0.279f, 0.11f, 0.0f},  // norm trio 64x192
      {2.43f, 0.299f, 0.0f, 0.39f, 0.0537f, 0.58f},  // ping-pong 128x128
      {2.87f, 0.336f, 0.0f, 0.551f, 0.0396f, 1.03f},  // ping-pong 128x192
      {2.98f, 0.000495f, 0.0f, 0.562f, 0.0574f, 0.877f},  // ping-pong 128x192 alone
@@ -94,16 +100,19 @@ inline constexpr std::array<GemmCosts, 2> kGemmCosts{{
      {1.73f, 2.08f, 0.0f, 0.181f, 0.00936f, 0.0f},  // fp8 norm ping-pong 64x128
      {1.31f, 2.93f, 0.0f, 0.265f, 0.0619f, 0.0f},  // fp8 norm ping-pong 64x192
      {1.76f, 3.37f, 0.0f, 0.359f, 0.094f, 0.0f},  // fp8 norm ping-pong 64x256
+     {1.31f, 2.93f, 0.0f, 0.265f, 0.0619f, 0.0f},  // fp8 norm trio 64x192
      {2.69f, 0.359f, 0.0f, 0.369f, 0.0543f, 0.696f},  // fp8 ping-pong 128x128
      {3.14f, 0.547f, 0.0f, 0.52f, 0.0418f, 1.15f},  // fp8 ping-pong 128x192
      {3.24f, 0.411f, 0.0f, 0.524f, 0.0528f, 1.17f},  // fp8 ping-pong 128x192 alone
      {2.18f, 0.26f, 0.0f, 0.252f, 0.0275f, 0.233f},  // fp8 ping-pong 64x128
      {2.01f, 1.0f, 0.0f, 0.344f, 0.0707f, 0.674f},  // fp8 together 128x128
+     {2.69f, 0.359f, 0.0f, 0.369f, 0.0543f, 0.696f},  // fp8 trio 128x128
      {2.6f, 2.5f, 0.0f, 0.292f, 0.032f, 0.0f},  // norm ping-pong 128x128
      {0.0f, 3.8f, 0.0f, 0.467f, 0.164f, 0.0f},  // norm ping-pong 128x192
      {1.8f, 1.2f, 0.0f, 0.207f, 0.158f, 0.0f},  // norm ping-pong 64x128
      {2.6f, 1.2f, 0.0f, 0.237f, 0.287f, 0.0f},  // norm ping-pong 64x192
      {1.5f, 2.9f, 0.0f, 0.319f, 0.097f, 0.0f},  // norm ping-pong 64x256
+     {2.6f, 1.2f, 0.0f, 0.237f, 0.287f, 0.0f},  // norm trio 64x192
      {2.1f, 0.8f, 0.0f, 0.341f, 0.084f, 0.46f},  // ping-pong 128x128
      {3.0f, 0.1f, 0.0f, 0.521f, 0.026f, 1.3f},  // ping-pong 128x192
      {3.4f, 0.3f, 0.0f, 0.485f, 0.057f, 0.88f},  // ping-pong 128x192 alone

@@ -14,7 +14,7 @@
 
 namespace ft::cuda::sm90 {
 
-// A thread of one of a block's two consumer warpgroups.
+// A thread of one of a block's consumer warpgroups.
 struct Consumer {
   int index, thread, warp, lane;
 
@@ -25,7 +25,7 @@ struct Consumer {
 
 __device__ __forceinline__ Consumer this_consumer() {
   const int thread = threadIdx.x % 128;
-  return {static_cast<int>(threadIdx.x / 128) - 1, thread, thread / 32, thread % 32};
+  return {same(threadIdx.x / 128) - 1, thread, same(thread / 32), thread % 32};
 }
 
 // A box of bulk tensor copies in shared memory: rows of kRowBytes, swizzled over their width.

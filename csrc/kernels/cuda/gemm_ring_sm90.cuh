@@ -99,21 +99,23 @@ template <int kN, typename T, int kParts, typename Ring, typename A, typename B,
 __device__ __forceinline__ int multiply(float (&acc)[kParts][kN / 2], const Ring& ring,
                                         Place<Ring::kStages>& place, int blocks, const A& a_at,
                                         const B& b_at, const Release& release) {
-  int previous = 0;
-  for (int block = 0; block < blocks; ++block) {
+  int previous = 0, accumulate = 0;
+  for (; blocks > 0; --blocks) {
     barrier_wait(ring.full(place.stage), place.phase);
-    const uint64_t a = operand(a_at(place.stage)), b = operand(b_at(place.stage));
+    const uint32_t a = a_at(place.stage), b = b_at(place.stage);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step)
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
-        Wgmma<kN, T>::run(acc[part], a + part * 512 + step * 2, b + step * 2, block | step);
+        Wgmma<kN, T>::run(acc[part], operand(a, part * 8192 + step * 32), operand(b, step * 32),
+                          accumulate | step);
     wgmma_commit();
-    if (block > 0) {
+    if (accumulate) {
       wgmma_wait<1>();
       release(previous);
     }
+    accumulate = 1;
     previous = place.stage;
     place.advance();
   }

@@ -66,8 +66,8 @@ const GemmCosts& costs_on(std::string_view gpu) {
 }
 
 struct Variant {
-  const char* name;  // null: tall
-  const void* (*kernel)(int, bool);
+  const char* name;                    // null: tall
+  const void* (*kernel)(int, bool);    // null: it serves e4m3 outputs alone
   const void* (*but_gelu)(int, bool);  // for what is no GELU, or null
   int index;                           // within its file
   int m, n;                            // tall: tokens, features
@@ -93,23 +93,24 @@ constexpr int narrow_bytes() {
 
 template <typename Config>
 constexpr Variant variant(const char* name, const void* (*kernel)(int, bool), int index) {
-  return {name,
-          kernel,
-          Config::kNorm || Config::kSplits > 1 ? nullptr : sm90::but_gelu_kernel,
-          index,
-          Config::kM,
-          Config::kN,
-          Config::kRows,
-          Config::kBoxColumns,
-          Config::kSplits,
-          Config::kCluster,
-          Config::kSharers,
-          Config::kThreads,
-          Config::kSharedBytes,
-          narrow_bytes<Config>(),
-          Config::kNorm,
-          costs_of(name),
-          narrow_bytes<Config>() > 0 ? costs_of(name, "fp8 ") : -1};
+  return {
+      name,
+      kernel,
+      Config::kNorm || Config::kSplits > 1 || kernel == nullptr ? nullptr : sm90::but_gelu_kernel,
+      index,
+      Config::kM,
+      Config::kN,
+      Config::kRows,
+      Config::kBoxColumns,
+      Config::kSplits,
+      Config::kCluster,
+      Config::kSharers,
+      Config::kThreads,
+      Config::kSharedBytes,
+      narrow_bytes<Config>(),
+      Config::kNorm,
+      kernel != nullptr ? costs_of(name) : -1,
+      narrow_bytes<Config>() > 0 ? costs_of(name, "fp8 ") : -1};
 }
 
 template <int kCluster, int kTokens>
@@ -146,6 +147,7 @@ constexpr std::array kTiles{
     variant<sm90::PingPong128x128>("ping-pong 128x128", sm90::linear_kernel, 2),
     variant<sm90::PingPong64x128>("ping-pong 64x128", sm90::linear_kernel, 3),
     variant<sm90::Together128x128>("together 128x128", sm90::linear_kernel, 4),
+    variant<sm90::Trio128x128>("trio 128x128", nullptr, sm90::kTrio),
     variant<sm90::Together128x128Split2>("together 128x128 / 2", sm90::split_kernel, 0),
     variant<sm90::Together128x128Split4>("together 128x128 / 4", sm90::split_kernel, 1),
     variant<sm90::NormPingPong128x192>("norm ping-pong 128x192", sm90::norm_kernel, 0),
@@ -153,6 +155,7 @@ constexpr std::array kTiles{
     variant<sm90::NormPingPong64x128>("norm ping-pong 64x128", sm90::norm_kernel, 2),
     variant<sm90::NormPingPong64x256>("norm ping-pong 64x256", sm90::norm_kernel, 3),
     variant<sm90::NormPingPong128x128>("norm ping-pong 128x128", sm90::norm_kernel, 4),
+    variant<sm90::NormTrio64x192>("norm trio 64x192", sm90::norm_kernel, 5),
 };
 
 constexpr auto kTall = tall_variants<1, FT_TALL_TOKENS>();
@@ -489,6 +492,7 @@ cudaError_t product(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm, float
   p.k_blocks = tiles_of(gemm.k, block_k(gemm));
   p.n_tiles = tiles_of(gemm.n, variant.n);
   p.cluster_tiles = tiles;
+  p.upwards = gemm.upwards;
   p.gelu = is_gelu(gemm);
   p.residual = gemm.residual != nullptr;
   p.activation = gemm.activation;
@@ -547,11 +551,13 @@ bool gemm_sm90_supports(Sm90Plan plan, const Gemm& gemm, const GemmNorm* norm) {
     if (gemm.input.dtype != DType::kE4M3 || gemm.dtype != DType::kFloat16 ||
         variant.narrow_bytes == 0 || gemm.n % 16 != 0 || gemm.k % 16 != 0 ||
         (activates(gemm) && !is_gelu(gemm)) || (norm == nullptr && variant.norm) ||
-        (gemm.output_step != nullptr && norm != nullptr))
+        (gemm.output_step != nullptr &&
+         (norm != nullptr || !is_gelu(gemm) || gemm.residual != nullptr)))
       return false;
   } else if (gemm.input.dtype != gemm.dtype || gemm.weight.dtype != gemm.dtype) {
     return false;
   }
+  if (variant.kernel == nullptr && gemm.output_step == nullptr) return false;
   if (activates(gemm) && !is_gelu(gemm) && variant.but_gelu == nullptr) return false;
   if (variant.norm && norm == nullptr) return false;
   // A copy in e4m3 is written by the layer norm's own kernel or by products of such operands.

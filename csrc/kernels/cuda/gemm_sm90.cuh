@@ -1,6 +1,6 @@
 // The sm_90 GEMM kernel: output = epilogue(input [rows, k] * weight [n, k]^T).
 //
-// A block is one producer thread and two consumer warpgroups. The producer keeps a ring of
+// A block is one producer thread and two or three consumer warpgroups. The producer keeps a ring of
 // kStages x (kM x 64 of input, kN x 64 of weight) filled by bulk tensor copies; the consumers take
 // whole tiles in turn ("ping-pong"), so that while one runs its epilogue the other keeps the tensor
 // cores busy, or halves of a tile together, for problems of one tile a block. Blocks are
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr bool kNorm = Config::kNorm, kTogether = Config::kTogether;
   constexpr int kBlockK = 128 / sizeof(In);
   extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t base = shared_address(shared);
+  const uint32_t base = same(shared_address(shared));
   const Ring<kStages, Config::kStageBytes> ring{base, base + Config::kBarriersAt};
   const int rank = kCluster == 1 ? 0 : static_cast<int>(cluster_rank());
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
@@ -62,46 +62,45 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   let_successor_start();
 
   // First row and column of a cluster tile, for this block.
+  const auto place_of = [&](int tile) { return p.upwards ? p.cluster_tiles - 1 - tile : tile; };
   const auto row_of = [&](int tile) {
-    return kNorm ? tile * kM : (tile / p.n_tiles * kCluster + rank) * kM;
+    return kNorm ? place_of(tile) * kM : (place_of(tile) / p.n_tiles * kCluster + rank) * kM;
   };
-  const auto column_of = [&](int tile) { return kNorm ? rank * kN : tile % p.n_tiles * kN; };
+  const auto column_of = [&](int tile) {
+    return kNorm ? rank * kN : place_of(tile) % p.n_tiles * kN;
+  };
 
   if (warpgroup == 0) {
     give_registers<24>();
     if (threadIdx.x == 0) {
       constexpr uint16_t kEveryone = (1u << kCluster) - 1;
-      // Finding the address takes a special register in a cluster. Norm kernels asked it for every
-      // use: now once.
-      auto filled = ring;
-      if constexpr (kNorm) asm volatile("" : "+r"(filled.base), "+r"(filled.barriers));
       const auto load_weight = [&](int tile, int block, int stage) {
-        const uint32_t to = filled.stage(stage) + Config::kInputBytes;
+        const uint32_t to = ring.stage(stage) + Config::kInputBytes;
         if constexpr (kNorm || kCluster == 1) {
-          load_box(to, &weight_map, block * kBlockK, column_of(tile), filled.full(stage));
+          load_box(to, &weight_map, block * kBlockK, column_of(tile), ring.full(stage));
         } else {
           load_box_multicast(to + rank * (Config::kWeightBytes / kCluster), &weight_map,
                              block * kBlockK, column_of(tile) + rank * (kN / kCluster),
-                             filled.full(stage), kEveryone);
+                             ring.full(stage), kEveryone);
         }
       };
       const auto load_input = [&](int tile, int block, int stage) {
-        const uint32_t to = filled.stage(stage);
+        const uint32_t to = ring.stage(stage);
         if constexpr (kNorm) {
           if (rank < Config::kSharers)
             load_box_multicast(to + rank * (Config::kInputBytes / Config::kSharers), &input_map,
                                block * kBlockK, row_of(tile) + rank * (kM / Config::kSharers),
-                               filled.full(stage), kEveryone);
+                               ring.full(stage), kEveryone);
         } else {
-          load_box(to, &input_map, block * kBlockK, row_of(tile), filled.full(stage));
+          load_box(to, &input_map, block * kBlockK, row_of(tile), ring.full(stage));
         }
       };
       const Pieces tiles{cluster, p.cluster_tiles, clusters, [](int) { return 0; },
                          [&](int) { return p.k_blocks; }};
-      produce(filled, tiles, load_weight, load_input);
+      produce(ring, tiles, load_weight, load_input);
     }
   } else {
-    take_registers<240>();
+    take_registers<Config::kRegisters>();
     wait_for_predecessors();
     const Consumer me = this_consumer();
     EpilogueOf<T, Config, kButGelu, In, Out> epilogue{
@@ -110,10 +109,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     uint32_t position = 0;  // in the ring, counted without wrapping
     int turn = 0;
     // Products run strictly in turn: barriers tell odd fills of a stage from even ones, no more, so
-    // neither warpgroup may look at the ring before the other is through with its part.
-    const int my_turn = 3 + me.index, other_turn = 4 - me.index;
-    if (!kTogether && me.index == 1) named_barrier_arrive(other_turn, 256);
-    for (int tile = cluster; tile < p.cluster_tiles; tile += clusters, turn ^= 1) {
+    // no warpgroup may look at the ring before the one ahead of it is through with its part.
+    constexpr int kConsumers = Config::kConsumers, kTurns = 1 + kConsumers;
+    const auto after = [](int index) { return index + 1 == kConsumers ? 0 : index + 1; };
+    const int my_turn = kTurns + me.index, next_turn = kTurns + after(me.index);
+    if (!kTogether && me.index == kConsumers - 1) named_barrier_arrive(next_turn, 256);
+    for (int tile = cluster; tile < p.cluster_tiles; tile += clusters, turn = after(turn)) {
       if (!kTogether && turn != me.index) {
         position += p.k_blocks;
         continue;
@@ -126,9 +127,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if constexpr (!kTogether) named_barrier(my_turn, 256);
       const int last = multiply<kN, In>(
           acc, ring, place, p.k_blocks,
-          [&](int s) { return ring.stage(s) + (kTogether ? me.index * Config::kChunkBytes : 0); },
+          [&](int s) { return ring.stage(s) + (kTogether ? me.index * kRows * 128 : 0); },
           [&](int s) { return ring.stage(s) + Config::kInputBytes; }, release);
-      if constexpr (!kTogether) named_barrier_arrive(other_turn, 256);
+      if constexpr (!kTogether) named_barrier_arrive(next_turn, 256);
       finish(acc);
       release(last);
       position += p.k_blocks;

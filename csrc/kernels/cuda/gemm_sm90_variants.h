@@ -16,6 +16,7 @@ struct GemmParameters {
   int n_tiles;        // plain variants
   int cluster_tiles;  // tiles a whole cluster works on at a time
   float eps;
+  bool upwards;  // the last rows first
   bool gelu;
   bool residual;
   Activation activation;  // of kernels that know all but GELU
@@ -43,28 +44,30 @@ struct TallParameters {
 };
 
 // kTogether: both consumer warpgroups share a tile, half the rows each, which halves the latency of
-// a lone tile; otherwise they take tiles in turn, which hides every epilogue but the last.
+// a lone tile; otherwise they take tiles in turn, which hides epilogues, of three warpgroups those
+// that take twice as long as a product. kRowBytes: of a chunk of the output on its way out.
 template <int kM_, int kN_, int kStages_, int kBuffers_, int kCluster_, bool kTogether_,
-          bool kNorm_>
+          bool kNorm_, int kConsumers_ = 2, int kRowBytes_ = 128>
 struct GemmConfig {
   static constexpr int kM = kM_, kN = kN_, kStages = kStages_, kCluster = kCluster_;
   static constexpr int kBuffers = kBuffers_;  // chunks in shared memory per warpgroup
   static constexpr bool kTogether = kTogether_, kNorm = kNorm_;
   static constexpr int kRows = kTogether ? kM / 2 : kM;  // of a warpgroup's part of the tile
-  static constexpr int kThreads = 384;
+  static constexpr int kConsumers = kConsumers_, kThreads = 128 * (kConsumers + 1);
+  static constexpr int kRegisters = kConsumers == 2 ? 240 : 160;  // of a consumer's thread
   static constexpr int kInputBytes = kM * 128;
   static constexpr int kWeightBytes = kN * 128;
   static constexpr int kStageBytes = kInputBytes + kWeightBytes;
   static constexpr int kChunks = kN / 64;  // the output leaves in boxes of 64 columns
-  static constexpr int kChunkBytes = kRows * 128;
+  static constexpr int kChunkBytes = kRows * kRowBytes_;
   static constexpr int kBoxColumns = 64, kSplits = 1;
   static constexpr int kStagingAt = kStages * kStageBytes;
-  static constexpr int kStatsAt = kStagingAt + 2 * kBuffers * kChunkBytes;
-  static constexpr int kStatsBytes = kNorm ? 2 * 2 * kCluster * kRows * 8 : 0;
+  static constexpr int kStatsAt = kStagingAt + kConsumers * kBuffers * kChunkBytes;
+  static constexpr int kStatsBytes = kNorm ? kConsumers * 2 * kCluster * kRows * 8 : 0;
   static constexpr int kVectorsAt = kStatsAt + kStatsBytes;  // bias, and gamma and beta
   static constexpr int kVectors = kNorm ? 3 : 1;
-  static constexpr int kBarriersAt = kVectorsAt + 2 * kVectors * kN * 2;
-  static constexpr int kBarriers = 2 * kStages + 2 * kBuffers + (kNorm ? 4 : 0);
+  static constexpr int kBarriersAt = kVectorsAt + kConsumers * kVectors * kN * 2;
+  static constexpr int kBarriers = 2 * kStages + kConsumers * (kBuffers + (kNorm ? 2 : 0));
   static constexpr int kSharedBytes = kBarriersAt + 8 * kBarriers;
   // Blocks that fetch a part of a shared tile: parts are whole groups of 8 rows, so of a cluster of
   // six only four do.
@@ -78,7 +81,7 @@ struct GemmConfig {
 template <typename Plain>
 struct ScaledConfig : Plain {
   static constexpr int kScalesAt = (Plain::kSharedBytes + 15) / 16 * 16;
-  static constexpr int kSharedBytes = kScalesAt + 2 * Plain::kN * 4;
+  static constexpr int kSharedBytes = kScalesAt + Plain::kConsumers * Plain::kN * 4;
   static_assert(kSharedBytes <= 232448);
 };
 
@@ -110,6 +113,8 @@ using PingPong128x192Alone = GemmConfig<128, 192, 4, 2, 1, false, false>;
 using PingPong128x128 = GemmConfig<128, 128, 5, 2, 2, false, false>;
 using PingPong64x128 = GemmConfig<64, 128, 6, 2, 1, false, false>;
 using Together128x128 = GemmConfig<128, 128, 6, 2, 1, true, false>;
+// Of e4m3 outputs alone, whose epilogue takes longer than their product.
+using Trio128x128 = GemmConfig<128, 128, 5, 2, 2, false, false, 3, 64>;
 using Together128x128Split2 = SplitConfig<2>;
 using Together128x128Split4 = SplitConfig<4>;
 using NormPingPong128x192 = GemmConfig<128, 192, 4, 1, 4, false, true>;
@@ -117,8 +122,11 @@ using NormPingPong64x192 = GemmConfig<64, 192, 5, 3, 4, false, true>;
 using NormPingPong64x128 = GemmConfig<64, 128, 8, 1, 6, false, true>;
 using NormPingPong64x256 = GemmConfig<64, 256, 4, 2, 4, false, true>;
 using NormPingPong128x128 = GemmConfig<128, 128, 5, 1, 8, false, true>;
+using NormTrio64x192 = GemmConfig<64, 192, 5, 2, 4, false, true, 3>;
 
-// call(tile) of the plain tile that a variant is, in the order that every list of them has.
+// call(tile) of the plain tile that a variant is, in the order that every list of them has. The
+// one more, kTrio, serves e4m3 outputs alone.
+constexpr int kTrio = 5;
 template <typename Call>
 auto with_plain_tile(int variant, const Call& call) {
   switch (variant) {
@@ -147,8 +155,10 @@ auto with_norm_tile(int variant, const Call& call) {
       return call(NormPingPong64x128{});
     case 3:
       return call(NormPingPong64x256{});
-    default:
+    case 4:
       return call(NormPingPong128x128{});
+    default:
+      return call(NormTrio64x192{});
   }
 }
 

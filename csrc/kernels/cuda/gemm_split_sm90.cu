@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kSplits = Config::kSplits, kStages = Config::kStages;
   constexpr int kColumns = Config::kBoxColumns, kGroups = kColumns / 8;
   extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t base = shared_address(shared);
+  const uint32_t base = same(shared_address(shared));
   const Ring<kStages, Config::kStageBytes> ring{base, base + Config::kBarriersAt};
   const int rank = static_cast<int>(cluster_rank());
   const int warpgroup = threadIdx.x / 128;

@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kFeatures = Config::kFeatures, kTokens = Config::kTokens;
   constexpr int kStages = Config::kStages;
   extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t base = shared_address(shared);
+  const uint32_t base = same(shared_address(shared));
   const Ring<kStages, Config::kStageBytes> ring{base, base + Config::kBarriersAt};
   const int rank = kNorm ? static_cast<int>(cluster_rank()) : 0;
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;

@@ -11,6 +11,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// What is the same in all threads of a warp (or zero in some and positive in the others), in a
+// register that they share: what is computed of such values alone, addresses and matrix
+// descriptors, is computed once a warp then.
+__device__ __forceinline__ int same(int x) { return __reduce_max_sync(0xffffffffu, x); }
+
 // ---- mbarriers
 // -----------------------------------------------------------------------------------
 
@@ -214,10 +219,11 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // Descriptor of an operand tile in shared memory: rows of 128 bytes (64 elements of K), 128-byte
-// swizzle, groups of 8 rows 1,024 bytes apart.
-__device__ __forceinline__ uint64_t operand(uint32_t address) {
-  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) |
-         ((address & 0x3FFFF) >> 4);
+// swizzle, groups of 8 rows 1,024 bytes apart. `offset` bytes further, which cannot carry out of
+// the low word.
+__device__ __forceinline__ uint64_t operand(uint32_t address, int offset = 0) {
+  const uint32_t low = ((address & 0x3FFFF) >> 4 | 1u << 16) + (offset >> 4);
+  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | low;
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
