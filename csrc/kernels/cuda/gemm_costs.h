@@ -57,62 +57,62 @@ struct GemmCosts {
 inline constexpr std::array<GemmCosts, 2> kGemmCosts{{
   {"NVIDIA H100",
    {{  // fixed, round, tokens, block, heavy, gelu
-     {2.51f, 3.2f, 0.0f, 0.3f, 0.0637f, 0.0f},  // fp8 norm ping-pong 128x128
-     {1.93f, 5.22f, 0.0f, 0.43f, 0.0123f, 0.0f},  // fp8 norm ping-pong 128x192
-     {1.73f, 2.08f, 0.0f, 0.181f, 0.00936f, 0.0f},  // fp8 norm ping-pong 64x128
-     {1.31f, 2.93f, 0.0f, 0.265f, 0.0619f, 0.0f},  // fp8 norm ping-pong 64x192
-     {1.76f, 3.37f, 0.0f, 0.359f, 0.094f, 0.0f},  // fp8 norm ping-pong 64x256
-     {1.31f, 2.93f, 0.0f, 0.265f, 0.0619f, 0.0f},  // fp8 norm trio 64x192
-     {2.69f, 0.359f, 0.0f, 0.369f, 0.0543f, 0.696f},  // fp8 ping-pong 128x128
-     {3.14f, 0.547f, 0.0f, 0.52f, 0.0418f, 1.15f},  // fp8 ping-pong 128x192
-     {3.24f, 0.411f, 0.0f, 0.524f, 0.0528f, 1.17f},  // fp8 ping-pong 128x192 alone
-     {2.18f, 0.26f, 0.0f, 0.252f, 0.0275f, 0.233f},  // fp8 ping-pong 64x128
-     {2.01f, 1.0f, 0.0f, 0.344f, 0.0707f, 0.674f},  // fp8 together 128x128
-     {2.69f, 0.359f, 0.0f, 0.369f, 0.0543f, 0.696f},  // fp8 trio 128x128
-     {1.36f, 2.99f, 0.0f, 0.322f, 0.0575f, 0.0f},  // norm ping-pong 128x128
-     {2.39f, 3.16f, 0.0f, 0.476f, 0.0738f, 0.0f},  // norm ping-pong 128x192
-     {2.18f, 1.0f, 0.0f, 0.2f, 0.0887f, 0.0f},  // norm ping-pong 64x128
-     {1.52f, 1.66f, 0.0f, 0.279f, 0.11f, 0.0f},  // norm ping-pong 64x192
-     {1.54f, 1.52f, 0.0f, 0.412f, 0.0822f, 0.0f},  // norm ping-pong 64x256
-     {1.52f, 1.66f, 0.0f, 0.279f, 0.11f, 0.0f},  // norm trio 64x192
-     {2.43f, 0.299f, 0.0f, 0.39f, 0.0537f, 0.58f},  // ping-pong 128x128
-     {2.87f, 0.336f, 0.0f, 0.551f, 0.0396f, 1.03f},  // ping-pong 128x192
-     {2.98f, 0.000495f, 0.0f, 0.562f, 0.0574f, 0.877f},  // ping-pong 128x192 alone
-     {2.02f, 0.185f, 0.0f, 0.262f, 0.147f, 0.376f},  // ping-pong 64x128
-     {2.47f, 0.314f, 0.312f, 0.771f, 0.094f, 0.497f},  // tall
-     {1.59f, 0.0f, 2.88f, 0.644f, 0.122f, 0.0f},  // tall norm
-     {1.66f, 1.01f, 0.0f, 0.363f, 0.097f, 0.621f},  // together 128x128
-     {0.0f, 3.85f, 0.0f, 0.385f, 0.261f, 0.251f},  // together 128x128 / 2
-     {0.0f, 4.15f, 0.0f, 0.358f, 2.98f, 0.123f},  // together 128x128 / 4
+     {2.07f, 3.11f, 0.0f, 0.3f, 0.082f, 0.0f},  // fp8 norm ping-pong 128x128
+     {0.469f, 6.63f, 0.0f, 0.388f, 0.0204f, 0.0f},  // fp8 norm ping-pong 128x192
+     {1.85f, 1.62f, 0.0f, 0.18f, 0.0461f, 0.0f},  // fp8 norm ping-pong 64x128
+     {1.3f, 2.68f, 0.0f, 0.257f, 0.0575f, 0.0f},  // fp8 norm ping-pong 64x192
+     {2.28f, 2.57f, 0.0f, 0.34f, 0.176f, 0.0f},  // fp8 norm ping-pong 64x256
+     {1.66f, 2.26f, 0.0f, 0.262f, 0.0747f, 0.0f},  // fp8 norm trio 64x192
+     {2.83f, 0.203f, 0.0f, 0.351f, 0.0923f, 0.652f},  // fp8 ping-pong 128x128
+     {3.09f, 0.627f, 0.0f, 0.497f, 0.0856f, 0.677f},  // fp8 ping-pong 128x192
+     {3.05f, 0.453f, 0.0f, 0.513f, 0.0657f, 0.854f},  // fp8 ping-pong 128x192 alone
+     {2.12f, 0.242f, 0.0f, 0.247f, 0.0693f, 0.273f},  // fp8 ping-pong 64x128
+     {1.83f, 1.07f, 0.0f, 0.35f, 0.096f, 0.555f},  // fp8 together 128x128
+     {3.41f, 0.404f, 0.0f, 0.306f, 0.0982f, 0.404f},  // fp8 trio 128x128
+     {2.32f, 2.37f, 0.0f, 0.316f, 0.0553f, 0.0f},  // norm ping-pong 128x128
+     {2.95f, 2.88f, 0.0f, 0.492f, 0.0508f, 0.0f},  // norm ping-pong 128x192
+     {2.1f, 1.13f, 0.0f, 0.183f, 0.0991f, 0.0f},  // norm ping-pong 64x128
+     {1.64f, 1.53f, 0.0f, 0.257f, 0.173f, 0.0f},  // norm ping-pong 64x192
+     {1.53f, 1.42f, 0.0f, 0.405f, 0.0878f, 0.0f},  // norm ping-pong 64x256
+     {1.58f, 1.56f, 0.0f, 0.262f, 0.135f, 0.0f},  // norm trio 64x192
+     {2.51f, 0.126f, 0.0f, 0.385f, 0.0346f, 0.685f},  // ping-pong 128x128
+     {2.84f, 0.221f, 0.0f, 0.548f, 0.0311f, 1.24f},  // ping-pong 128x192
+     {2.97f, 0.0f, 0.0f, 0.553f, 0.0559f, 1.01f},  // ping-pong 128x192 alone
+     {1.97f, 0.262f, 0.0f, 0.24f, 0.245f, 0.363f},  // ping-pong 64x128
+     {2.39f, 0.0f, 0.416f, 0.753f, 0.0877f, 0.556f},  // tall
+     {1.37f, 0.0f, 3.05f, 0.575f, 0.14f, 0.0f},  // tall norm
+     {1.78f, 0.884f, 0.0f, 0.363f, 0.0891f, 0.576f},  // together 128x128
+     {0.0925f, 3.7f, 0.0f, 0.381f, 0.34f, 0.318f},  // together 128x128 / 2
+     {0.0128f, 4.15f, 0.0f, 0.376f, 1.77f, 0.0981f},  // together 128x128 / 4
    }},
-   {1.17f, 1.19f, 1.66f, 1.51f, 0.725f, 1.84f},  // tile, split, tall, element, more, partial
-   {1.08f, 0.0f, 0.0f, 2.01f, 0.884f, 0.0f},  // of e4m3 operands
+   {1.22f, 1.14f, 1.51f, 1.65f, 0.858f, 2.2f},  // tile, split, tall, element, more, partial
+   {1.17f, 0.0f, 0.0f, 2.03f, 0.629f, 0.0f},  // of e4m3 operands
    {{  // fixed, gflop, more, element
-     {5.13f, 1.38f, 0.702f, 1.3f},  // cublaslt + activation
-     {3.98f, 1.41f, 0.35f, 0.468f},  // cublaslt
-     {6.01f, 1.76f, 0.492f, 1.88f},  // cublaslt + norm
-     {9.28f, 1.54f, 0.459f, 0.0f},  // cublaslt + norm, large K
+     {5.14f, 1.36f, 0.682f, 1.32f},  // cublaslt + activation
+     {3.99f, 1.4f, 0.282f, 0.474f},  // cublaslt
+     {6.05f, 1.84f, 0.455f, 1.96f},  // cublaslt + norm
+     {9.38f, 1.56f, 0.474f, 0.0f},  // cublaslt + norm, large K
    }}},
   {"NVIDIA H200",
    {{  // fixed, round, tokens, block, heavy, gelu
-     {2.51f, 3.2f, 0.0f, 0.3f, 0.0637f, 0.0f},  // fp8 norm ping-pong 128x128
-     {1.93f, 5.22f, 0.0f, 0.43f, 0.0123f, 0.0f},  // fp8 norm ping-pong 128x192
-     {1.73f, 2.08f, 0.0f, 0.181f, 0.00936f, 0.0f},  // fp8 norm ping-pong 64x128
-     {1.31f, 2.93f, 0.0f, 0.265f, 0.0619f, 0.0f},  // fp8 norm ping-pong 64x192
-     {1.76f, 3.37f, 0.0f, 0.359f, 0.094f, 0.0f},  // fp8 norm ping-pong 64x256
-     {1.31f, 2.93f, 0.0f, 0.265f, 0.0619f, 0.0f},  // fp8 norm trio 64x192
-     {2.69f, 0.359f, 0.0f, 0.369f, 0.0543f, 0.696f},  // fp8 ping-pong 128x128
-     {3.14f, 0.547f, 0.0f, 0.52f, 0.0418f, 1.15f},  // fp8 ping-pong 128x192
-     {3.24f, 0.411f, 0.0f, 0.524f, 0.0528f, 1.17f},  // fp8 ping-pong 128x192 alone
-     {2.18f, 0.26f, 0.0f, 0.252f, 0.0275f, 0.233f},  // fp8 ping-pong 64x128
-     {2.01f, 1.0f, 0.0f, 0.344f, 0.0707f, 0.674f},  // fp8 together 128x128
-     {2.69f, 0.359f, 0.0f, 0.369f, 0.0543f, 0.696f},  // fp8 trio 128x128
+     {2.07f, 3.11f, 0.0f, 0.3f, 0.082f, 0.0f},  // fp8 norm ping-pong 128x128
+     {0.469f, 6.63f, 0.0f, 0.388f, 0.0204f, 0.0f},  // fp8 norm ping-pong 128x192
+     {1.85f, 1.62f, 0.0f, 0.18f, 0.0461f, 0.0f},  // fp8 norm ping-pong 64x128
+     {1.3f, 2.68f, 0.0f, 0.257f, 0.0575f, 0.0f},  // fp8 norm ping-pong 64x192
+     {2.28f, 2.57f, 0.0f, 0.34f, 0.176f, 0.0f},  // fp8 norm ping-pong 64x256
+     {1.66f, 2.26f, 0.0f, 0.262f, 0.0747f, 0.0f},  // fp8 norm trio 64x192
+     {2.83f, 0.203f, 0.0f, 0.351f, 0.0923f, 0.652f},  // fp8 ping-pong 128x128
+     {3.09f, 0.627f, 0.0f, 0.497f, 0.0856f, 0.677f},  // fp8 ping-pong 128x192
+     {3.05f, 0.453f, 0.0f, 0.513f, 0.0657f, 0.854f},  // fp8 ping-pong 128x192 alone
+     {2.12f, 0.242f, 0.0f, 0.247f, 0.0693f, 0.273f},  // fp8 ping-pong 64x128
+     {1.83f, 1.07f, 0.0f, 0.35f, 0.096f, 0.555f},  // fp8 together 128x128
+     {3.41f, 0.404f, 0.0f, 0.306f, 0.0982f, 0.404f},  // fp8 trio 128x128
      {2.6f, 2.5f, 0.0f, 0.292f, 0.032f, 0.0f},  // norm ping-pong 128x128
      {0.0f, 3.8f, 0.0f, 0.467f, 0.164f, 0.0f},  // norm ping-pong 128x192
      {1.8f, 1.2f, 0.0f, 0.207f, 0.158f, 0.0f},  // norm ping-pong 64x128
      {2.6f, 1.2f, 0.0f, 0.237f, 0.287f, 0.0f},  // norm ping-pong 64x192
      {1.5f, 2.9f, 0.0f, 0.319f, 0.097f, 0.0f},  // norm ping-pong 64x256
-     {2.6f, 1.2f, 0.0f, 0.237f, 0.287f, 0.0f},  // norm trio 64x192
+     {1.58f, 1.56f, 0.0f, 0.262f, 0.135f, 0.0f},  // norm trio 64x192
      {2.1f, 0.8f, 0.0f, 0.341f, 0.084f, 0.46f},  // ping-pong 128x128
      {3.0f, 0.1f, 0.0f, 0.521f, 0.026f, 1.3f},  // ping-pong 128x192
      {3.4f, 0.3f, 0.0f, 0.485f, 0.057f, 0.88f},  // ping-pong 128x192 alone
@@ -124,7 +124,7 @@ inline constexpr std::array<GemmCosts, 2> kGemmCosts{{
      {0.0f, 4.2f, 0.0f, 0.385f, 0.0f, 0.2f},  // together 128x128 / 4
    }},
    {2.5f, 1.4f, 1.2f, 1.4f, 0.8f, 1.7f},  // tile, split, tall, element, more, partial
-   {1.08f, 0.0f, 0.0f, 2.01f, 0.884f, 0.0f},  // of e4m3 operands
+   {1.17f, 0.0f, 0.0f, 2.03f, 0.629f, 0.0f},  // of e4m3 operands
    {{  // fixed, gflop, more, element
      {5.0f, 0.81f, 0.38f, 2.1f},  // cublaslt + activation
      {5.0f, 1.42f, 0.24f, 0.0f},  // cublaslt
