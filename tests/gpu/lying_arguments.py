@@ -116,17 +116,26 @@ def attention() -> None:
     """The attention kernels: packed and streaming, with wgmma, mma and neither."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for head_dim in (6, 32, 48, 64, 128):
-            for tokens, longest in ((50, 40), (200, 110), (900, 600)):
-                qkv = torch.randn(tokens, 3 * 2 * head_dim, device="cuda", dtype=dtype)
+            # With 100 heads there are more tiles than run at once, which has a kernel of its own.
+            for tokens, longest, heads in (
+                (50, 40, 2),
+                (200, 110, 2),
+                (900, 600, 2),
+                (200, 110, 100),
+                (900, 600, 100),
+            ):
+                qkv = torch.randn(tokens, 3 * heads * head_dim, device="cuda", dtype=dtype)
 
-                for distance in (None, 40):
-                    bias = None if distance is None else relative_bias(2, distance, dtype)
+                for distance in (None, 40) if heads == 2 else (None,):
+                    bias = None if distance is None else relative_bias(heads, distance, dtype)
 
-                    def call(cu: Tensor, most: int, given: tuple[Any, ...] = (qkv, bias)) -> Tensor:
-                        out: Tensor = ops.varlen_attention(given[0], cu, most, 2, given[1])
+                    def call(
+                        cu: Tensor, most: int, given: tuple[Any, ...] = (qkv, heads, bias)
+                    ) -> Tensor:
+                        out: Tensor = ops.varlen_attention(given[0], cu, most, *given[1:])
                         return out
 
-                    what = f"attention {dtype} {head_dim} {tokens} {distance}"
+                    what = f"attention {dtype} {head_dim} {tokens} {heads} {distance}"
                     spoilt(what, call, tokens, longest)
                     stray(what, call, tokens, longest)
                     tail = call(bounds([0, tokens // 2]), longest)[tokens // 2 :]

@@ -93,8 +93,8 @@ def test_tiles_of_e4m3_operands_choose_better_by_their_own_costs(cards: list[Car
         return alone, stacks
 
     (alone, stacks), (alone_borrowed, stacks_borrowed) = lost(own), lost(borrowed)
-    assert 0 < alone < alone_borrowed
-    assert 0 < stacks < 0.9 * stacks_borrowed
+    assert 0 < alone < 0.9 * alone_borrowed
+    assert 0 < stacks < 0.7 * stacks_borrowed
 
 
 def test_a_stack_moves_costs_that_times_alone_leave_open() -> None:

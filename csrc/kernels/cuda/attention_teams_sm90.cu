@@ -8,6 +8,7 @@
 // of a block and the scores of the next are in flight together.
 
 #include <algorithm>
+#include <climits>
 
 #include "kernels/cuda/attention_sm90.cuh"
 
@@ -180,14 +181,14 @@ __device__ __forceinline__ void fetch_tiles(const CUtensorMap* map,
 // The tile that was fetched for this team. The lane that will tell the fetcher that it may write
 // the next one reads it: of the others racecheck does not see that they have read before.
 __device__ __forceinline__ AttentionTile fetched_tile(uint32_t work, int* head) {
-  AttentionTile tile{};
-  uint32_t its_head = 0;
+  AttentionTile tile{INT_MIN, INT_MIN, INT_MIN, INT_MIN};
+  int its_head = INT_MIN;
   if (threadIdx.x % 32 == 0) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(tile.begin), "=r"(tile.rows), "=r"(tile.kv_begin), "=r"(tile.kv_len)
                  : "r"(work)
                  : "memory");
-    its_head = load_shared(work + 16);
+    its_head = static_cast<int>(load_shared(work + 16));
   }
   *head = same(its_head);
   return {same(tile.begin), same(tile.rows), same(tile.kv_begin), same(tile.kv_len)};

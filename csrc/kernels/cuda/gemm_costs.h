@@ -57,18 +57,18 @@ struct GemmCosts {
 inline constexpr std::array<GemmCosts, 2> kGemmCosts{{
   {"NVIDIA H100",
    {{  // fixed, round, tokens, block, heavy, gelu
-     {2.07f, 3.11f, 0.0f, 0.3f, 0.082f, 0.0f},  // fp8 norm ping-pong 128x128
-     {0.469f, 6.63f, 0.0f, 0.388f, 0.0204f, 0.0f},  // fp8 norm ping-pong 128x192
-     {1.85f, 1.62f, 0.0f, 0.18f, 0.0461f, 0.0f},  // fp8 norm ping-pong 64x128
-     {1.3f, 2.68f, 0.0f, 0.257f, 0.0575f, 0.0f},  // fp8 norm ping-pong 64x192
-     {2.28f, 2.57f, 0.0f, 0.34f, 0.176f, 0.0f},  // fp8 norm ping-pong 64x256
-     {1.66f, 2.26f, 0.0f, 0.262f, 0.0747f, 0.0f},  // fp8 norm trio 64x192
-     {2.83f, 0.203f, 0.0f, 0.351f, 0.0923f, 0.652f},  // fp8 ping-pong 128x128
-     {3.09f, 0.627f, 0.0f, 0.497f, 0.0856f, 0.677f},  // fp8 ping-pong 128x192
-     {3.05f, 0.453f, 0.0f, 0.513f, 0.0657f, 0.854f},  // fp8 ping-pong 128x192 alone
-     {2.12f, 0.242f, 0.0f, 0.247f, 0.0693f, 0.273f},  // fp8 ping-pong 64x128
-     {1.83f, 1.07f, 0.0f, 0.35f, 0.096f, 0.555f},  // fp8 together 128x128
-     {3.41f, 0.404f, 0.0f, 0.306f, 0.0982f, 0.404f},  // fp8 trio 128x128
+     {2.09f, 3.21f, 0.0f, 0.299f, 0.0587f, 0.0f},  // fp8 norm ping-pong 128x128
+     {1.99f, 5.89f, 0.0f, 0.406f, 0.00882f, 0.0f},  // fp8 norm ping-pong 128x192
+     {1.74f, 1.79f, 0.0f, 0.177f, 0.03f, 0.0f},  // fp8 norm ping-pong 64x128
+     {1.31f, 2.59f, 0.0f, 0.256f, 0.0701f, 0.0f},  // fp8 norm ping-pong 64x192
+     {1.79f, 2.97f, 0.0f, 0.343f, 0.127f, 0.0f},  // fp8 norm ping-pong 64x256
+     {1.8f, 2.23f, 0.0f, 0.251f, 0.092f, 0.0f},  // fp8 norm trio 64x192
+     {2.69f, 0.435f, 0.0f, 0.349f, 0.0699f, 0.546f},  // fp8 ping-pong 128x128
+     {2.96f, 0.747f, 0.0f, 0.492f, 0.0653f, 0.72f},  // fp8 ping-pong 128x192
+     {2.91f, 0.601f, 0.0f, 0.504f, 0.0539f, 0.865f},  // fp8 ping-pong 128x192 alone
+     {2.09f, 0.291f, 0.0f, 0.244f, 0.0471f, 0.233f},  // fp8 ping-pong 64x128
+     {1.84f, 1.1f, 0.0f, 0.346f, 0.0711f, 0.547f},  // fp8 together 128x128
+     {3.29f, 0.465f, 0.0f, 0.3f, 0.0639f, 0.465f},  // fp8 trio 128x128
      {2.32f, 2.37f, 0.0f, 0.316f, 0.0553f, 0.0f},  // norm ping-pong 128x128
      {2.95f, 2.88f, 0.0f, 0.492f, 0.0508f, 0.0f},  // norm ping-pong 128x192
      {2.1f, 1.13f, 0.0f, 0.183f, 0.0991f, 0.0f},  // norm ping-pong 64x128
@@ -86,7 +86,7 @@ inline constexpr std::array<GemmCosts, 2> kGemmCosts{{
      {0.0128f, 4.15f, 0.0f, 0.376f, 1.77f, 0.0981f},  // together 128x128 / 4
    }},
    {1.22f, 1.14f, 1.51f, 1.65f, 0.858f, 2.2f},  // tile, split, tall, element, more, partial
-   {1.17f, 0.0f, 0.0f, 2.03f, 0.629f, 0.0f},  // of e4m3 operands
+   {1.21f, 0.0f, 0.0f, 2.02f, 0.801f, 0.0f},  // of e4m3 operands
    {{  // fixed, gflop, more, element
      {5.14f, 1.36f, 0.682f, 1.32f},  // cublaslt + activation
      {3.99f, 1.4f, 0.282f, 0.474f},  // cublaslt
@@ -95,18 +95,18 @@ inline constexpr std::array<GemmCosts, 2> kGemmCosts{{
    }}},
   {"NVIDIA H200",
    {{  // fixed, round, tokens, block, heavy, gelu
-     {2.07f, 3.11f, 0.0f, 0.3f, 0.082f, 0.0f},  // fp8 norm ping-pong 128x128
-     {0.469f, 6.63f, 0.0f, 0.388f, 0.0204f, 0.0f},  // fp8 norm ping-pong 128x192
-     {1.85f, 1.62f, 0.0f, 0.18f, 0.0461f, 0.0f},  // fp8 norm ping-pong 64x128
-     {1.3f, 2.68f, 0.0f, 0.257f, 0.0575f, 0.0f},  // fp8 norm ping-pong 64x192
-     {2.28f, 2.57f, 0.0f, 0.34f, 0.176f, 0.0f},  // fp8 norm ping-pong 64x256
-     {1.66f, 2.26f, 0.0f, 0.262f, 0.0747f, 0.0f},  // fp8 norm trio 64x192
-     {2.83f, 0.203f, 0.0f, 0.351f, 0.0923f, 0.652f},  // fp8 ping-pong 128x128
-     {3.09f, 0.627f, 0.0f, 0.497f, 0.0856f, 0.677f},  // fp8 ping-pong 128x192
-     {3.05f, 0.453f, 0.0f, 0.513f, 0.0657f, 0.854f},  // fp8 ping-pong 128x192 alone
-     {2.12f, 0.242f, 0.0f, 0.247f, 0.0693f, 0.273f},  // fp8 ping-pong 64x128
-     {1.83f, 1.07f, 0.0f, 0.35f, 0.096f, 0.555f},  // fp8 together 128x128
-     {3.41f, 0.404f, 0.0f, 0.306f, 0.0982f, 0.404f},  // fp8 trio 128x128
+     {2.09f, 3.21f, 0.0f, 0.299f, 0.0587f, 0.0f},  // fp8 norm ping-pong 128x128
+     {1.99f, 5.89f, 0.0f, 0.406f, 0.00882f, 0.0f},  // fp8 norm ping-pong 128x192
+     {1.74f, 1.79f, 0.0f, 0.177f, 0.03f, 0.0f},  // fp8 norm ping-pong 64x128
+     {1.31f, 2.59f, 0.0f, 0.256f, 0.0701f, 0.0f},  // fp8 norm ping-pong 64x192
+     {1.79f, 2.97f, 0.0f, 0.343f, 0.127f, 0.0f},  // fp8 norm ping-pong 64x256
+     {1.8f, 2.23f, 0.0f, 0.251f, 0.092f, 0.0f},  // fp8 norm trio 64x192
+     {2.69f, 0.435f, 0.0f, 0.349f, 0.0699f, 0.546f},  // fp8 ping-pong 128x128
+     {2.96f, 0.747f, 0.0f, 0.492f, 0.0653f, 0.72f},  // fp8 ping-pong 128x192
+     {2.91f, 0.601f, 0.0f, 0.504f, 0.0539f, 0.865f},  // fp8 ping-pong 128x192 alone
+     {2.09f, 0.291f, 0.0f, 0.244f, 0.0471f, 0.233f},  // fp8 ping-pong 64x128
+     {1.84f, 1.1f, 0.0f, 0.346f, 0.0711f, 0.547f},  // fp8 together 128x128
+     {3.29f, 0.465f, 0.0f, 0.3f, 0.0639f, 0.465f},  // fp8 trio 128x128
      {2.6f, 2.5f, 0.0f, 0.292f, 0.032f, 0.0f},  // norm ping-pong 128x128
      {0.0f, 3.8f, 0.0f, 0.467f, 0.164f, 0.0f},  // norm ping-pong 128x192
      {1.8f, 1.2f, 0.0f, 0.207f, 0.158f, 0.0f},  // norm ping-pong 64x128
@@ -124,7 +124,7 @@ inline constexpr std::array<GemmCosts, 2> kGemmCosts{{
      {0.0f, 4.2f, 0.0f, 0.385f, 0.0f, 0.2f},  // together 128x128 / 4
    }},
    {2.5f, 1.4f, 1.2f, 1.4f, 0.8f, 1.7f},  // tile, split, tall, element, more, partial
-   {1.17f, 0.0f, 0.0f, 2.03f, 0.629f, 0.0f},  // of e4m3 operands
+   {1.21f, 0.0f, 0.0f, 2.02f, 0.801f, 0.0f},  // of e4m3 operands
    {{  // fixed, gflop, more, element
      {5.0f, 0.81f, 0.38f, 2.1f},  // cublaslt + activation
      {5.0f, 1.42f, 0.24f, 0.0f},  // cublaslt

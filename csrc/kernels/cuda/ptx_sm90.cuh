@@ -11,9 +11,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// What is the same in all threads of a warp (or zero in some and positive in the others), in a
-// register that they share: what is computed of such values alone, addresses and matrix
-// descriptors, is computed once a warp then.
+// What is the same in all threads of a warp (or INT_MIN in some of them), in a register that they
+// share: what is computed of such values alone, addresses and matrix descriptors, is computed once
+// a warp then.
 __device__ __forceinline__ int same(int x) { return __reduce_max_sync(0xffffffffu, x); }
 
 // ---- mbarriers
