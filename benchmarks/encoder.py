@@ -126,6 +126,18 @@ def lengths_like(mix: str, batch: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(every[places])
 
 
+def workloads(wanted: list[str], family: str = "") -> list[tuple[str, str, np.ndarray]]:
+    """Name, size and lengths `[batch]` of every CUDA row whose name contains a wanted text."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for size, kind, batch, longest in CUDA_ROWS:
+        lengths = draw_lengths(kind, batch, longest, rng)  # also for rows that are left out
+        name = f"{family}{size} {kind} b{batch} s{longest}"
+        if not wanted or any(part in name for part in wanted):
+            rows.append((name, size, lengths))
+    return rows
+
+
 class Batch:
     """One ragged batch, padded and packed."""
 
@@ -889,13 +901,8 @@ def cuda_row(
 
 def cuda_rows(arguments: argparse.Namespace, save: Callable[[list[Any]], None]) -> list[Any]:
     """Every selected workload; saved after each, so that a stop loses nothing."""
-    rng = np.random.default_rng(0)
     rows = []
-    for model, kind, count, longest in CUDA_ROWS:
-        lengths = draw_lengths(kind, count, longest, rng)  # also for rows that are left out
-        name = f"{named(arguments.family)}{model} {kind} b{count} s{longest}"
-        if arguments.rows and not any(part in name for part in arguments.rows):
-            continue
+    for name, model, lengths in workloads(arguments.rows, named(arguments.family)):
         # no_grad, not inference_mode: torch.compile reuses what the eager columns made.
         with torch.no_grad(), quiet():
             row = cuda_row(name, MODELS[model], Batch(lengths, "cuda"), arguments)

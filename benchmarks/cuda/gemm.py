@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,42 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from encoder import workloads
+
 SIZES = {"base": (12, 768, 3072, 12), "large": (24, 1024, 4096, 16)}
-# The rows of the encoder benchmark, in the order that fixes their random lengths.
-WORKLOADS: list[tuple[str, tuple[str, int, int]]] = [
-    ("base", ("fixed", 1, 32)),
-    ("base", ("fixed", 1, 128)),
-    ("base", ("fixed", 8, 128)),
-    ("base", ("fixed", 1, 384)),
-    ("base", ("fixed", 32, 128)),
-    ("base", ("ragged", 16, 64)),
-    ("base", ("ragged", 16, 128)),
-    ("base", ("ragged", 16, 256)),
-    ("base", ("ragged", 16, 512)),
-    ("base", ("ragged", 64, 128)),
-    ("base", ("ragged", 128, 128)),
-    ("base", ("ragged", 64, 384)),
-    ("base", ("ragged", 256, 384)),
-    ("large", ("fixed", 1, 128)),
-    ("large", ("ragged", 64, 384)),
-]
 EPS = 1e-12
-
-
-def workloads(wanted: list[str]) -> list[tuple[str, str, np.ndarray]]:
-    """(name, size, lengths [B]) of every workload whose name contains a wanted text."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for size, (kind, batch, longest) in WORKLOADS:
-        if kind == "fixed":
-            lengths = np.full(batch, longest)
-        else:
-            lengths = rng.integers(int(0.2 * longest), longest + 1, size=batch)
-            lengths[0] = longest
-        name = f"{size} {kind} b{batch} s{longest}"
-        if not wanted or any(w in name for w in wanted):
-            rows.append((name, size, lengths))
-    return rows
 
 
 def graphed(body: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -25,8 +25,8 @@ from ft_handler.model.spec import EncoderSpec
 from ft_handler.tuning import table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from encoder import Run, cuda_times, graphed, kernel_profile
-from gemm import SIZES, workloads
+from encoder import Run, cuda_times, graphed, kernel_profile, workloads
+from gemm import SIZES
 from provenance import provenance
 
 ROWS = ["base fixed b1 s128", "base fixed b8 s128", "base fixed b32 s128", "base ragged b64 s384"]

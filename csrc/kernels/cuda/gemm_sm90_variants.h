@@ -113,8 +113,10 @@ using PingPong128x192Alone = GemmConfig<128, 192, 4, 2, 1, false, false>;
 using PingPong128x128 = GemmConfig<128, 128, 5, 2, 2, false, false>;
 using PingPong64x128 = GemmConfig<64, 128, 6, 2, 1, false, false>;
 using Together128x128 = GemmConfig<128, 128, 6, 2, 1, true, false>;
-// Of e4m3 outputs alone, whose epilogue takes longer than their product.
+// Of e4m3 outputs alone, whose epilogue takes longer than their product; kTrio: its place among the
+// plain tiles.
 using Trio128x128 = GemmConfig<128, 128, 5, 2, 2, false, false, 3, 64>;
+constexpr int kTrio = 5;
 using Together128x128Split2 = SplitConfig<2>;
 using Together128x128Split4 = SplitConfig<4>;
 using NormPingPong128x192 = GemmConfig<128, 192, 4, 1, 4, false, true>;
@@ -124,9 +126,8 @@ using NormPingPong64x256 = GemmConfig<64, 256, 4, 2, 4, false, true>;
 using NormPingPong128x128 = GemmConfig<128, 128, 5, 1, 8, false, true>;
 using NormTrio64x192 = GemmConfig<64, 192, 5, 2, 4, false, true, 3>;
 
-// call(tile) of the plain tile that a variant is, in the order that every list of them has. The
-// one more, kTrio, serves e4m3 outputs alone.
-constexpr int kTrio = 5;
+// call(tile) of the plain tile that a variant is, in the order that every list of them has; of all
+// but kTrio.
 template <typename Call>
 auto with_plain_tile(int variant, const Call& call) {
   switch (variant) {
