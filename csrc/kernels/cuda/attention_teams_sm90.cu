@@ -492,7 +492,7 @@ __global__ void __launch_bounds__(Teams<kDim, kGroups>::kThreads, 1)
   __syncthreads();
   if (fetcher >= 0) {
     give_registers<L::kFetchRegisters>();
-    if (fetcher < teams && threadIdx.x % 32 == 0) {
+    if (fetcher < teams && elected()) {
       fetch_tiles<L, kDim, kGroups>(&map, arguments, TeamMemory<L>(base, fetcher),
                                     gridDim.x * teams, index, tile);
     }

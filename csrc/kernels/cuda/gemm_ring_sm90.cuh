@@ -60,13 +60,15 @@ struct Pieces {
 template <typename Begin, typename End>
 Pieces(int, int, int, Begin, End) -> Pieces<Begin, End>;
 
-// The producer thread: load_weight(piece, block, stage) and load_input(piece, block, stage) for all
-// blocks of all pieces. Weights need no predecessor: the first ring of them is fetched before the
-// wait for the kernels before this one.
+// The producer, one thread of those that call it, the block's first warpgroup:
+// load_weight(piece, block, stage) and load_input(piece, block, stage) for all blocks of all
+// pieces. Weights need no predecessor: the first ring of them is fetched before the wait for the
+// kernels before this one.
 template <typename Ring, typename Pieces, typename LoadWeight, typename LoadInput>
 __device__ __forceinline__ void produce(const Ring& ring, const Pieces& pieces,
                                         const LoadWeight& load_weight,
                                         const LoadInput& load_input) {
+  if (same(threadIdx.x / 32) != 0 || !elected()) return;
   const int first = pieces.first;
   int ahead =
       first < pieces.end ? min(Ring::kStages, pieces.end_of(first) - pieces.begin_of(first)) : 0;

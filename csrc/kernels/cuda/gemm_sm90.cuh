@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = same(shared_address(shared));
   const Ring<kStages, Config::kStageBytes> ring{base, base + Config::kBarriersAt};
-  const int rank = kCluster == 1 ? 0 : static_cast<int>(cluster_rank());
+  const int rank = kCluster == 1 ? 0 : same(static_cast<int>(cluster_rank()));
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
   const int warpgroup = threadIdx.x / 128;
 
@@ -72,33 +72,31 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   if (warpgroup == 0) {
     give_registers<24>();
-    if (threadIdx.x == 0) {
-      constexpr uint16_t kEveryone = (1u << kCluster) - 1;
-      const auto load_weight = [&](int tile, int block, int stage) {
-        const uint32_t to = ring.stage(stage) + Config::kInputBytes;
-        if constexpr (kNorm || kCluster == 1) {
-          load_box(to, &weight_map, block * kBlockK, column_of(tile), ring.full(stage));
-        } else {
-          load_box_multicast(to + rank * (Config::kWeightBytes / kCluster), &weight_map,
-                             block * kBlockK, column_of(tile) + rank * (kN / kCluster),
+    constexpr uint16_t kEveryone = (1u << kCluster) - 1;
+    const auto load_weight = [&](int tile, int block, int stage) {
+      const uint32_t to = ring.stage(stage) + Config::kInputBytes;
+      if constexpr (kNorm || kCluster == 1) {
+        load_box(to, &weight_map, block * kBlockK, column_of(tile), ring.full(stage));
+      } else {
+        load_box_multicast(to + rank * (Config::kWeightBytes / kCluster), &weight_map,
+                           block * kBlockK, column_of(tile) + rank * (kN / kCluster),
+                           ring.full(stage), kEveryone);
+      }
+    };
+    const auto load_input = [&](int tile, int block, int stage) {
+      const uint32_t to = ring.stage(stage);
+      if constexpr (kNorm) {
+        if (rank < Config::kSharers)
+          load_box_multicast(to + rank * (Config::kInputBytes / Config::kSharers), &input_map,
+                             block * kBlockK, row_of(tile) + rank * (kM / Config::kSharers),
                              ring.full(stage), kEveryone);
-        }
-      };
-      const auto load_input = [&](int tile, int block, int stage) {
-        const uint32_t to = ring.stage(stage);
-        if constexpr (kNorm) {
-          if (rank < Config::kSharers)
-            load_box_multicast(to + rank * (Config::kInputBytes / Config::kSharers), &input_map,
-                               block * kBlockK, row_of(tile) + rank * (kM / Config::kSharers),
-                               ring.full(stage), kEveryone);
-        } else {
-          load_box(to, &input_map, block * kBlockK, row_of(tile), ring.full(stage));
-        }
-      };
-      const Pieces tiles{cluster, p.cluster_tiles, clusters, [](int) { return 0; },
-                         [&](int) { return p.k_blocks; }};
-      produce(ring, tiles, load_weight, load_input);
-    }
+      } else {
+        load_box(to, &input_map, block * kBlockK, row_of(tile), ring.full(stage));
+      }
+    };
+    const Pieces tiles{cluster, p.cluster_tiles, clusters, [](int) { return 0; },
+                       [&](int) { return p.k_blocks; }};
+    produce(ring, tiles, load_weight, load_input);
   } else {
     take_registers<Config::kRegisters>();
     wait_for_predecessors();

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = same(shared_address(shared));
   const Ring<kStages, Config::kStageBytes> ring{base, base + Config::kBarriersAt};
-  const int rank = static_cast<int>(cluster_rank());
+  const int rank = same(static_cast<int>(cluster_rank()));
   const int warpgroup = threadIdx.x / 128;
 
   if (threadIdx.x == 0) {
@@ -96,18 +96,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   if (warpgroup == 0) {
     give_registers<24>();
-    if (threadIdx.x == 0) {
-      const Pieces part{0, 1, 1, [&](int) { return begin; }, [&](int) { return end; }};
-      produce(
-          ring, part,
-          [&](int, int block, int stage) {
-            load_box(ring.stage(stage) + Config::kInputBytes, &weight_map, block * 64, column,
-                     ring.full(stage));
-          },
-          [&](int, int block, int stage) {
-            load_box(ring.stage(stage), &input_map, block * 64, row, ring.full(stage));
-          });
-    }
+    const Pieces part{0, 1, 1, [&](int) { return begin; }, [&](int) { return end; }};
+    produce(
+        ring, part,
+        [&](int, int block, int stage) {
+          load_box(ring.stage(stage) + Config::kInputBytes, &weight_map, block * 64, column,
+                   ring.full(stage));
+        },
+        [&](int, int block, int stage) {
+          load_box(ring.stage(stage), &input_map, block * 64, row, ring.full(stage));
+        });
   } else {
     take_registers<240>();
     const Consumer me = this_consumer();

@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = same(shared_address(shared));
   const Ring<kStages, Config::kStageBytes> ring{base, base + Config::kBarriersAt};
-  const int rank = kNorm ? static_cast<int>(cluster_rank()) : 0;
+  const int rank = kNorm ? same(static_cast<int>(cluster_rank())) : 0;
   const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
   const int warpgroup = threadIdx.x / 128;
 
@@ -298,19 +298,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   if (warpgroup == 0) {
     give_registers<24>();
-    if (threadIdx.x == 0) {
-      const Pieces items{cluster, p.items, clusters, first_block, end_block};
-      produce(
-          ring, items,
-          [&](int item, int block, int stage) {
-            load_box(ring.stage(stage), &weight_map, block * 64, feature_of(item),
-                     ring.full(stage));
-          },
-          [&](int item, int block, int stage) {
-            load_box(ring.stage(stage) + Config::kWeightBytes, &input_map, block * 64,
-                     token_of(item), ring.full(stage));
-          });
-    }
+    const Pieces items{cluster, p.items, clusters, first_block, end_block};
+    produce(
+        ring, items,
+        [&](int item, int block, int stage) {
+          load_box(ring.stage(stage), &weight_map, block * 64, feature_of(item), ring.full(stage));
+        },
+        [&](int item, int block, int stage) {
+          load_box(ring.stage(stage) + Config::kWeightBytes, &input_map, block * 64, token_of(item),
+                   ring.full(stage));
+        });
   } else {
     take_registers<240>();
     wait_for_predecessors();

@@ -16,6 +16,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // a warp then.
 __device__ __forceinline__ int same(int x) { return __reduce_max_sync(0xffffffffu, x); }
 
+// True in one lane of a warp, all of which have to be here. The compiler takes what stands under it
+// for one thread's, and computes its addresses in registers that the warp shares.
+__device__ __forceinline__ bool elected() {
+  uint32_t chosen;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}\n"
+               : "=r"(chosen));
+  return chosen != 0;
+}
+
 // ---- mbarriers
 // -----------------------------------------------------------------------------------
 
