@@ -64,6 +64,8 @@ def answer(arguments: argparse.Namespace) -> None:
                 encoders[size, dtype] = random_encoder(
                     hidden, inner, heads, layers, dtype, arguments.device
                 )
+                # A tuner's encoder, which never takes the kernels for few tokens: as others do.
+                encoders[size, dtype].configure("")
 
             def run(
                 encoder: Any = encoders[size, dtype],
