@@ -1,14 +1,15 @@
 """Time of each stage of the request path, with the real encoder or with one that costs nothing.
 
     python benchmarks/stages.py --model DIR [--batch 32] [--engine real|replay|device|instant]
-        [--form text|json|parsed] [--bodies FILE]
+        [--device cpu|cuda] [--least-part BYTES] [--form text|json|parsed] [--bodies FILE]
 
 DIR is what `ft-handler trace` wrote. The texts are the SST-2 sentences or SQuAD questions of
 FT_HANDLER_SHARED, else random words of typical lengths; `--bodies` takes a file of them, one a
 line, as `serving.make_bodies` writes it. `device` replays logits, but only when a device that
 works beside the host would have them; "compute" is then the time spent waiting for it. `instant`
 gives random logits at once, to batches in parts as on a GPU, whatever the model computes: it shows
-the host's work alone, on any machine, with a model of any size. `parsed` hands JSON over as a
+the host's work alone, on any machine, with a model of any size. `real` computes, on a GPU with
+`--device cuda`, where `--least-part` bounds the parts of a batch. `parsed` hands JSON over as a
 server's worker does that has parsed it. Prints microseconds a request, wall time by stage and the
 processor's time of the whole, and the share of the batch's time; `--output` writes JSON.
 """
@@ -30,11 +31,12 @@ import numpy as np
 import torch
 
 from ft_handler import load_model, tasks
-from ft_handler.config import RawSettings
+from ft_handler.config import CoreSettings, RawSettings
 from ft_handler.engine.base import Done, Engine
-from ft_handler.engine.cpu import CpuEngine
+from ft_handler.engine.select import engine_for
+from ft_handler.request.overlap import LEAST_PART_BYTES
 from ft_handler.request.pipeline import Pipeline
-from ft_handler.runtime import loaded_of, settle
+from ft_handler.runtime import load_gemm_plans, loaded_of, settle
 from ft_handler.servers.torchserve.adapter import incoming
 from ft_handler.stats import STAGES, BatchStats
 from ft_handler.types import Floats, PackedBatch
@@ -167,6 +169,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=27)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engine", choices=ENGINES, default="real")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of `real`")
+    parser.add_argument("--least-part", type=int, default=LEAST_PART_BYTES, help="bytes of text")
     parser.add_argument("--device-us", type=float, default=220, help="of `device`, a launch")
     parser.add_argument("--device-ns", type=float, default=325, help="of `device`, a token")
     parser.add_argument("--bodies", type=Path, help="texts, or JSON objects, one a line")
@@ -176,8 +180,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = load_model(args.model / "traced_model.pt")
-    engine: Engine = CpuEngine(model)
+    device = torch.device(args.device)
+    model = load_model(args.model / "traced_model.pt", device)
+    if args.device == "cuda":
+        load_gemm_plans(args.model, device)
+    engine = engine_for(
+        model, device, max_tokens=CoreSettings().max_batch_tokens, max_sequences=args.batch
+    )
     if args.engine == "instant":
         per_token = tasks.get(model.info.mode).per_token
         engine = InstantEngine(model.info.num_labels, per_token)
@@ -212,6 +221,7 @@ def main() -> None:
             settled.core,
             max_positions=model.info.max_positions,
             model={"model_name": "model"},
+            least_part=args.least_part,
         )
 
     # A new pipeline meets every text for the first time; of several, the best pass of each batch.

@@ -21,6 +21,7 @@ from ft_handler.errors import ConfigError, EngineError, EnvironmentProblem
 from ft_handler.files import GEMM_TABLE, LABELS_FILE, OLDER_CONFIG_FILE
 from ft_handler.model.bundle import load_model, read_info, read_tokenizer
 from ft_handler.model.info import ModelInfo
+from ft_handler.request.overlap import LEAST_PART_BYTES, PART_SECONDS, least_part
 from ft_handler.request.pipeline import Pipeline
 from ft_handler.request.spans import Spans
 from ft_handler.request.work import bounds_of, tokens_in
@@ -32,6 +33,10 @@ from ft_handler.text.tokenizer import load_tokenizer
 from ft_handler.types import Incoming, Reply
 
 logger = logging.getLogger(__name__)
+
+#: What a device is timed over, to know how large parts of a batch are worth a launch: sequences of
+#: a usual length, as many tokens as a part has on a fast GPU.
+_TIMED_LENGTH, _TIMED_TOKENS = 128, 4096
 
 
 @dataclass(frozen=True)
@@ -149,13 +154,20 @@ def open_model(
     if core.warmup:
         logger.info("warm-up: %s", json.dumps(engine.warm_up()))
 
-    def measure(seconds: float) -> int:
-        return tokens_in(seconds, engine, runner.longest, info.vocab_size, time.perf_counter)
+    def measure(seconds: float, longest: int = runner.longest, sequences: int = 1) -> int:
+        return tokens_in(seconds, engine, longest, info.vocab_size, time.perf_counter, sequences)
 
     bounds = bounds_of(core, answer_within, measure)
     logger.info(
         "tokens at most: %s of a request, %s of what comes together", bounds.request, bounds.batch
     )
+
+    part = LEAST_PART_BYTES
+    if core.warmup and engine.overlaps:
+        length = min(_TIMED_LENGTH, runner.longest)
+        count = max(1, min(_TIMED_TOKENS, core.max_batch_tokens) // length)
+        part = least_part(measure(PART_SECONDS, length, count))
+        logger.info("a large batch goes in parts of at least %d bytes of text", part)
 
     def pipeline_of(
         task: AnyTask, runner: Runner[Any, Any, Any], operation: str
@@ -168,6 +180,7 @@ def open_model(
             max_positions=info.max_positions,
             model=names,
             bounds=bounds,
+            least_part=part,
             most_bytes=most_bytes,
             spans=None if tracer is None else Spans(tracer, operation, names),
         )

@@ -11,10 +11,20 @@ from typing import Any, Protocol, TypeVar
 
 from ft_handler.types import InputT, Item
 
-#: A batch goes in at most so many parts, of at least so many bytes of text (some 2,500 tokens in
-#: most languages): smaller launches would use a GPU badly.
+#: A batch goes in at most so many parts.
 MOST_PARTS = 3
+#: What the host does once a part, half a millisecond, is lost where the device is done too soon: a
+#: part is to keep it at work for so long.
+PART_SECONDS = 1.25e-3
+#: And a part has at least so many bytes of text, some 2,500 tokens in most languages: smaller
+#: launches would use a GPU badly.
 LEAST_PART_BYTES = 12_000
+_BYTES_A_TOKEN = 4.8
+
+
+def least_part(tokens: int) -> int:
+    """Bytes of text that a part has at least where the device needs `tokens` for PART_SECONDS."""
+    return max(LEAST_PART_BYTES, int(_BYTES_A_TOKEN * tokens))
 
 
 def text_bytes(item: Item[Any]) -> int:
@@ -22,11 +32,13 @@ def text_bytes(item: Item[Any]) -> int:
     return sum([len(t) if t.isascii() else len(t.encode()) for t in item.input.texts])
 
 
-def parts_of(items: Sequence[Item[InputT]]) -> list[list[Item[InputT]]]:
-    """Neighbouring items in parts of similar size, each worth a launch of its own."""
+def parts_of(
+    items: Sequence[Item[InputT]], least_bytes: int = LEAST_PART_BYTES
+) -> list[list[Item[InputT]]]:
+    """Neighbouring items in parts of similar size, of `least_bytes` of text and more."""
     sizes = [text_bytes(item) for item in items]
     total = sum(sizes)
-    count = min(MOST_PARTS, total // LEAST_PART_BYTES)
+    count = min(MOST_PARTS, total // least_bytes)
     if count < 2:
         return [list(items)]
     parts: list[list[Item[InputT]]] = [[] for _ in range(count)]

@@ -33,7 +33,7 @@ from ft_handler.request.documents import Decoder, Limits
 from ft_handler.request.failures import log_failure
 from ft_handler.request.flight import Flight
 from ft_handler.request.forms import TRUNCATED
-from ft_handler.request.overlap import overlapped, parts_of
+from ft_handler.request.overlap import LEAST_PART_BYTES, overlapped, parts_of
 from ft_handler.request.replies import assemble, encoded, outcome
 from ft_handler.request.spans import Spans
 from ft_handler.request.tracing import Journal
@@ -64,6 +64,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
     max_positions positions of the model
     model         its name and version, for Open Inference answers
     bounds        how much a request, and what comes together, may ask for
+    least_part    bytes of text that a part of a batch has at least, on a device that overlaps
     most_bytes    of one reply's body; None is no bound
     spans         where requests' spans are written, if anywhere
     clock         seconds, for the figures and the bounds
@@ -79,6 +80,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         max_positions: int,
         model: Mapping[str, str],
         bounds: Bounds = NO_BOUNDS,
+        least_part: int = LEAST_PART_BYTES,
         most_bytes: int | None = None,
         spans: Spans | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -88,6 +90,7 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         self._engine = engine
         self._per_token = task.per_token
         self._clock, self._bounds, self._most_bytes = clock, bounds, most_bytes
+        self._least_part = least_part
         self._spans, self._timing = spans, settings.server_timing
         self._max_batch_tokens = settings.max_batch_tokens
         edges = settings.length_buckets
@@ -175,7 +178,8 @@ class Pipeline(Generic[InputT, ParamsT, EncodingT]):
         journal: Journal,
     ) -> None:
         """Give every item its result, or its request the error that refuses it as a whole."""
-        parts = parts_of(items) if self._engine.overlaps else [list(items)]
+        overlaps = self._engine.overlaps
+        parts = parts_of(items, self._least_part) if overlaps else [list(items)]
         work: Work[EncodingT] = Work(bounds, self._clock)
         lengths: list[int] = []
 

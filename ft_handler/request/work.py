@@ -58,19 +58,25 @@ NO_BOUNDS = Bounds()
 
 
 def tokens_in(
-    seconds: float, engine: Engine, longest: int, vocab_size: int, clock: Callable[[], float]
+    seconds: float,
+    engine: Engine,
+    longest: int,
+    vocab_size: int,
+    clock: Callable[[], float],
+    sequences: int = 1,
 ) -> int:
     """Tokens that an engine computes in so many seconds, as it is timed now.
 
-    longest  tokens of the sequences that are timed: the longest are the slowest, token by token
+    longest    tokens of the sequences that are timed: the longest are the slowest, token by token
+    sequences  how many are timed at once
     """
-    batch = synthetic_batch([longest], vocab_size)
+    batch = synthetic_batch([longest] * sequences, vocab_size)
     best = inf
     for _ in range(_RUNS):
         start = clock()
         engine.launch(batch).result()
         best = min(best, clock() - start)
-    return max(longest, int(longest * seconds / max(best, 1e-6)))
+    return max(longest, int(batch.total * seconds / max(best, 1e-6)))
 
 
 def bounds_of(

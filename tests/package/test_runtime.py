@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from fakes import FakeEngine, model_info
+from fakes import AsyncEngine, FakeEngine, model_info
 
 from ft_handler import runtime
 from ft_handler.config import RawSettings
@@ -176,6 +177,38 @@ def test_settings_too_tight_for_the_sample_are_a_note(folder, model, monkeypatch
     says(monkeypatch)
     opened(folder, max_length=4, truncation=False)
     assert "the warm-up sample is answered 422" in caplog.text
+
+
+class Timed(AsyncEngine):
+    """An engine whose time is what it computes: so many seconds a launch, and a token."""
+
+    def __init__(self, clock, launch, token):
+        super().__init__("question_answering")
+        self._clock, self._launch, self._token = clock, launch, token
+
+    def compute(self, batch):
+        self._clock.now += self._launch + self._token * batch.total
+        return super().compute(batch)
+
+
+@pytest.mark.parametrize(
+    ("token", "wanted"),
+    # Seconds: of a slow device, of one that makes 3,800 tokens in 1.25 ms, and of a very fast one.
+    [(1e-5, 3), (2.65e-7, 2), (3e-8, 1)],
+)
+def test_a_batch_goes_in_fewer_parts_on_a_faster_device(folder, model, monkeypatch, token, wanted):
+    clock = SimpleNamespace(now=0.0)
+    engine = Timed(clock, 250e-6, token)
+    says(monkeypatch, "question_answering")
+    monkeypatch.setattr(runtime, "engine_for", lambda model, device, **_: engine)
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    pipeline = opened(folder, max_batch_tokens=1 << 20).pipeline
+    engine.events.clear()
+    question = {"question": "Who?", "context": "word " * 160}
+    assert 50_000 < 64 * sum(map(len, question.values())) < 55_000
+    replies, _ = pipeline.run([Incoming(dict(question)) for _ in range(64)])
+    assert {reply.status for reply in replies} == {200}
+    assert engine.events == ["launch"] * wanted + ["wait"] * wanted
 
 
 def test_batch_invariance_is_an_argument_of_the_model(folder, model, monkeypatch):
