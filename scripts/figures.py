@@ -371,6 +371,20 @@ def _encoder_row(gpu: bool, precision: str) -> tuple[list[str], dict[str, Any]] 
     return [name, *cells, f"**{ms['ours']:,.{digits}f} ms**"], found[1]["provenance"]
 
 
+def _fp8_row() -> tuple[list[str], dict[str, Any]] | None:
+    """BERT-large, 256 questions: the best of packed torch in FP8, ours."""
+    found = newest("fp8", gpu=True)
+    rows = found[1]["rows"] if found else []
+    for row in rows:
+        ms: dict[str, float] = row["ms"]
+        others = [v for n, v in ms.items() if n.startswith("packed_fp8")]
+        if found and others and row["workload"].startswith("large squad b256"):
+            name = "encoder alone, BERT-large, 256 questions of SQuAD's lengths, fp8"
+            cells = ["", f"{min(others):,.2f} ms", f"**{ms['ours_fp8']:,.2f} ms**"]
+            return [name, *cells], found[1]["provenance"]
+    return None
+
+
 def _serving_row(gpu: bool, mix: str, precision: str) -> tuple[list[str], dict[str, Any]] | None:
     """Requests a second at the most connections, with one worker and the largest batches."""
     found = newest("serving", gpu)
@@ -402,6 +416,7 @@ def summary() -> str:
         kinds = ("fp16",) if gpu else ("fp32", "int8")
         for found in (
             *(_encoder_row(gpu, precision) for precision in kinds),
+            *([_fp8_row()] if gpu else []),
             *(_serving_row(gpu, mix, p) for p in kinds for mix in ("sst2", "squad")),
         ):
             if found:
