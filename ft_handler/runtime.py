@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from ft_handler import tasks
 from ft_handler.config import CoreSettings, RawSettings, Settings, limit_tokenizer_threads
 from ft_handler.engine.base import Engine
 from ft_handler.engine.select import engine_for
-from ft_handler.errors import ConfigError, EngineError, EnvironmentProblem
+from ft_handler.errors import (
+    ConfigError,
+    EngineError,
+    EnvironmentProblem,
+    OutOfDeviceMemory,
+)
 from ft_handler.files import GEMM_TABLE, LABELS_FILE, OLDER_CONFIG_FILE
 from ft_handler.model.bundle import load_model, read_info, read_tokenizer
 from ft_handler.model.info import ModelInfo
@@ -166,7 +172,8 @@ def open_model(
     if core.warmup and engine.overlaps:
         length = min(_TIMED_LENGTH, runner.longest)
         count = max(1, min(_TIMED_TOKENS, core.max_batch_tokens) // length)
-        part = least_part(measure(PART_SECONDS, length, count))
+        with suppress(OutOfDeviceMemory):  # small parts, then
+            part = least_part(measure(PART_SECONDS, length, count))
         logger.info("a large batch goes in parts of at least %d bytes of text", part)
 
     def pipeline_of(

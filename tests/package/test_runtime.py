@@ -10,7 +10,7 @@ from fakes import AsyncEngine, FakeEngine, model_info
 
 from ft_handler import runtime
 from ft_handler.config import RawSettings
-from ft_handler.errors import ConfigError, EngineError, ModelError
+from ft_handler.errors import ConfigError, EngineError, ModelError, OutOfDeviceMemory
 from ft_handler.runtime import choose_device, open_model, read_labels, settle
 from ft_handler.types import Incoming
 
@@ -209,6 +209,17 @@ def test_a_batch_goes_in_fewer_parts_on_a_faster_device(folder, model, monkeypat
     replies, _ = pipeline.run([Incoming(dict(question)) for _ in range(64)])
     assert {reply.status for reply in replies} == {200}
     assert engine.events == ["launch"] * wanted + ["wait"] * wanted
+
+
+def test_a_device_without_room_for_what_is_timed_serves_small_parts(folder, model, monkeypatch):
+    def small(batch):
+        if batch.total > 2000:
+            raise OutOfDeviceMemory("the GPU has no room for this batch")
+
+    says(monkeypatch)
+    monkeypatch.setattr(runtime, "engine_for", lambda model, device, **_: AsyncEngine(fail=small))
+    (reply,), _ = opened(folder).pipeline.run([Incoming("the film")])
+    assert reply.status == 200
 
 
 def test_batch_invariance_is_an_argument_of_the_model(folder, model, monkeypatch):
