@@ -374,11 +374,12 @@ def _encoder_row(gpu: bool, precision: str) -> tuple[list[str], dict[str, Any]] 
 def _fp8_row() -> tuple[list[str], dict[str, Any]] | None:
     """BERT-large, 256 questions: the best of packed torch in FP8, ours."""
     found = newest("fp8", gpu=True)
-    rows = found[1]["rows"] if found else []
-    for row in rows:
+    if not found:
+        return None
+    for row in found[1]["rows"]:
         ms: dict[str, float] = row["ms"]
         others = [v for n, v in ms.items() if n.startswith("packed_fp8")]
-        if found and others and row["workload"].startswith("large squad b256"):
+        if others and row["workload"].startswith("large squad b256"):
             name = "encoder alone, BERT-large, 256 questions of SQuAD's lengths, fp8"
             cells = ["", f"{min(others):,.2f} ms", f"**{ms['ours_fp8']:,.2f} ms**"]
             return [name, *cells], found[1]["provenance"]
@@ -411,22 +412,21 @@ def _serving_row(gpu: bool, mix: str, precision: str) -> tuple[list[str], dict[s
 
 def summary() -> str:
     """The README's few rows."""
-    body, marks = [], {True: False, False: False}
-    for gpu in (True, False):
-        kinds = ("fp16",) if gpu else ("fp32", "int8")
-        for found in (
-            *(_encoder_row(gpu, precision) for precision in kinds),
-            *([_fp8_row()] if gpu else []),
-            *(_serving_row(gpu, mix, p) for p in kinds for mix in ("sst2", "squad")),
-        ):
-            if found:
-                cells, p = found
-                device = p.get("gpu") or f"{p['cpu']}, {p['threads']} threads"
-                body.append([device, *cells])
-                marks[gpu] |= older(p, f"csrc/kernels/{'cuda' if gpu else 'cpu'}")
+    rows = []  # what they are rows of, and they
+    for of, gpu, kinds in (("GPU in fp16", True, ("fp16",)), ("CPU", False, ("fp32", "int8"))):
+        rows += [(of, _encoder_row(gpu, precision)) for precision in kinds]
+        if gpu:
+            rows.append(("GPU in fp8", _fp8_row()))
+        rows += [(of, _serving_row(gpu, mix, p)) for p in kinds for mix in ("sst2", "squad")]
+    body, old = [], dict[str, None]()
+    for of, found in rows:
+        if found:
+            cells, p = found
+            body.append([p.get("gpu") or f"{p['cpu']}, {p['threads']} threads", *cells])
+            if older(p, f"csrc/kernels/{'cuda' if p.get('gpu') else 'cpu'}"):
+                old[of] = None
     text = table(["on", "what", "Hugging Face", "best other", "ours"], body) if body else ""
-    names = [name for gpu, name in ((True, "GPU"), (False, "CPU")) if marks[gpu]]
-    return text + (f"\n\nRows of the {' and the '.join(names)}:{OLDER}" if names else "")
+    return text + (f"\n\nRows of the {' and the '.join(old)}:{OLDER}" if old else "")
 
 
 def updated(page: str, write: Callable[[], str] = figures) -> str:

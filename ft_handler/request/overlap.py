@@ -13,9 +13,10 @@ from ft_handler.types import InputT, Item
 
 #: A batch goes in at most so many parts.
 MOST_PARTS = 3
-#: What the host does once a part, half a millisecond, is lost where the device is done too soon: a
-#: part is to keep it at work for so long.
-PART_SECONDS = 1.25e-3
+#: What the host does once a part, 0.6 ms with its launch, is lost where the device is done too
+#: soon: a part is to take so long, launched and waited for. It lies between what was best in two
+#: parts (FP8) and what was best in three (fp16), benchmarks/NOTES.md.
+PART_SECONDS = 1.4e-3
 #: And a part has at least so many bytes of text, some 2,500 tokens in most languages: smaller
 #: launches would use a GPU badly.
 LEAST_PART_BYTES = 12_000

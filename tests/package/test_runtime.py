@@ -193,7 +193,7 @@ class Timed(AsyncEngine):
 
 @pytest.mark.parametrize(
     ("token", "wanted"),
-    # Seconds: of a slow device, of one that makes 3,800 tokens in 1.25 ms, and of a very fast one.
+    # Seconds: of a slow device, of one that makes 4,300 tokens in 1.4 ms, and of a very fast one.
     [(1e-5, 3), (2.65e-7, 2), (3e-8, 1)],
 )
 def test_a_batch_goes_in_fewer_parts_on_a_faster_device(folder, model, monkeypatch, token, wanted):
